@@ -1,0 +1,113 @@
+"""Queries + sparse block table -> output.
+
+Rows of one query are attended in place; rows of several are gathered into a contiguous buffer and
+handed to a library's attention with a causal mask aligned to the lower right. That is exact: every
+selected token precedes the row's own queries.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+
+from vllm_tokenselect.selection import StepSelection
+
+
+class LibraryAttention(Protocol):
+    """Causal attention of a library over contiguous keys and values."""
+
+    def __call__(
+        self,
+        row: int,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        """Attend with the mask aligned to the lower right: the last query sees every key.
+
+        Args:
+            row: the row of the plan, for what a library prepares once a step.
+            query: [n, Hq, D].
+            keys, values: [m, Hkv, D], m >= n.
+            out: [n, Hq, D], written.
+        """
+
+
+class SdpaAttention:
+    """PyTorch's scaled_dot_product_attention; needs torch only."""
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    def __call__(
+        self,
+        row: int,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        n, m = len(query), len(keys)
+        mask = torch.ones(n, m, dtype=torch.bool, device=query.device).tril(m - n)
+        attended = F.scaled_dot_product_attention(
+            query.transpose(0, 1)[None],
+            keys.transpose(0, 1)[None],
+            values.transpose(0, 1)[None],
+            attn_mask=mask,
+            scale=self.scale,
+            enable_gqa=True,
+        )
+        out.copy_(attended[0].transpose(0, 1))
+
+
+def attend(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    step: StepSelection,
+    scale: float,
+    library: LibraryAttention,
+    scratch: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    """Attend every row of the step to the tokens that its row of the table names.
+
+    Args:
+        query: [T, Hq, D].
+        kv_cache: [num_blocks, Hkv, 2, block_size, D].
+        step: the step's sparse block table, filled for this layer.
+        scale: scale of q . k.
+        library: attention for rows of several queries.
+        scratch: [2, max_attended, Hkv, D] of the cache's dtype, overwritten.
+        out: [T, Hq, D], written.
+    """
+    plan, operations = step.plan, step.operations
+    for rows in _single_query_runs(step):
+        index = step.query_start[rows]
+        attended = torch.empty((len(index), *query.shape[1:]), dtype=query.dtype)
+        operations.attend_single_queries(
+            query[index], kv_cache, step.slots[rows], step.lengths[rows], scale, attended
+        )
+        out[index] = attended
+    for row in (plan.query_len > 1).nonzero()[0].tolist():
+        length = int(step.lengths[row])
+        keys, values = scratch[0, :length], scratch[1, :length]
+        operations.gather_tokens(kv_cache, step.slots[row, :length], keys, values)
+        queries = slice(
+            int(plan.query_start[row]), int(plan.query_start[row] + plan.query_len[row])
+        )
+        library(row, query[queries], keys, values, out[queries])
+
+
+def _single_query_runs(step: StepSelection) -> list[slice]:
+    """Rows of one query, as slices: those among the dense rows and those among the selecting."""
+    plan, runs = step.plan, []
+    for first, last in ((0, plan.num_dense), (plan.num_dense, plan.num_rows)):
+        singles = int((plan.query_len[first:last] == 1).sum())
+        if singles:
+            runs.append(slice(first, first + singles))
+    if len(runs) == 2 and runs[0].stop == runs[1].start:
+        return [slice(runs[0].start, runs[1].stop)]
+    return runs

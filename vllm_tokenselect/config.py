@@ -1,0 +1,155 @@
+"""Every setting of TokenSelect: its default, its check, and where it is read from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+ADDITIONAL_CONFIG_KEY = "tokenselect"
+
+
+class SettingsError(ValueError):
+    """Settings that cannot be served. The message names the value and what is allowed."""
+
+
+class TokenSelectConfig(BaseModel):
+    """Settings of the selection, read from `--additional-config '{"tokenselect": {...}}'`.
+
+    The defaults follow the paper (arXiv 2411.02886) but for `tail_queries`, which is ours: averaging
+    the question with the text before it was what cost accuracy.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    top_k: int = Field(
+        default=2048,
+        ge=1,
+        description="tokens selected by vote for each chunk, in every layer",
+    )
+    n_init: int = Field(
+        default=128,
+        ge=0,
+        description="first tokens of the context, always attended (attention sinks)",
+    )
+    n_local: int = Field(
+        default=512,
+        ge=1,
+        description="tokens directly before a chunk, always attended",
+    )
+    query_chunk: int = Field(
+        default=512,
+        ge=1,
+        description="queries of a prompt that select together; a multiple of the KV block size",
+    )
+    tail_queries: int = Field(
+        default=64,
+        ge=0,
+        description="queries at the end of the prompt that each select for themselves",
+    )
+    log_requests: bool = Field(
+        default=False,
+        description="log for each finished request how many tokens were attended of how many",
+    )
+
+    @property
+    def max_attended(self) -> int:
+        """Most tokens that one chunk attends to: the width of the sparse block table."""
+        return self.n_init + self.top_k + self.n_local + self.query_chunk
+
+    def tail_start(self, num_prompt_tokens: int) -> int:
+        """Position from which every query is a chunk of its own (`s` in the method)."""
+        return max(num_prompt_tokens - self.tail_queries, 0)
+
+    def shareable_tokens(self, num_prompt_tokens: int) -> int:
+        """Tokens at the start of a prompt that whole query chunks compute.
+
+        Only these may enter the prefix cache or be taken from it: what follows depends on where
+        this prompt ends.
+        """
+        return self.tail_start(num_prompt_tokens) // self.query_chunk * self.query_chunk
+
+    @classmethod
+    def from_mapping(cls, settings: Mapping[str, Any]) -> TokenSelectConfig:
+        """Check `settings` and fill in the defaults.
+
+        Raises:
+            SettingsError: with every problem and the list of what is allowed.
+        """
+        if not isinstance(settings, Mapping):
+            raise SettingsError(
+                f"tokenselect settings must be a JSON object, got {settings!r}.\n{cls.allowed()}"
+            )
+        try:
+            return cls.model_validate(dict(settings))
+        except ValidationError as error:
+            problems = "\n".join(f"  - {_describe(problem)}" for problem in error.errors())
+            raise SettingsError(
+                f"tokenselect settings cannot be used:\n{problems}\n{cls.allowed()}"
+            ) from None
+
+    @classmethod
+    def from_additional_config(cls, additional_config: object) -> TokenSelectConfig:
+        """Read the settings out of vLLM's `additional_config` (a dictionary or any other object)."""
+        if isinstance(additional_config, Mapping):
+            return cls.from_mapping(additional_config.get(ADDITIONAL_CONFIG_KEY, {}))
+        return cls()
+
+    @classmethod
+    def allowed(cls) -> str:
+        """The settings with their types, defaults and meaning, one a line."""
+        lines = ["Allowed settings (--additional-config '{\"tokenselect\": {...}}'):"]
+        for name, field in cls.model_fields.items():
+            if field.annotation is bool:
+                kind = "true or false"
+            else:
+                low = next(m.ge for m in field.metadata if hasattr(m, "ge"))
+                kind = f"integer >= {low}"
+            default = str(field.default).lower()
+            lines.append(f"  {name}: {kind}, default {default}; {field.description}")
+        return "\n".join(lines)
+
+    def check_engine(
+        self,
+        *,
+        block_size: int,
+        max_num_batched_tokens: int,
+        max_num_seqs: int,
+        long_prefill_token_threshold: int = 0,
+    ) -> None:
+        """Check the settings against the engine that is to use them.
+
+        Raises:
+            SettingsError: when blocks and chunks do not line up, or when a step could not hold a
+                whole chunk beside every running sequence (such a prompt would wait for ever).
+        """
+        if self.query_chunk % block_size:
+            below = self.query_chunk // block_size * block_size
+            near = " or ".join(str(n) for n in (below, below + block_size) if n)
+            raise SettingsError(
+                f"tokenselect query_chunk={self.query_chunk} is not a multiple of the KV block "
+                f"size {block_size}. Set query_chunk to {near}, or choose --block-size so that "
+                "it divides query_chunk."
+            )
+        needed = self.query_chunk + max_num_seqs
+        if max_num_batched_tokens < needed:
+            raise SettingsError(
+                f"max_num_batched_tokens={max_num_batched_tokens} cannot hold a query chunk of "
+                f"{self.query_chunk} tokens beside max_num_seqs={max_num_seqs} running sequences. "
+                f"Set --max-num-batched-tokens to at least {needed}, or lower --max-num-seqs or "
+                "the tokenselect setting query_chunk."
+            )
+        if 0 < long_prefill_token_threshold < self.query_chunk:
+            raise SettingsError(
+                f"long_prefill_token_threshold={long_prefill_token_threshold} would cut query "
+                f"chunks of {self.query_chunk} tokens. Set it to 0 or to at least "
+                f"{self.query_chunk}."
+            )
+
+
+def _describe(problem: Mapping[str, Any]) -> str:
+    name = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return f"{name}: there is no such setting"
+    return f"{name} = {problem['input']!r}: {problem['msg'].lower()}"

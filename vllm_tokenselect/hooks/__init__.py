@@ -1,0 +1,64 @@
+"""What vLLM has no public door for: one seam a file, each checked before it is used.
+
+    registration      the name TOKENSELECT, in every process
+    platform_backend  which layers run on it
+    engine_config     settings checked at start, the scheduler put in place
+    scheduler         whole query chunks, prefix-cache limits
+    runner_v1, _v2    stable request slots on both model runners
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vllm_tokenselect.hooks.seam import Finding, Seam, SeamBroken
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["Finding", "Seam", "SeamBroken", "all_seams", "check_installed_hooks"]
+
+
+def all_seams() -> Sequence[Seam]:
+    """Every seam of the project. Needs vLLM's dependencies, not vLLM itself."""
+    from vllm_tokenselect.hooks import (
+        engine_config,
+        platform_backend,
+        registration,
+        runner_v1,
+        runner_v2,
+        scheduler_seams,
+    )
+
+    return (
+        registration.SEAM,
+        *platform_backend.SEAMS.values(),
+        *engine_config.SEAMS.values(),
+        *scheduler_seams.SEAMS,
+        *runner_v1.SEAMS,
+        *runner_v2.SEAMS,
+    )
+
+
+def check_installed_hooks() -> list[Finding]:
+    """Check every seam against the installed vLLM, for `tokenselect doctor`."""
+    return [seam.check_installed() for seam in all_seams()]
+
+
+def install_in_every_process() -> None:
+    """Register the backend and wrap the platform: what a process needs before it is configured."""
+    from vllm.platforms import current_platform
+
+    from vllm_tokenselect.hooks import engine_config, platform_backend, registration
+
+    registration.install()
+    platform = type(current_platform)
+    platform_backend.install(platform)
+    engine_config.install(platform)
+
+
+def install_in_worker(model_runner_v2: bool) -> None:
+    """Wrap the model runner, in a process that runs layers on TOKENSELECT."""
+    from vllm_tokenselect.hooks import runner_v1, runner_v2
+
+    (runner_v2 if model_runner_v2 else runner_v1).install()

@@ -1,0 +1,124 @@
+"""Check the settings when vLLM has its configuration, and put our scheduler in its place.
+
+Wraps the platform's `check_and_update_config`, the last word on a configuration before anything is
+started, so that what cannot be served is refused by name at once. The scheduler is chosen through
+vLLM's public `scheduler_cls`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm_tokenselect.config import ADDITIONAL_CONFIG_KEY, SettingsError, TokenSelectConfig
+from vllm_tokenselect.hooks.log import get_logger
+from vllm_tokenselect.hooks.registration import is_selected
+from vllm_tokenselect.hooks.seam import Seam
+
+_WHY = "checks the settings at start and chooses the scheduler that keeps query chunks whole"
+
+SEAMS = {
+    "cpu": Seam(
+        name="engine_config",
+        module="vllm.platforms.cpu",
+        qualname="CpuPlatform.check_and_update_config",
+        parameters=("cls", "vllm_config"),
+        contains=("scheduler_config.async_scheduling = False",),
+        why=_WHY,
+    ),
+    "cuda": Seam(
+        name="engine_config",
+        module="vllm.platforms.cuda",
+        qualname="CudaPlatformBase.check_and_update_config",
+        parameters=("cls", "vllm_config"),
+        why=_WHY,
+    ),
+}
+
+_SCHEDULERS = "vllm_tokenselect.hooks.scheduler"
+
+
+def configure(vllm_config: Any, device_type: str) -> None:
+    """Check a vLLM configuration and adapt it; does nothing unless TOKENSELECT is chosen.
+
+    Raises:
+        SettingsError: for settings or engine features that TOKENSELECT cannot serve.
+    """
+    additional = vllm_config.additional_config
+    if not is_selected(vllm_config.attention_config):
+        if isinstance(additional, dict) and ADDITIONAL_CONFIG_KEY in additional:
+            get_logger(__name__).warning_once(
+                "tokenselect settings are given but not used: the attention backend is not "
+                "TOKENSELECT. Add --attention-backend TOKENSELECT."
+            )
+        return
+    config = TokenSelectConfig.from_additional_config(additional)
+    if device_type != "cpu":
+        raise SettingsError(
+            f"TOKENSELECT has no kernels for device type {device_type!r} in this release; it runs "
+            "on CPUs (extra `cpu`). Leave out --attention-backend TOKENSELECT."
+        )
+    _refuse_features(vllm_config)
+    if vllm_config.model_config is None:
+        return
+    scheduler = vllm_config.scheduler_config
+    # vLLM may still change a block size that the user did not set; the metadata builder checks the
+    # final one.
+    cache = vllm_config.cache_config
+    config.check_engine(
+        block_size=cache.block_size if cache.user_specified_block_size else 1,
+        max_num_batched_tokens=scheduler.max_num_batched_tokens,
+        max_num_seqs=scheduler.max_num_seqs,
+        long_prefill_token_threshold=scheduler.long_prefill_token_threshold,
+    )
+    _choose_scheduler(scheduler)
+
+
+def _refuse_features(vllm_config: Any) -> None:
+    parallel = vllm_config.parallel_config
+    refused = {
+        "speculative decoding (--speculative-config)": vllm_config.speculative_config is not None,
+        "KV connectors (--kv-transfer-config)": vllm_config.kv_transfer_config is not None,
+        "decode context parallelism": parallel.decode_context_parallel_size > 1,
+        "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
+        "pooling models (--runner pooling)": vllm_config.model_config is not None
+        and vllm_config.model_config.runner_type == "pooling",
+        "encoder-decoder models": vllm_config.model_config is not None
+        and vllm_config.model_config.is_encoder_decoder,
+    }
+    asked = [feature for feature, present in refused.items() if present]
+    if asked:
+        raise SettingsError(
+            f"TOKENSELECT does not support {' or '.join(asked)} in this release. Leave it out, or "
+            "leave out --attention-backend TOKENSELECT."
+        )
+
+
+def _choose_scheduler(scheduler_config: Any) -> None:
+    chosen = scheduler_config.scheduler_cls
+    if chosen is None:
+        name = "AsyncScheduler" if scheduler_config.async_scheduling else "Scheduler"
+        scheduler_config.scheduler_cls = f"{_SCHEDULERS}.TokenSelect{name}"
+        return
+    path = chosen if isinstance(chosen, str) else f"{chosen.__module__}.{chosen.__qualname__}"
+    if not path.startswith(f"{_SCHEDULERS}."):
+        raise SettingsError(
+            f"--scheduler-cls {path} cannot be used with TOKENSELECT, which needs its own scheduler "
+            "to keep query chunks whole and to cut prefix-cache hits at chunk boundaries. Leave out "
+            "--scheduler-cls."
+        )
+
+
+def install(platform: type) -> None:
+    """Wrap the platform class; safe to call again."""
+    device_type: str = platform.device_type  # type: ignore[attr-defined]
+    seam = SEAMS["cuda" if device_type == "cuda" else "cpu"]
+    if seam.require() == "patched" or "_tokenselect_check_and_update_config" in vars(platform):
+        return
+    original = platform.check_and_update_config  # type: ignore[attr-defined]
+
+    def check_and_update_config(cls: type, vllm_config: Any) -> None:
+        original(vllm_config)
+        configure(vllm_config, device_type)
+
+    platform._tokenselect_check_and_update_config = original  # type: ignore[attr-defined]
+    platform.check_and_update_config = classmethod(check_and_update_config)  # type: ignore[attr-defined]

@@ -1,0 +1,111 @@
+"""Stable request slots on Model Runner V1, whose batch rows move between steps.
+
+Wraps `GPUModelRunner._update_states`, which learns what was added, resumed, preempted and finished,
+and `GPUModelRunner._build_attention_metadata`, during which the metadata builder learns which request
+is in which row. `CPUModelRunner` inherits both.
+"""
+
+from __future__ import annotations
+
+import functools
+from contextlib import contextmanager
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from vllm_tokenselect.hooks.activity import log_activity
+from vllm_tokenselect.hooks.seam import Seam
+from vllm_tokenselect.requests import RequestTable, StepRequests
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+
+SEAMS = (
+    Seam(
+        name="runner_v1",
+        module="vllm.v1.worker.gpu_model_runner",
+        qualname="GPUModelRunner._update_states",
+        parameters=("self", "scheduler_output"),
+        contains=(
+            "for req_id in scheduler_output.finished_req_ids:",
+            "for new_req_data in scheduler_output.scheduled_new_reqs:",
+            "resumed_req_ids = scheduler_output.scheduled_cached_reqs.resumed_req_ids",
+        ),
+        why="gives a request its slot when it is added or resumed and takes it back at its end",
+    ),
+    Seam(
+        name="runner_v1",
+        module="vllm.v1.worker.gpu_model_runner",
+        qualname="GPUModelRunner._build_attention_metadata",
+        parameters=("self", "num_tokens", "num_reqs"),
+        contains=("num_scheduled_tokens: dict[str, int] | None = None", "self.input_batch"),
+        why="tells the metadata builder which request is in which row of the batch",
+    ),
+)
+
+_current: StepRequests | None = None
+
+
+def current_requests() -> StepRequests | None:
+    """Requests of the step whose metadata is being built; None in dummy and profiling runs."""
+    return _current
+
+
+def update_slots(table: RequestTable, runner: Any, output: SchedulerOutput) -> None:
+    """Bring the table up to date after `_update_states`."""
+    for request_id in output.finished_req_ids:
+        log_activity(request_id, table.finish(request_id))
+    for request_id in output.preempted_req_ids or ():
+        table.remove(request_id)
+    resumed = output.scheduled_cached_reqs.resumed_req_ids
+    for request_id in (*(new.req_id for new in output.scheduled_new_reqs), *resumed):
+        table.add(request_id, runner.requests[request_id].num_prompt_tokens)
+
+
+@contextmanager
+def requests_of_step(table: RequestTable, runner: Any, num_reqs: int, dummy: bool) -> Iterator[None]:
+    """Publish the rows' requests while the metadata is built."""
+    global _current
+    slots = None if dummy else table.slots_of(runner.input_batch.req_ids[:num_reqs])
+    _current = None if slots is None else StepRequests(table, slots)
+    try:
+        yield
+    finally:
+        _current = None
+
+
+def _table_of(runner: Any) -> RequestTable:
+    table = runner.__dict__.get("_tokenselect_requests")
+    if table is None:
+        table = RequestTable(runner.scheduler_config.max_num_seqs)
+        runner._tokenselect_requests = table
+    return table
+
+
+def install() -> None:
+    """Wrap both methods; safe to call again."""
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    if all(seam.require() == "patched" for seam in SEAMS):
+        return
+    if "_tokenselect_update_states" in vars(GPUModelRunner):
+        return
+    update_states = GPUModelRunner._update_states
+    build_attention_metadata = GPUModelRunner._build_attention_metadata
+
+    @functools.wraps(update_states)
+    def update_states_and_slots(self: Any, scheduler_output: SchedulerOutput) -> Any:
+        result = update_states(self, scheduler_output)
+        update_slots(_table_of(self), self, scheduler_output)
+        return result
+
+    @functools.wraps(build_attention_metadata)
+    def build_with_requests(
+        self: Any, num_tokens: int, num_reqs: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        dummy = kwargs.get("num_scheduled_tokens") is None
+        with requests_of_step(_table_of(self), self, num_reqs, dummy):
+            return build_attention_metadata(self, num_tokens, num_reqs, *args, **kwargs)
+
+    GPUModelRunner._tokenselect_update_states = update_states
+    GPUModelRunner._update_states = update_states_and_slots
+    GPUModelRunner._build_attention_metadata = build_with_requests

@@ -1,0 +1,60 @@
+"""What `scheduler` relies on in vLLM; apart from it, since it cannot be imported without vLLM."""
+
+from vllm_tokenselect.hooks.seam import Seam
+
+SEAMS = (
+    Seam(
+        name="scheduler",
+        module="vllm.v1.core.sched.scheduler",
+        qualname="Scheduler._reserve_prefill_lookahead",
+        parameters=("self", "request", "num_computed_tokens", "num_new_tokens"),
+        contains=("return max(num_new_tokens, 0)",),
+        why="ends a prefill step where a query chunk ends",
+    ),
+    Seam(
+        name="scheduler",
+        module="vllm.v1.core.sched.scheduler",
+        qualname="Scheduler.schedule",
+        parameters=("self",),
+        contains=(
+            "num_new_tokens = self._reserve_prefill_lookahead(request, "
+            "request.num_computed_tokens, num_new_tokens)",
+            "num_new_tokens = self._reserve_prefill_lookahead("
+            "request, num_computed_tokens, num_new_tokens)",
+            "self._get_local_prefix_cache_hit(request",
+        ),
+        why="asks the two methods above and below for running and for waiting requests",
+    ),
+    Seam(
+        name="scheduler",
+        module="vllm.v1.core.sched.scheduler",
+        qualname="Scheduler._get_local_prefix_cache_hit",
+        parameters=("self", "request"),
+        contains=("self.kv_cache_manager.get_computed_blocks(request",),
+        why="cuts a prefix-cache hit at a chunk boundary below the reader's limit",
+    ),
+    Seam(
+        name="scheduler",
+        module="vllm.v1.core.kv_cache_manager",
+        qualname="KVCacheManager.get_computed_blocks",
+        parameters=("self", "request"),
+        contains=("self.coordinator.find_longest_cache_hit(request.block_hashes,",),
+        why="looks a hit up through the coordinator, where the limit is applied",
+    ),
+    Seam(
+        name="scheduler",
+        module="vllm.v1.core.kv_cache_manager",
+        qualname="KVCacheManager.allocate_slots",
+        parameters=("self", "request", "num_new_tokens"),
+        contains=("self.coordinator.cache_blocks(request, num_tokens_to_cache)",),
+        why="enters blocks into the prefix cache through the coordinator, where they are limited",
+    ),
+    Seam(
+        name="scheduler",
+        module="vllm.v1.core.kv_cache_manager",
+        qualname="KVCacheManager.cache_blocks",
+        parameters=("self", "request", "num_computed_tokens"),
+        contains=("self.coordinator.cache_blocks(request, num_computed_tokens)",),
+        why="enters blocks into the prefix cache through the coordinator, where they are limited",
+    ),
+)

@@ -1,0 +1,126 @@
+"""SelectionPlan: the chunks of one step, from query lengths, context lengths and prompt lengths.
+
+Host work, done once per step and shared by all layers. A *row* is one chunk: the queries that select
+together and attend to the same tokens. Prompt chunks, the prompt's tail and generated tokens are
+rows of the same plan; they differ in their number of queries only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_tokenselect.config import TokenSelectConfig
+
+Int32 = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class SelectionPlan:
+    """Rows of one step, dense rows first, then rows that select, each in order of request.
+
+    Within the dense and within the selecting rows, those of one query come before those of several.
+
+    Attributes:
+        row_seq: int32 [R], the row's request, as an index into the step's batch.
+        query_start: int32 [R], first query of the row in the step's flattened queries.
+        query_len: int32 [R], number of queries.
+        chunk_start: int32 [R], position `a` of the first query.
+        chunk_end: int32 [R], position `b` one past the last query: the row's context length.
+        candidate_end: int32 [R], `a - n_local`; candidates are `[n_init, candidate_end)`.
+        num_dense: rows before this one attend to their whole context.
+    """
+
+    row_seq: Int32
+    query_start: Int32
+    query_len: Int32
+    chunk_start: Int32
+    chunk_end: Int32
+    candidate_end: Int32
+    num_dense: int
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.row_seq)
+
+    @classmethod
+    def build(
+        cls,
+        query_start_loc: Int32,
+        seq_lens: Int32,
+        prompt_lens: Int32,
+        config: TokenSelectConfig,
+    ) -> SelectionPlan:
+        """Cut a step into rows.
+
+        Args:
+            query_start_loc: int32 [S + 1], where each request's queries start.
+            seq_lens: int32 [S], context length of each request, this step's tokens included.
+            prompt_lens: int32 [S], length of each request's prompt.
+            config: the settings.
+        """
+        query_lens = np.diff(query_start_loc)
+        if (query_lens == 1).all():
+            # A decoding step; no loop over requests.
+            edges = np.stack([seq_lens - 1, seq_lens], axis=1)
+            seqs = np.arange(len(seq_lens), dtype=np.int32)
+        else:
+            parts = [
+                _chunk_edges(int(end - length), int(end), config.tail_start(int(prompt)), config)
+                for end, length, prompt in zip(seq_lens, query_lens, prompt_lens, strict=True)
+            ]
+            seqs = np.repeat(np.arange(len(parts), dtype=np.int32), [len(p) for p in parts])
+            edges = np.concatenate(parts) if parts else np.empty((0, 2), np.int32)
+        start, end = edges[:, 0].astype(np.int32), edges[:, 1].astype(np.int32)
+        candidate_end = start - np.int32(config.n_local)
+        dense = candidate_end - config.n_init <= config.top_k
+        order = np.lexsort((np.arange(len(seqs)), end - start > 1, ~dense))
+        first_position = seq_lens - query_lens
+        query_start = query_start_loc[:-1][seqs] + start - first_position[seqs]
+        return cls(
+            row_seq=seqs[order],
+            query_start=query_start[order].astype(np.int32),
+            query_len=(end - start)[order],
+            chunk_start=start[order],
+            chunk_end=end[order],
+            candidate_end=candidate_end[order],
+            num_dense=int(dense.sum()),
+        )
+
+    def num_attended(self, config: TokenSelectConfig) -> npt.NDArray[np.int64]:
+        """Keys read by each row, summed over its queries, int64 [R]."""
+        length, start = self.query_len.astype(np.int64), self.chunk_start.astype(np.int64)
+        causal = length * (length + 1) // 2
+        before = np.where(
+            np.arange(self.num_rows) < self.num_dense,
+            start,
+            config.n_init + config.top_k + config.n_local,
+        )
+        return length * before + causal
+
+    def num_in_context(self) -> npt.NDArray[np.int64]:
+        """Keys that full attention would read for each row, summed over its queries, int64 [R]."""
+        length, start = self.query_len.astype(np.int64), self.chunk_start.astype(np.int64)
+        return length * start + length * (length + 1) // 2
+
+
+def _chunk_edges(
+    start: int, end: int, tail_start: int, config: TokenSelectConfig
+) -> npt.NDArray[np.int32]:
+    """Rows `[a, b)` of the positions `[start, end)` of one request, int32 [rows, 2].
+
+    Chunks that see their whole context are joined: whoever attends to everything attends to the same
+    keys however it is cut, and one long row costs less than many short ones.
+    """
+    chunk = config.query_chunk
+    chunked_end = min(end, tail_start)
+    cuts = [start, *range(start // chunk * chunk + chunk, chunked_end, chunk)]
+    cuts += range(max(start + 1, chunked_end), end)
+    # The last chunk that is dense starts at or before this position.
+    last_dense = config.n_init + config.top_k + config.n_local
+    num_dense = sum(cut <= last_dense for cut in cuts)
+    if num_dense > 1:
+        cuts[1:num_dense] = []
+    return np.array([cuts, [*cuts[1:], end]], dtype=np.int32).T

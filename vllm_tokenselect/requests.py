@@ -1,0 +1,125 @@
+"""Which request owns which slot: the one place where per-request state is keyed.
+
+Everything that follows a request through continuous batching is an array with one entry per slot.
+A request owns its slot from its first step until it ends or is preempted; a slot is reset whenever a
+request is added to it, also when the same request comes back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass
+class Activity:
+    """Keys attended and keys in context, summed over the queries of one request."""
+
+    prefill_attended: int = 0
+    prefill_context: int = 0
+    prefill_queries: int = 0
+    decode_attended: int = 0
+    decode_context: int = 0
+    decode_queries: int = 0
+
+    def add(self, other: Activity) -> None:
+        for field in fields(self):
+            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+
+    def __str__(self) -> str:
+        return (
+            f"prefill attended {self.prefill_attended} of {self.prefill_context} tokens in context "
+            f"over {self.prefill_queries} queries; decode attended {self.decode_attended} of "
+            f"{self.decode_context} tokens in context over {self.decode_queries} queries"
+        )
+
+
+class RequestTable:
+    """Stable slots for running requests, with what a plan needs to know of each.
+
+    Args:
+        capacity: number of slots: `max_num_seqs`.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.prompt_lens: npt.NDArray[np.int32] = np.zeros(capacity, dtype=np.int32)
+        self._slots: dict[str, int] = {}
+        self._free = list(range(capacity - 1, -1, -1))
+        self._activity: dict[str, Activity] = {}
+        self._reset_callbacks: list[Callable[[int], None]] = []
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._slots
+
+    def on_reset(self, callback: Callable[[int], None]) -> None:
+        """Call `callback(slot)` whenever a slot gets a new owner."""
+        self._reset_callbacks.append(callback)
+
+    def add(self, request_id: str, prompt_len: int, slot: int | None = None) -> int:
+        """Give the request a fresh slot and return it.
+
+        Args:
+            request_id: the request; one that already has a slot is replaced.
+            prompt_len: tokens of its prompt.
+            slot: the slot to use where the model runner keeps stable rows itself (Model Runner V2).
+
+        Raises:
+            RuntimeError: when every slot is taken, or the given one is.
+        """
+        self.remove(request_id)
+        if slot is None:
+            if not self._free:
+                raise RuntimeError(f"no free slot for request {request_id}: {self.capacity} in use")
+            slot = self._free.pop()
+        elif slot in self._free:
+            self._free.remove(slot)
+        else:
+            raise RuntimeError(f"slot {slot} for request {request_id} is taken or out of range")
+        self._slots[request_id] = slot
+        self.prompt_lens[slot] = prompt_len
+        for callback in self._reset_callbacks:
+            callback(slot)
+        return slot
+
+    def remove(self, request_id: str) -> None:
+        """Free the request's slot; a request without one is left alone."""
+        slot = self._slots.pop(request_id, None)
+        if slot is not None:
+            self._free.append(slot)
+
+    def slots_of(self, request_ids: Iterable[str]) -> npt.NDArray[np.int32]:
+        """Slots of the requests, int32 [S].
+
+        Raises:
+            KeyError: for a request that was never added.
+        """
+        return np.fromiter((self._slots[request_id] for request_id in request_ids), np.int32)
+
+    def ids_of(self, slots: npt.NDArray[np.int32]) -> list[str]:
+        """Request ids that own the slots."""
+        owners = {slot: request_id for request_id, slot in self._slots.items()}
+        return [owners[int(slot)] for slot in slots]
+
+    def record(self, request_id: str, activity: Activity) -> None:
+        """Add to the request's activity, which outlives a preemption."""
+        self._activity.setdefault(request_id, Activity()).add(activity)
+
+    def finish(self, request_id: str) -> Activity | None:
+        """Free the slot for good and return what was recorded of the request, if anything."""
+        self.remove(request_id)
+        return self._activity.pop(request_id, None)
+
+
+@dataclass(frozen=True)
+class StepRequests:
+    """The requests of the step whose attention metadata is being built."""
+
+    table: RequestTable
+    slots: npt.NDArray[np.int32]
