@@ -98,7 +98,8 @@ class SelectionPlan:
             start,
             config.n_init + config.top_k + config.n_local,
         )
-        return length * before + causal
+        attended: npt.NDArray[np.int64] = length * before + causal
+        return attended
 
     def num_in_context(self) -> npt.NDArray[np.int64]:
         """Keys that full attention would read for each row, summed over its queries, int64 [R]."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache, partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from vllm_tokenselect.config import SettingsError, TokenSelectConfig
 from vllm_tokenselect.hooks import install_in_worker
 from vllm_tokenselect.hooks.log import get_logger
 from vllm_tokenselect.kernels.warmup import compile_cpu_kernels
+from vllm_tokenselect.kernels.write.reference import write_tokens
 
 logger = get_logger(__name__)
 
@@ -79,11 +80,7 @@ class TokenSelectImpl(AttentionImpl[TokenSelectMetadata]):
         slot_mapping: torch.Tensor,
     ) -> None:
         """Write `key`, `value` [T, Hkv, D] to the slots int64 [T]."""
-        pages = self._pages(kv_cache)
-        block_size = pages.shape[3]
-        block, offset = slot_mapping // block_size, slot_mapping % block_size
-        pages[:, :, 0].transpose(1, 2)[block, offset] = key
-        pages[:, :, 1].transpose(1, 2)[block, offset] = value
+        write_tokens(key, value, self._pages(kv_cache), slot_mapping)
 
     def forward(
         self,
@@ -126,7 +123,7 @@ class TokenSelectImpl(AttentionImpl[TokenSelectMetadata]):
         return kv_cache.view(num_blocks, num_kv_heads, 2, block_size, self.head_size)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _shared_scratch(
     num_kv_heads: int, head_size: int, dtype: torch.dtype, max_tokens: int
 ) -> tuple[CpuAttention, torch.Tensor]:
@@ -135,7 +132,7 @@ def _shared_scratch(
     return library, torch.empty((2, max_tokens, num_kv_heads, head_size), dtype=dtype)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _compile_kernels(
     dtype: torch.dtype, head_size: int, num_heads: int, num_kv_heads: int, block_size: int
 ) -> None:

@@ -69,7 +69,9 @@ class TokenSelectMetadataBuilder(AttentionMetadataBuilder[TokenSelectMetadata]):
         self.model_runner_v2 = vllm_config.use_v2_model_runner
 
     @classmethod
-    def get_cudagraph_support(cls, vllm_config: object, kv_cache_spec: object) -> AttentionCGSupport:
+    def get_cudagraph_support(
+        cls, vllm_config: object, kv_cache_spec: object
+    ) -> AttentionCGSupport:
         return AttentionCGSupport.NEVER
 
     def build(
@@ -115,9 +117,7 @@ class TokenSelectMetadataBuilder(AttentionMetadataBuilder[TokenSelectMetadata]):
             return None
         return StepRequests(table, metadata.req_idx)
 
-    def _record(
-        self, requests: StepRequests, plan: SelectionPlan, prompt_lens: np.ndarray
-    ) -> None:
+    def _record(self, requests: StepRequests, plan: SelectionPlan, prompt_lens: np.ndarray) -> None:
         attended, context = plan.num_attended(self.config), plan.num_in_context()
         prefill = plan.chunk_start < prompt_lens[plan.row_seq]
         for seq, request_id in enumerate(requests.table.ids_of(requests.slots)):

@@ -1,10 +1,10 @@
 """What vLLM has no public door for: one seam a file, each checked before it is used.
 
-    registration      the name TOKENSELECT, in every process
-    platform_backend  which layers run on it
-    engine_config     settings checked at start, the scheduler put in place
-    scheduler         whole query chunks, prefix-cache limits
-    runner_v1, _v2    stable request slots on both model runners
+registration      the name TOKENSELECT, in every process
+platform_backend  which layers run on it
+engine_config     settings checked at start, the scheduler put in place
+scheduler         whole query chunks, prefix-cache limits
+runner_v1, _v2    stable request slots on both model runners
 """
 
 from __future__ import annotations

@@ -78,6 +78,8 @@ def _refuse_features(vllm_config: Any) -> None:
     refused = {
         "speculative decoding (--speculative-config)": vllm_config.speculative_config is not None,
         "KV connectors (--kv-transfer-config)": vllm_config.kv_transfer_config is not None,
+        "tensor parallelism (--tensor-parallel-size)": parallel.tensor_parallel_size > 1,
+        "pipeline parallelism (--pipeline-parallel-size)": parallel.pipeline_parallel_size > 1,
         "decode context parallelism": parallel.decode_context_parallel_size > 1,
         "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
         "pooling models (--runner pooling)": vllm_config.model_config is not None

@@ -7,6 +7,7 @@ layer. A layer that keeps vLLM's default backend is named in the log.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from vllm_tokenselect.hooks.log import get_logger
@@ -36,7 +37,12 @@ SEAMS = {
 }
 
 
-def choose_backend(original: Any, selected: Any, layer: Any, num_heads: int | None) -> str:
+def choose_backend(
+    original: Callable[[Any, Any, int | None], str],
+    selected: Any,
+    layer: Any,
+    num_heads: int | None,
+) -> str:
     """Class path of the backend for one kind of layer.
 
     Args:

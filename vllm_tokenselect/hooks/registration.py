@@ -40,7 +40,7 @@ def backend_member() -> AttentionBackendEnum:
         register_backend(BACKEND_NAME, BACKEND_PATH)
         member = AttentionBackendEnum[BACKEND_NAME]
         # On the member, not on the class: vLLM's own members keep their way of pickling.
-        member.__reduce_ex__ = lambda protocol: (backend_member, ())  # type: ignore[method-assign,assignment]
+        member.__reduce_ex__ = lambda protocol: (backend_member, ())
     return AttentionBackendEnum[BACKEND_NAME]
 
 

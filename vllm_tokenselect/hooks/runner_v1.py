@@ -8,8 +8,8 @@ is in which row. `CPUModelRunner` inherits both.
 from __future__ import annotations
 
 import functools
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from vllm_tokenselect.hooks.activity import log_activity
@@ -62,7 +62,9 @@ def update_slots(table: RequestTable, runner: Any, output: SchedulerOutput) -> N
 
 
 @contextmanager
-def requests_of_step(table: RequestTable, runner: Any, num_reqs: int, dummy: bool) -> Iterator[None]:
+def requests_of_step(
+    table: RequestTable, runner: Any, num_reqs: int, dummy: bool
+) -> Iterator[None]:
     """Publish the rows' requests while the metadata is built."""
     global _current
     slots = None if dummy else table.slots_of(runner.input_batch.req_ids[:num_reqs])
@@ -74,7 +76,7 @@ def requests_of_step(table: RequestTable, runner: Any, num_reqs: int, dummy: boo
 
 
 def _table_of(runner: Any) -> RequestTable:
-    table = runner.__dict__.get("_tokenselect_requests")
+    table: RequestTable | None = runner.__dict__.get("_tokenselect_requests")
     if table is None:
         table = RequestTable(runner.scheduler_config.max_num_seqs)
         runner._tokenselect_requests = table

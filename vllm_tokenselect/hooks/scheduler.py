@@ -23,6 +23,7 @@ from vllm_tokenselect.hooks.scheduler_seams import SEAMS
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
+
 class WholeChunks:
     """The rules, to be put before vLLM's scheduler among the bases of a class."""
 

@@ -58,7 +58,11 @@ class Seam:
 
     def check_source(self, source: str) -> Finding:
         """Check the source text of the module."""
-        function = _find(ast.parse(source), self.qualname.split("."))
+        try:
+            tree = ast.parse(source)
+        except SyntaxError as error:
+            return self._finding("broken", f"{self.module} cannot be parsed: {error}")
+        function = _find(tree, self.qualname.split("."))
         if function is None:
             return self._finding("broken", f"{self.qualname} does not exist")
         names = [arg.arg for arg in (*function.args.posonlyargs, *function.args.args)]

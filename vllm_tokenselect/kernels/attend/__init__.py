@@ -1,0 +1,1 @@
+"""Attend to the tokens that a sparse block table names."""

@@ -1,4 +1,4 @@
-"""Attention over the sparse block table, readable."""
+"""Readable definition of attention over a sparse block table."""
 
 from __future__ import annotations
 
@@ -14,29 +14,36 @@ def attend(
     scale: float,
     out: torch.Tensor,
 ) -> None:
-    """Attend each row's queries to the tokens of its row of the table.
+    """Attend every row's queries to the tokens that its line of `slots` names.
+
+    The causal mask is aligned to the lower right: a row's last query sees all of its tokens, the one
+    before it all but the last. That is exact because whatever was selected precedes the row's queries.
 
     Args:
-        query: [T, Hq, D].
-        query_start_loc: int32 [R + 1], where each row's queries start.
-        kv_cache: [num_blocks, Hkv, 2, block_size, D].
-        slots: int32 [R, width]; lengths: int32 [R].
+        query: fp32, bf16 or fp16 [T, Hq, D].
+        query_start_loc: int32 [R + 1], where each row's queries start in `query`.
+        kv_cache: fp32, bf16 or fp16 [num_blocks, Hkv, 2, block_size, D], contiguous.
+        slots: int32 [R, width], sparse block table of page size 1.
+        lengths: int32 [R], entries of each row.
         scale: scale of q . k.
-        out: [T, Hq, D], written. The causal mask is aligned to the lower right: a row's last query
-            sees every token of the row. A row of length 0 gives zeros.
+        out: [T, Hq, D] of the query's dtype, written; a query that sees no token gives zeros.
     """
-    num_kv_heads, block_size, head_size = kv_cache.shape[1], *kv_cache.shape[3:]
-    for row in range(len(lengths)):
-        first, last, m = int(query_start_loc[row]), int(query_start_loc[row + 1]), int(lengths[row])
-        n = last - first
-        slot = slots[row, :m].long()
-        kv = kv_cache[slot // block_size, :, :, slot % block_size].float()  # [m, Hkv, 2, D]
-        grouped = query[first:last].float().view(n, num_kv_heads, -1, head_size)
-        scores = torch.einsum("nkgd,mkd->nkgm", grouped, kv[:, :, 0]) * scale
-        visible = torch.ones(n, m, dtype=torch.bool).tril(m - n)
-        scores.masked_fill_(~visible[:, None, None], float("-inf"))
-        attended = torch.einsum("nkgm,mkd->nkgd", scores.softmax(-1).nan_to_num(0.0), kv[:, :, 1])
-        out[first:last] = attended.reshape(n, -1, head_size).to(out.dtype)
+    num_heads, head_size = query.shape[1:]
+    num_kv_heads, block_size = kv_cache.shape[1], kv_cache.shape[3]
+    group = num_heads // num_kv_heads
+    starts = query_start_loc.tolist()
+    for row, length in enumerate(lengths.tolist()):
+        queries = slice(starts[row], starts[row + 1])
+        index = slots[row, :length].long()
+        tokens = kv_cache[index // block_size, :, :, index % block_size].float()  # [m, Hkv, 2, D]
+        keys, values = tokens.repeat_interleave(group, dim=1).unbind(dim=2)  # [m, Hq, D]
+        logits = torch.einsum("nhd,mhd->hnm", query[queries].float(), keys) * scale
+        num_queries = starts[row + 1] - starts[row]
+        visible = torch.ones(num_queries, length, dtype=torch.bool, device=query.device)
+        visible = visible.tril(length - num_queries)
+        weights = logits.masked_fill(~visible, float("-inf")).softmax(dim=-1)
+        weights = weights.masked_fill(~visible, 0.0)  # a query without any token: zeros, not NaN
+        out[queries] = torch.einsum("hnm,mhd->nhd", weights, values).to(out.dtype)
 
 
 def attend_single_queries(
@@ -47,6 +54,6 @@ def attend_single_queries(
     scale: float,
     out: torch.Tensor,
 ) -> None:
-    """`attend` for rows of one query each: query and out [R, Hq, D]."""
-    query_start_loc = torch.arange(len(query) + 1, dtype=torch.int32)
+    """`attend` for rows of one query each: query and out are [R, Hq, D]."""
+    query_start_loc = torch.arange(len(query) + 1, dtype=torch.int32, device=query.device)
     attend(query, query_start_loc, kv_cache, slots, lengths, scale, out)

@@ -1,0 +1,1 @@
+"""Sparse block table: which cached tokens a row attends to."""

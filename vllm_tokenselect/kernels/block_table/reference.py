@@ -1,4 +1,4 @@
-"""Selection into the sparse block table, readable: sink, the top-k by vote, local."""
+"""Readable definition of the sparse block table."""
 
 from __future__ import annotations
 
@@ -17,33 +17,42 @@ def build_sparse_block_table(
     slots: torch.Tensor,
     lengths: torch.Tensor,
 ) -> None:
-    """Write the slots of the attended positions of every row, ascending by position.
+    """Write which cached tokens every row attends to: a block table of page size 1.
+
+    A row attends to `[0, n_init)`, to the `top_k` candidates of `[n_init, candidate_ends[r])` with the
+    highest votes (ties go to the lower position) and to `[candidate_ends[r], context_ends[r])`, in
+    order of position. With no more than `top_k` candidates that is all of `[0, context_ends[r])`.
 
     Args:
-        votes: fp32 [R, N], vote of candidate `n_init + i`; None when every row is dense.
-        block_table: int32 [S, W].
-        row_seq: int32 [R].
-        n_init, top_k: sink and selected tokens.
-        candidate_ends: int32 [R], one past the last candidate. A row with no more than `top_k`
-            candidates is dense: it gets its whole context.
-        context_ends: int32 [R], one past the last position that a row may attend to.
+        votes: fp32 [R, N], `>= 0`; of row `r` only the first `candidate_ends[r] - n_init` are read.
+            NaN counts as the lowest vote. None when no row has more than `top_k` candidates.
+        block_table: int32 [S, W], KV blocks of each request.
+        row_seq: int32 [R], the line of `block_table` that a row reads.
+        n_init: length of the sink.
+        top_k: candidates to keep.
+        candidate_ends: int32 [R], end of the candidates (exclusive).
+        context_ends: int32 [R], end of the row's own tokens (exclusive).
         block_size: tokens of a KV block.
-        slots: int32 [R, width], written up to each row's length.
+        slots: int32 [R, width], written up to each row's length, the rest left as it is.
         lengths: int32 [R], written.
     """
-    for row in range(len(row_seq)):
-        candidate_end, context_end = int(candidate_ends[row]), int(context_ends[row])
+    device = slots.device
+    rows = zip(row_seq.tolist(), candidate_ends.tolist(), context_ends.tolist(), strict=True)
+    for row, (seq, candidate_end, context_end) in enumerate(rows):
         num_candidates = candidate_end - n_init
         if num_candidates <= top_k:
-            positions = torch.arange(context_end)
+            positions = torch.arange(context_end, device=device)
         else:
             assert votes is not None
-            # A stable sort keeps the lower position first among equal votes.
-            order = votes[row, :num_candidates].sort(descending=True, stable=True).indices
-            selected = order[:top_k].sort().values + n_init
+            row_votes = votes[row, :num_candidates].nan_to_num(nan=0.0)
+            best = row_votes.sort(descending=True, stable=True).indices[:top_k]
             positions = torch.cat(
-                [torch.arange(n_init), selected, torch.arange(candidate_end, context_end)]
+                [
+                    torch.arange(n_init, device=device),
+                    n_init + best.sort().values,
+                    torch.arange(candidate_end, context_end, device=device),
+                ]
             )
-        blocks = block_table[int(row_seq[row])][positions // block_size]
+        blocks = block_table[seq, positions // block_size]
         slots[row, : len(positions)] = blocks * block_size + positions % block_size
         lengths[row] = len(positions)

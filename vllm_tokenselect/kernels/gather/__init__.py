@@ -1,0 +1,1 @@
+"""Gather cached tokens into contiguous buffers."""

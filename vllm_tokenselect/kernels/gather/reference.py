@@ -1,4 +1,4 @@
-"""Gather, readable: copy the named tokens into contiguous buffers."""
+"""Readable definition of the gather."""
 
 from __future__ import annotations
 
@@ -6,14 +6,20 @@ import torch
 
 
 def gather_tokens(
-    kv_cache: torch.Tensor, slots: torch.Tensor, out_keys: torch.Tensor, out_values: torch.Tensor
+    kv_cache: torch.Tensor,
+    slots: torch.Tensor,
+    out_keys: torch.Tensor,
+    out_values: torch.Tensor,
 ) -> None:
-    """Copy keys and values of `slots` int32 [n] to `out_keys`, `out_values` [n, Hkv, D].
+    """Copy the cached tokens that `slots` names, in its order.
 
     Args:
-        kv_cache: [num_blocks, Hkv, 2, block_size, D]; slot = block * block_size + offset.
+        kv_cache: fp32, bf16 or fp16 [num_blocks, Hkv, 2, block_size, D], contiguous.
+        slots: int32 [n], `block_id * block_size + offset`.
+        out_keys, out_values: [n, Hkv, D] of the cache's dtype, written.
     """
     block_size = kv_cache.shape[3]
-    block, offset = slots.long() // block_size, slots.long() % block_size
-    out_keys.copy_(kv_cache[block, :, 0, offset])
-    out_values.copy_(kv_cache[block, :, 1, offset])
+    index = slots.long()
+    tokens = kv_cache[index // block_size, :, :, index % block_size]  # [n, Hkv, 2, D]
+    out_keys.copy_(tokens[:, :, 0])
+    out_values.copy_(tokens[:, :, 1])

@@ -1,0 +1,1 @@
+"""Score the cached keys of each row's candidates with its query."""

@@ -1,4 +1,4 @@
-"""Paged scoring, readable: every row's mean query against the keys of its candidates."""
+"""Readable definition of the scores: `scale * q . k` of a row's candidates, straight from the blocks."""
 
 from __future__ import annotations
 
@@ -14,30 +14,31 @@ def score_paged_keys(
     ends: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """Scaled dot products of mean queries and cached keys, read through the block table.
+    """Scores of the candidates `[start, ends[r])` of every row `r`.
 
     Args:
-        query: fp32 [R, Hq, D], mean query of each row.
-        kv_cache: [num_blocks, Hkv, 2, block_size, D].
+        query: fp32 [R, Hq, D], one query a row (the mean over its chunk).
+        kv_cache: fp32, bf16 or fp16 [num_blocks, Hkv, 2, block_size, D], contiguous.
         block_table: int32 [S, W], KV blocks of each request.
-        row_seq: int32 [R], row of `block_table` that a row reads.
-        start: position of the first candidate.
-        ends: int32 [R], position one past the last candidate of each row; at most `start`: none.
-        scale: scale of q . k.
+        row_seq: int32 [R], the line of `block_table` that a row reads.
+        start: first candidate position, the same for all rows.
+        ends: int32 [R], end of a row's candidates (exclusive); `<= start` where it has none.
+        scale: the attention's own scale of q . k.
 
     Returns:
-        fp32 [R, Hq, N], N = max(ends) - start (0 without candidates); `-inf` from a row's end on.
-        Query head h reads KV head `h // (Hq / Hkv)`.
+        fp32 [R, Hq, N], `N = max(max(ends) - start, 0)`; `-inf` from a row's own end on.
     """
     num_rows, num_heads, head_size = query.shape
     num_kv_heads, block_size = kv_cache.shape[1], kv_cache.shape[3]
     width = max(int(ends.max()) - start, 0) if num_rows else 0
-    logits = torch.full((num_rows, num_heads, width), float("-inf"))
-    for row in range(num_rows):
-        positions = torch.arange(start, max(int(ends[row]), start))
-        blocks = block_table[int(row_seq[row])][positions // block_size].long()
+    logits = query.new_full((num_rows, num_heads, width), float("-inf"))
+    for row, (seq, end) in enumerate(zip(row_seq.tolist(), ends.tolist(), strict=True)):
+        if end <= start:
+            continue
+        positions = torch.arange(start, end, device=query.device)
+        blocks = block_table[seq, positions // block_size].long()
         keys = kv_cache[blocks, :, 0, positions % block_size].float()  # [n, Hkv, D]
         grouped = query[row].view(num_kv_heads, -1, head_size)  # [Hkv, G, D]
-        scores = torch.einsum("kgd,nkd->kgn", grouped, keys) * scale
-        logits[row, :, : len(positions)] = scores.reshape(num_heads, -1)
+        scores = torch.einsum("hgd,nhd->hgn", grouped, keys) * scale
+        logits[row, :, : end - start] = scores.reshape(num_heads, -1)
     return logits

@@ -1,0 +1,1 @@
+"""Soft vote: every head spreads one vote over a row's candidates."""

@@ -1,4 +1,4 @@
-"""Soft vote, readable: every head spreads one vote over the candidates."""
+"""Readable definition of the soft vote (TokenSelect, arXiv 2411.02886, section 3.2)."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import torch
 
 
 def soft_vote(logits: torch.Tensor) -> torch.Tensor:
-    """Softmax over the candidates for each head, summed over the heads.
+    """Criticality of the candidates: softmax over them for each head, then the sum over heads.
+
+    Softmax first, so that every head has one vote however large its scores are.
 
     Args:
-        logits: fp32 [R, Hq, N], `-inf` where there is no candidate.
+        logits: fp32 [R, Hq, N], `-inf` where a row has no candidate.
 
     Returns:
-        fp32 [R, N]; a row without candidates gets zeros.
+        fp32 [R, N], `>= 0`; a row without candidates is all zeros.
     """
-    votes = torch.softmax(logits, dim=-1).sum(dim=1)
-    return votes.nan_to_num(0.0)
+    empty = torch.isneginf(logits).all(dim=-1, keepdim=True)  # [R, Hq, 1]
+    return logits.softmax(dim=-1).masked_fill(empty, 0.0).sum(dim=1)

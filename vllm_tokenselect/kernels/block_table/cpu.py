@@ -1,0 +1,134 @@
+"""Sparse block table on a CPU: an exact radix selection, one thread a row."""
+
+# mypy: allow-untyped-defs
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numba import njit, prange
+
+from vllm_tokenselect.kernels.cpu_arrays import int32_array
+
+DIGIT_BITS = 11  # 32-bit keys in three passes
+_NO_VOTES = np.empty((0, 0), np.float32)
+_LARGEST_KEY = np.uint32(0x7F800000)  # bits of +inf
+
+
+def build_sparse_block_table(
+    votes: torch.Tensor | None,
+    block_table: torch.Tensor,
+    row_seq: torch.Tensor,
+    n_init: int,
+    top_k: int,
+    candidate_ends: torch.Tensor,
+    context_ends: torch.Tensor,
+    block_size: int,
+    slots: torch.Tensor,
+    lengths: torch.Tensor,
+) -> None:
+    """As `reference.build_sparse_block_table`; `slots` and `lengths` are contiguous.
+
+    Raises:
+        ValueError: a row has more than `top_k` candidates and `votes` is None.
+    """
+    ends = int32_array(candidate_ends)
+    if votes is None and ends.max(initial=0) - n_init > top_k:
+        raise ValueError(f"{ends.max() - n_init} candidates for top_k={top_k} need votes, got None")
+    _build(
+        _NO_VOTES if votes is None else votes.contiguous().numpy(),
+        int32_array(block_table),
+        int32_array(row_seq),
+        n_init,
+        top_k,
+        ends,
+        int32_array(context_ends),
+        block_size,
+        slots.numpy(),
+        lengths.numpy(),
+    )
+
+
+@njit(parallel=True, cache=True)
+def _build(
+    votes,
+    block_table,
+    row_seq,
+    n_init,
+    top_k,
+    candidate_ends,
+    context_ends,
+    block_size,
+    slots,
+    lengths,
+):
+    for row in prange(slots.shape[0]):
+        seq, candidate_end, context_end = row_seq[row], candidate_ends[row], context_ends[row]
+        num_candidates = candidate_end - n_init
+        if num_candidates <= top_k:
+            _write_range(block_table, seq, 0, context_end, block_size, slots, row, 0)
+            lengths[row] = context_end
+        else:
+            _write_range(block_table, seq, 0, n_init, block_size, slots, row, 0)
+            _write_best(
+                votes, num_candidates, top_k, block_table, seq, n_init, block_size, slots, row
+            )
+            written = n_init + top_k
+            _write_range(
+                block_table, seq, candidate_end, context_end, block_size, slots, row, written
+            )
+            lengths[row] = written + context_end - candidate_end
+
+
+@njit
+def _write_range(block_table, seq, first, last, block_size, slots, row, entry):
+    """Write the slots of positions [first, last) from `entry` on."""
+    for position in range(first, last):
+        block = block_table[seq, position // block_size]
+        slots[row, entry + position - first] = block * block_size + position % block_size
+
+
+@njit
+def _write_best(votes, num_candidates, top_k, block_table, seq, n_init, block_size, slots, row):
+    """Write the slots of the `top_k` candidates with the highest votes, in order of position."""
+    keys = votes[row, :num_candidates].view(np.uint32)
+    threshold, num_ties = _find_threshold(keys, top_k)
+    entry = n_init
+    for candidate in range(num_candidates):
+        key = _order_key(keys[candidate])
+        if key > threshold or (key == threshold and num_ties > 0):
+            num_ties -= key == threshold
+            position = n_init + candidate
+            block = block_table[seq, position // block_size]
+            slots[row, entry] = block * block_size + position % block_size
+            entry += 1
+
+
+@njit
+def _order_key(bits):
+    """Votes are not negative, so their bits order as they do; NaN (and -0) count as zero."""
+    return bits if bits <= _LARGEST_KEY else np.uint32(0)
+
+
+@njit
+def _find_threshold(keys, top_k):
+    """The `top_k`-th highest key, and how many of the candidates equal to it are kept."""
+    histogram = np.empty(1 << DIGIT_BITS, np.int64)
+    prefix, wanted = np.uint32(0), top_k
+    shift = 32
+    while shift > 0:
+        bits = min(DIGIT_BITS, shift)
+        decided = shift  # the digits above are those of `prefix`
+        shift -= bits
+        histogram[:] = 0
+        mask = np.uint32((1 << bits) - 1)
+        for index in range(len(keys)):
+            key = _order_key(keys[index])
+            if decided == 32 or np.uint32(key >> np.uint32(decided)) == prefix:
+                histogram[np.uint32(key >> np.uint32(shift)) & mask] += 1
+        digit = (1 << bits) - 1
+        while histogram[digit] < wanted:
+            wanted -= histogram[digit]
+            digit -= 1
+        prefix = np.uint32(np.uint32(prefix << np.uint32(bits)) | np.uint32(digit))
+    return prefix, wanted
