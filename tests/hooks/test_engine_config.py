@@ -1,0 +1,119 @@
+"""What cannot be served is refused at start; what is not TOKENSELECT's is left alone."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from vllm.platforms.cpu import CpuPlatform
+
+from vllm_tokenselect.config import SettingsError
+from vllm_tokenselect.hooks.engine_config import configure, install
+from vllm_tokenselect.hooks.registration import backend_member
+
+
+@pytest.fixture
+def vllm_config(make_vllm_config):
+    return make_vllm_config()
+
+
+@pytest.fixture
+def selected(vllm_config):
+    vllm_config.attention_config.backend = backend_member()
+    vllm_config.cache_config.user_specified_block_size = True
+    return vllm_config
+
+
+def test_when_not_selected_nothing_is_touched(vllm_config):
+    vllm_config.additional_config = {"tokenselect": {"no such": "setting"}}
+    vllm_config.speculative_config = SimpleNamespace()
+    before = copy.deepcopy(vllm_config.scheduler_config)
+    configure(vllm_config, "cpu")
+    assert vllm_config.scheduler_config == before
+    assert vllm_config.scheduler_config.scheduler_cls is None
+
+
+@pytest.mark.parametrize(
+    ("async_scheduling", "chosen"),
+    [(False, "TokenSelectScheduler"), (True, "TokenSelectAsyncScheduler")],
+)
+def test_our_scheduler_takes_the_place_of_the_one_vllm_would_choose(
+    selected, async_scheduling, chosen
+):
+    selected.scheduler_config.async_scheduling = async_scheduling
+    configure(selected, "cpu")
+    scheduler = selected.scheduler_config.get_scheduler_cls()
+    assert scheduler.__name__ == chosen
+    assert scheduler.__mro__[2].__name__ == chosen.removeprefix("TokenSelect")
+
+
+def test_configuring_again_keeps_our_scheduler(selected):
+    configure(selected, "cpu")
+    chosen = selected.scheduler_config.scheduler_cls
+    configure(selected, "cpu")
+    assert selected.scheduler_config.scheduler_cls == chosen
+
+
+def test_a_foreign_scheduler_is_refused_by_name(selected):
+    selected.scheduler_config.scheduler_cls = "their.Scheduler"
+    with pytest.raises(SettingsError, match="--scheduler-cls their.Scheduler cannot be used"):
+        configure(selected, "cpu")
+
+
+REFUSED = {
+    "speculative decoding": lambda config: setattr(config, "speculative_config", SimpleNamespace()),
+    "KV connectors": lambda config: setattr(config, "kv_transfer_config", SimpleNamespace()),
+    "decode context parallelism": lambda config: setattr(
+        config.parallel_config, "decode_context_parallel_size", 2
+    ),
+    "prefill context parallelism": lambda config: setattr(
+        config.parallel_config, "prefill_context_parallel_size", 2
+    ),
+}
+
+
+@pytest.mark.parametrize("feature", REFUSED)
+def test_an_engine_feature_that_is_not_served_is_refused_by_name(selected, feature):
+    REFUSED[feature](selected)
+    with pytest.raises(SettingsError, match=f"TOKENSELECT does not support {feature}"):
+        configure(selected, "cpu")
+
+
+@pytest.mark.parametrize("kind", ["pooling models", "encoder-decoder models"])
+def test_a_kind_of_model_that_is_not_served_is_refused_by_name(selected, kind):
+    selected.model_config = SimpleNamespace(
+        runner_type="pooling" if kind == "pooling models" else "generate",
+        is_encoder_decoder=kind == "encoder-decoder models",
+    )
+    with pytest.raises(SettingsError, match=f"TOKENSELECT does not support {kind}"):
+        configure(selected, "cpu")
+
+
+def test_chunks_that_do_not_line_up_with_blocks_are_refused(selected):
+    selected.cache_config.block_size = 48
+    with pytest.raises(SettingsError, match="query_chunk=64 is not a multiple .* block size 48"):
+        configure(selected, "cpu")
+
+
+def test_a_step_that_cannot_hold_a_chunk_beside_every_sequence_is_refused(selected):
+    selected.scheduler_config.max_num_batched_tokens = 67
+    with pytest.raises(SettingsError, match="at least 68"):
+        configure(selected, "cpu")
+
+
+def test_a_device_without_kernels_is_refused_by_name(selected):
+    with pytest.raises(SettingsError, match="no kernels for device type 'cuda'"):
+        configure(selected, "cuda")
+
+
+def test_the_installed_hook_adds_to_what_the_platform_does(selected):
+    class Platform(CpuPlatform):
+        """Wrapped in place of vLLM's, which other tests use."""
+
+    install(Platform)
+    selected.scheduler_config.async_scheduling = True
+    Platform.check_and_update_config(selected)
+    assert selected.scheduler_config.async_scheduling is False, "the platform's own part"
+    assert selected.scheduler_config.scheduler_cls.endswith(".TokenSelectScheduler")

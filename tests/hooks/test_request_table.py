@@ -1,0 +1,97 @@
+"""Request slots: one owner each, reset for every owner, none lost."""
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from vllm_tokenselect.requests import Activity, RequestTable
+
+CAPACITY = 4
+request_ids = st.sampled_from([f"request-{index}" for index in range(CAPACITY + 2)])
+
+
+class Slots(RuleBasedStateMachine):
+    """Requests come, come back, are preempted and end, in any order, beside a model of the table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = RequestTable(CAPACITY)
+        self.resets: list[int] = []
+        self.table.on_reset(self.resets.append)
+        self.prompt_lens: dict[str, int] = {}
+        self.recorded: dict[str, int] = {}
+
+    def added(self, request_id: str, prompt_len: int, slot: int) -> None:
+        assert self.resets == [slot], "a slot was given out without one reset of it"
+        self.resets.clear()
+        self.prompt_lens[request_id] = prompt_len
+
+    @rule(request_id=request_ids, prompt_len=st.integers(1, 10**6))
+    def add(self, request_id: str, prompt_len: int) -> None:
+        if request_id not in self.prompt_lens and len(self.prompt_lens) == CAPACITY:
+            with pytest.raises(RuntimeError, match="no free slot"):
+                self.table.add(request_id, prompt_len)
+            return
+        self.added(request_id, prompt_len, self.table.add(request_id, prompt_len))
+
+    @rule(request_id=request_ids, prompt_len=st.integers(1, 10**6), slot=st.integers(0, CAPACITY))
+    def add_in_slot(self, request_id: str, prompt_len: int, slot: int) -> None:
+        others = [other for other in self.prompt_lens if other != request_id]
+        if slot == CAPACITY or slot in self.table.slots_of(others):
+            self.prompt_lens.pop(request_id, None)
+            with pytest.raises(RuntimeError, match=f"slot {slot} .* taken or out of range"):
+                self.table.add(request_id, prompt_len, slot=slot)
+            return
+        assert self.table.add(request_id, prompt_len, slot=slot) == slot
+        self.added(request_id, prompt_len, slot)
+
+    @rule(request_id=request_ids)
+    def preempt(self, request_id: str) -> None:
+        self.table.remove(request_id)
+        self.prompt_lens.pop(request_id, None)
+
+    @precondition(lambda self: self.prompt_lens)
+    @rule(data=st.data(), queries=st.integers(1, 100))
+    def record(self, data: st.DataObject, queries: int) -> None:
+        request_id = data.draw(st.sampled_from(sorted(self.prompt_lens)))
+        self.table.record(request_id, Activity(decode_queries=queries))
+        self.recorded[request_id] = self.recorded.get(request_id, 0) + queries
+
+    @rule(request_id=request_ids)
+    def finish(self, request_id: str) -> None:
+        activity = self.table.finish(request_id)
+        self.prompt_lens.pop(request_id, None)
+        recorded = self.recorded.pop(request_id, None)
+        assert (activity and activity.decode_queries) == recorded
+
+    @invariant()
+    def every_slot_has_one_owner_and_its_prompt_length(self) -> None:
+        owners = sorted(self.prompt_lens)
+        slots = self.table.slots_of(owners)
+        assert len(set(slots.tolist())) == len(owners) == len(self.table)
+        assert all(0 <= slot < CAPACITY for slot in slots)
+        assert self.table.ids_of(slots) == owners
+        expected = [self.prompt_lens[owner] for owner in owners]
+        np.testing.assert_array_equal(self.table.prompt_lens[slots], expected)
+
+    @invariant()
+    def no_reset_without_a_new_owner(self) -> None:
+        assert self.resets == []
+
+    def teardown(self) -> None:
+        for request_id in sorted(self.prompt_lens):
+            self.table.finish(request_id)
+        assert sorted(self.table.add(f"new-{index}", 1) for index in range(CAPACITY)) == list(
+            range(CAPACITY)
+        ), "a slot leaked"
+
+
+Slots.TestCase.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
+test_slots = Slots.TestCase
+
+
+def test_a_request_that_was_never_added_has_no_slot():
+    with pytest.raises(KeyError):
+        RequestTable(CAPACITY).slots_of(["unknown"])

@@ -1,0 +1,203 @@
+"""Under vLLM's real scheduler, what is computed together depends on the request alone.
+
+With query chunks of C tokens, a request whose prompt's tail starts at s has the limit L: s rounded
+down to a multiple of C. A prefill step ends at a multiple of C, at s, or past it; only blocks below L
+enter the prefix cache, and a hit ends at a multiple of C, at most at the reader's L.
+"""
+
+import pytest
+
+pytest.importorskip("vllm")
+
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request
+from vllm.v1.structured_output import StructuredOutputManager
+
+from tests.hooks.conftest import BLOCK_SIZE, MAX_NUM_SEQS, QUERY_CHUNK, TAIL_QUERIES
+from vllm_tokenselect.config import TokenSelectConfig
+from vllm_tokenselect.hooks.scheduler import TokenSelectAsyncScheduler, TokenSelectScheduler
+
+CONFIG = TokenSelectConfig(query_chunk=QUERY_CHUNK, tail_queries=TAIL_QUERIES)
+NUM_BLOCKS = 41  # one of them is vLLM's null block
+MIN_BUDGET = QUERY_CHUNK + MAX_NUM_SEQS
+
+
+class Serving:
+    """vLLM's scheduler with a model that always answers the same token."""
+
+    def __init__(self, vllm_config, scheduler_cls=TokenSelectScheduler):
+        spec = FullAttentionSpec(
+            block_size=BLOCK_SIZE, num_kv_heads=1, head_size=32, dtype=torch.float32
+        )
+        vllm_config.cache_config.num_gpu_blocks = NUM_BLOCKS
+        init_none_hash(sha256)
+        self.block_hasher = get_request_block_hasher(BLOCK_SIZE, sha256)
+        self.scheduler = scheduler_cls(
+            vllm_config=vllm_config,
+            kv_cache_config=KVCacheConfig(
+                num_blocks=NUM_BLOCKS,
+                kv_cache_tensors=[],
+                kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)],
+            ),
+            structured_output_manager=StructuredOutputManager(vllm_config),
+            block_size=BLOCK_SIZE,
+        )
+        self.requests: dict[str, Request] = {}
+
+    def add(self, prompt: list[int], max_tokens: int = 3) -> Request:
+        request = Request(
+            request_id=str(len(self.requests)),
+            prompt_token_ids=prompt,
+            sampling_params=SamplingParams(max_tokens=max_tokens, ignore_eos=True),
+            pooling_params=None,
+            block_hasher=self.block_hasher,
+        )
+        self.requests[request.request_id] = request
+        self.scheduler.add_request(request)
+        return request
+
+    def step(self) -> list[tuple[Request, int, int, bool]]:
+        """Run one step; returns for each request [start, end) and whether it starts here."""
+        output = self.scheduler.schedule()
+        cached = output.scheduled_cached_reqs
+        starts = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
+        starting = {*starts, *cached.resumed_req_ids}
+        starts |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        ids = list(output.num_scheduled_tokens)
+        ends = {id_: starts[id_] + output.num_scheduled_tokens[id_] for id_ in ids}
+        complete = {id_: ends[id_] >= self.requests[id_].num_tokens for id_ in ids}
+        self.check_prefix_cache()
+        self.scheduler.update_from_output(
+            output,
+            ModelRunnerOutput(
+                req_ids=ids,
+                req_id_to_index={id_: index for index, id_ in enumerate(ids)},
+                sampled_token_ids=[[7] if complete[id_] else [] for id_ in ids],
+            ),
+        )
+        return [(self.requests[id_], starts[id_], ends[id_], id_ in starting) for id_ in ids]
+
+    def check_prefix_cache(self) -> None:
+        for request in self.scheduler.running:
+            limit = CONFIG.shareable_tokens(request.num_prompt_tokens)
+            blocks = self.scheduler.kv_cache_manager.get_blocks(request.request_id).blocks[0]
+            past_limit = blocks[limit // BLOCK_SIZE :]
+            assert all(block.block_hash is None for block in past_limit), (
+                f"tokens past {limit} of a prompt of {request.num_prompt_tokens} can be shared"
+            )
+
+    def run(self) -> list[tuple[Request, int, int, bool]]:
+        """Run until every request has ended; each step must compute something."""
+        steps = []
+        while not all(request.is_finished() for request in self.requests.values()):
+            computed = self.step()
+            assert computed, "nothing was computed although requests are waiting"
+            steps += computed
+        return steps
+
+
+def check_steps(steps) -> None:
+    for request, start, end, starts_here in steps:
+        tail_start = CONFIG.tail_start(request.num_prompt_tokens)
+        assert end % QUERY_CHUNK == 0 or end >= tail_start, (
+            f"a step [{start}, {end}) splits a chunk of a prompt whose tail starts at {tail_start}"
+        )
+        if starts_here:
+            assert start % QUERY_CHUNK == 0
+            assert start <= CONFIG.shareable_tokens(request.num_prompt_tokens)
+
+
+@st.composite
+def prompts(draw) -> list[int]:
+    """Prompts that share beginnings of any length with each other."""
+    shared = draw(st.integers(0, 400))
+    own = draw(st.lists(st.integers(1, 100), min_size=1, max_size=60))
+    return [draw(st.integers(101, 102))] * shared + own
+
+
+@settings(
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(
+    budget=st.integers(MIN_BUDGET, 4 * QUERY_CHUNK),
+    arrivals=st.lists(
+        st.tuples(st.integers(0, 6), prompts(), st.integers(1, 40)), min_size=1, max_size=8
+    ),
+)
+@example(budget=MIN_BUDGET, arrivals=[(0, [101] * 400 + [index], 40) for index in range(8)])
+@example(budget=200, arrivals=[(index, [index + 1] * 450, 100) for index in range(6)])
+def test_chunks_are_whole_and_only_whole_chunks_are_shared(make_vllm_config, budget, arrivals):
+    serving = Serving(make_vllm_config(max_num_batched_tokens=budget))
+    for wait, prompt, max_tokens in arrivals:
+        for _ in range(wait):
+            check_steps(serving.step())
+        serving.add(prompt, max_tokens)
+    check_steps(serving.run())
+
+
+@pytest.mark.parametrize("scheduler_cls", [TokenSelectScheduler, TokenSelectAsyncScheduler])
+@pytest.mark.parametrize(
+    ("length", "hit"),
+    [(300, 256), (266, 256), (265, 192), (74, 64), (73, 0), (64, 0), (10, 0), (1, 0)],
+)
+def test_a_prompt_sent_twice_hits_up_to_its_limit(make_vllm_config, scheduler_cls, length, hit):
+    serving = Serving(make_vllm_config(), scheduler_cls)
+    for expected in (0, hit):
+        request = serving.add([5] * length)
+        steps = serving.run()
+        assert [start for _, start, _, starts_here in steps if starts_here] == [expected]
+        assert [end for _, start, end, _ in steps if start < length][-1] == length
+        assert request.num_output_tokens == 3
+        check_steps(steps)
+        serving.requests.clear()
+
+
+@pytest.mark.parametrize(
+    ("shared", "hit"), [(300, 256), (256, 256), (255, 192), (191, 128), (63, 0)]
+)
+def test_a_hit_is_cut_to_whole_chunks_of_what_is_shared(make_vllm_config, shared, hit):
+    serving = Serving(make_vllm_config())
+    serving.add([5] * 400)
+    serving.run()
+    reader = serving.add([5] * shared + [6] * 100)
+    _, start, *_ = next(step for step in serving.run() if step[0] is reader)
+    assert start == hit
+
+
+def test_a_shorter_reader_is_cut_at_its_own_limit(make_vllm_config):
+    serving = Serving(make_vllm_config())
+    serving.add([5] * 400)
+    serving.run()
+    reader = serving.add([5] * 200)
+    _, start, *_ = next(step for step in serving.run() if step[0] is reader)
+    assert start == 128  # the tail starts at 190
+
+
+def test_preempted_requests_come_back_and_end(make_vllm_config):
+    serving = Serving(make_vllm_config(max_num_batched_tokens=4 * QUERY_CHUNK))
+    for token in range(1, 4):
+        serving.add([token] * 200, max_tokens=30)
+    check_steps(serving.run())
+    preemptions = sum(request.num_preemptions for request in serving.requests.values())
+    assert preemptions > 0, "the test no longer forces a preemption"
+
+
+def test_a_long_prompt_is_not_starved_by_running_requests(make_vllm_config):
+    serving = Serving(make_vllm_config())
+    for token in range(1, MAX_NUM_SEQS):
+        serving.add([token] * 20, max_tokens=100)
+    serving.step()
+    long_prompt = serving.add([99] * 330, max_tokens=1)
+    for _ in range(6):
+        assert not long_prompt.is_finished()
+        check_steps(serving.step())
+    assert long_prompt.is_finished(), "one chunk a step beside the running requests"

@@ -1,0 +1,63 @@
+"""Random paged caches in the shapes that the operations must get right."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Case:
+    """`rows` requests of about `tokens` tokens; prints as `R3-N513-H9/3-D64-B16-bf16`."""
+
+    rows: int
+    tokens: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    block_size: int
+    dtype: str
+
+    def __str__(self) -> str:
+        heads = f"H{self.num_heads}/{self.num_kv_heads}"
+        shape = f"D{self.head_size}-B{self.block_size}"
+        return f"R{self.rows}-N{self.tokens}-{heads}-{shape}-{self.dtype}"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+
+SHAPES = [
+    Case(1, 640, 9, 3, 64, 32, "bf16"),
+    Case(3, 513, 9, 3, 64, 16, "bf16"),
+    Case(2, 1031, 28, 4, 128, 32, "bf16"),
+    Case(4, 257, 8, 1, 96, 128, "bf16"),
+    Case(2, 700, 4, 4, 80, 16, "fp16"),
+    Case(3, 333, 14, 2, 64, 128, "fp16"),
+    Case(2, 517, 6, 2, 256, 32, "fp32"),
+    Case(5, 97, 7, 1, 72, 16, "fp32"),
+    Case(2, 45, 3, 1, 37, 16, "bf16"),
+    Case(12, 1300, 9, 3, 64, 32, "bf16"),
+]
+
+
+def paged_cache(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+    """A cache and a block table whose block ids are shuffled; row 1 shares row 0's first block."""
+    generator = torch.Generator().manual_seed(case.rows * case.tokens)
+    width = -(-case.tokens // case.block_size)
+    num_blocks = case.rows * width + 3
+    shape = (num_blocks, case.num_kv_heads, 2, case.block_size, case.head_size)
+    kv_cache = torch.randn(shape, generator=generator).to(case.torch_dtype)
+    blocks = torch.randperm(num_blocks, generator=generator)[: case.rows * width]
+    block_table = blocks.view(case.rows, width).to(torch.int32)
+    if case.rows > 1:
+        block_table[1, 0] = block_table[0, 0]
+    return kv_cache, block_table
+
+
+def int32(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)

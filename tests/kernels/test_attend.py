@@ -1,0 +1,115 @@
+"""Attention read in place is that of the definition."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.kernels.cases import DTYPES, SHAPES, Case, int32, paged_cache
+from vllm_tokenselect.kernels.attend import cpu, reference
+
+TOLERANCE = {"fp32": 2e-5, "fp16": 1e-3, "bf16": 8e-3}  # of the output's own rounding
+
+
+def _random_slots(case: Case, kv_cache: torch.Tensor, rows: int, width: int) -> torch.Tensor:
+    return torch.randint(0, kv_cache.shape[0] * case.block_size, (rows, width), dtype=torch.int32)
+
+
+@pytest.mark.parametrize("case", SHAPES, ids=str)
+def test_attention_is_that_of_the_definition(case: Case):
+    kv_cache, _ = paged_cache(case)
+    slots = _random_slots(case, kv_cache, case.rows, case.tokens)
+    lengths = torch.randint(1, case.tokens + 1, (case.rows,), dtype=torch.int32)
+    lengths[0] = case.tokens
+    query = torch.randn(case.rows, case.num_heads, case.head_size).to(case.torch_dtype)
+    actual, expected = torch.empty_like(query), torch.empty_like(query)
+    for operation, out in ((cpu, actual), (reference, expected)):
+        operation.attend_single_queries(query, kv_cache, slots, lengths, 0.3, out)
+    tolerance = TOLERANCE[case.dtype]
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_queries_need_not_have_the_caches_dtype(dtype: str):
+    case = SHAPES[0]
+    kv_cache, _ = paged_cache(case)
+    slots = _random_slots(case, kv_cache, 1, 100)
+    query = torch.randn(1, 9, 64).to(DTYPES[dtype])
+    actual, expected = torch.empty_like(query), torch.empty_like(query)
+    for operation, out in ((cpu, actual), (reference, expected)):
+        operation.attend_single_queries(query, kv_cache, slots, int32(100), 0.125, out)
+    torch.testing.assert_close(actual, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+def test_a_row_without_tokens_gives_zeros():
+    case = SHAPES[1]
+    kv_cache, _ = paged_cache(case)
+    query = torch.randn(3, 9, 64)
+    for operation in (cpu, reference):
+        out = torch.full_like(query, float("nan"))
+        slots = _random_slots(case, kv_cache, 3, 20)
+        operation.attend_single_queries(query, kv_cache, slots, int32(0, 20, 0), 0.125, out)
+        assert not out[[0, 2]].any()
+        assert out[1].isfinite().all()
+
+
+@pytest.mark.parametrize("length", [1, 4, 511, 512, 513, 1024, 1025])
+def test_splits_are_joined_at_every_boundary(length: int):
+    case = SHAPES[0]
+    kv_cache, _ = paged_cache(case)
+    slots = _random_slots(case, kv_cache, 1, length)
+    query = torch.randn(1, 9, 64)
+    actual, expected = torch.empty_like(query), torch.empty_like(query)
+    for operation, out in ((cpu, actual), (reference, expected)):
+        operation.attend_single_queries(query, kv_cache, slots, int32(length), 0.125, out)
+    torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-5)
+
+
+def test_large_scores_neither_overflow_nor_vanish():
+    case = SHAPES[0]
+    kv_cache, _ = paged_cache(case)
+    slots = _random_slots(case, kv_cache, 1, 600)
+    query = torch.randn(1, 9, 64) * 300
+    actual, expected = torch.empty_like(query), torch.empty_like(query)
+    for operation, out in ((cpu, actual), (reference, expected)):
+        operation.attend_single_queries(query, kv_cache, slots, int32(600), 1.0, out)
+    torch.testing.assert_close(actual, expected, rtol=1e-2, atol=1e-2)
+
+
+def test_a_rows_output_is_the_same_bits_alone_and_in_company():
+    case = SHAPES[0]
+    kv_cache, _ = paged_cache(case)
+    slots = _random_slots(case, kv_cache, 5, 1500)
+    lengths = int32(1500, 7, 900, 1400, 513)
+    query = torch.randn(5, 9, 64)
+    together, alone = torch.empty_like(query), torch.empty_like(query)
+    cpu.attend_single_queries(query, kv_cache, slots, lengths, 0.125, together)
+    for row in range(5):
+        rows = slice(row, row + 1)
+        cpu.attend_single_queries(
+            query[rows], kv_cache, slots[rows], lengths[rows], 0.125, alone[rows]
+        )
+    assert torch.equal(alone, together)
+
+
+def test_the_definition_agrees_with_pytorch_on_rows_of_several_queries():
+    case = Case(2, 90, 9, 3, 64, 16, "fp32")
+    kv_cache, _ = paged_cache(case)
+    slots, lengths = _random_slots(case, kv_cache, 2, 90), int32(90, 41)
+    query = torch.randn(25, 9, 64)
+    out = torch.empty_like(query)
+    reference.attend(query, int32(0, 17, 25), kv_cache, slots, lengths, 0.125, out)
+    for row, queries in enumerate((slice(0, 17), slice(17, 25))):
+        index = slots[row, : lengths[row]].long()
+        tokens = kv_cache[index // 16, :, :, index % 16]  # [m, Hkv, 2, D]
+        keys, values = (part.transpose(0, 1)[None] for part in tokens.unbind(dim=2))
+        rows = query[queries].transpose(0, 1)[None]
+        mask = torch.ones(rows.shape[2], len(index), dtype=torch.bool)
+        expected = F.scaled_dot_product_attention(
+            rows,
+            keys,
+            values,
+            attn_mask=mask.tril(len(index) - rows.shape[2]),
+            scale=0.125,
+            enable_gqa=True,
+        )
+        torch.testing.assert_close(out[queries], expected[0].transpose(0, 1))

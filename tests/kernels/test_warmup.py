@@ -1,0 +1,78 @@
+"""After the warm-up nothing is left to compile."""
+
+import numba
+import pytest
+import torch
+
+from tests.kernels.cases import SHAPES, Case, int32, paged_cache
+from vllm_tokenselect.kernels import warmup
+from vllm_tokenselect.kernels.attend import cpu as attend
+from vllm_tokenselect.kernels.block_table import cpu as block_table
+from vllm_tokenselect.kernels.gather import cpu as gather
+from vllm_tokenselect.kernels.operations import cpu_operations
+from vllm_tokenselect.kernels.score import cpu as score
+
+KERNELS = [score._score, block_table._build, gather._gather, attend._attend]
+
+
+@pytest.mark.parametrize("case", [SHAPES[0], SHAPES[4], SHAPES[7]], ids=str)
+def test_no_kernel_is_compiled_after_the_warm_up(case: Case):
+    warmup.compile_cpu_kernels(
+        case.torch_dtype, case.head_size, case.num_heads, case.num_kv_heads, case.block_size
+    )
+    compiled = [len(kernel.signatures) for kernel in KERNELS]
+
+    operations = cpu_operations()
+    kv_cache, table = paged_cache(case)
+    query = torch.randn(case.rows, case.num_heads, case.head_size)
+    row_seq = torch.arange(case.rows, dtype=torch.int32)
+    ends = torch.full((case.rows,), case.tokens, dtype=torch.int32)
+    slots = torch.empty((case.rows, case.tokens), dtype=torch.int32)
+    lengths = torch.empty_like(ends)
+    keys = torch.empty((16, case.num_kv_heads, case.head_size), dtype=case.torch_dtype)
+    for votes in (
+        operations.soft_vote(
+            operations.score_paged_keys(query, kv_cache, table, row_seq, 0, ends, 0.1)
+        ),
+        None,
+    ):
+        top_k = 16 if votes is not None else case.tokens
+        operations.build_sparse_block_table(
+            votes, table, row_seq, 0, top_k, ends, ends, case.block_size, slots, lengths
+        )
+        operations.gather_tokens(kv_cache, slots[0, :16], keys, keys.clone())
+        operations.attend_single_queries(
+            query, kv_cache, slots, lengths, 0.1, torch.empty_like(query)
+        )
+
+    assert [len(kernel.signatures) for kernel in KERNELS] == compiled
+
+
+def test_numba_gets_the_threads_of_pytorch():
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        warmup.use_torch_threads()
+        assert numba.get_num_threads() == 1
+        torch.set_num_threads(10_000)
+        warmup.use_torch_threads()
+        assert numba.get_num_threads() == numba.config.NUMBA_NUM_THREADS
+    finally:
+        torch.set_num_threads(threads)
+        warmup.use_torch_threads()
+
+
+def test_a_missing_openmp_library_is_named(monkeypatch):
+    def fail(threads: int) -> None:
+        raise ValueError("No threading layer could be loaded.")
+
+    monkeypatch.setattr(numba, "set_num_threads", fail)
+    with pytest.raises(RuntimeError, match="libgomp1"):
+        warmup.use_torch_threads()
+
+
+def test_an_unknown_cache_dtype_is_refused():
+    kv_cache = torch.zeros(1, 1, 2, 16, 64, dtype=torch.float64)
+    arguments = (torch.zeros(1, 1, 64), kv_cache, int32(0).view(1, 1), int32(0), 0, int32(5), 1.0)
+    with pytest.raises(KeyError):
+        score.score_paged_keys(*arguments)

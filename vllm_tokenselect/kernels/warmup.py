@@ -1,0 +1,60 @@
+"""Compile the CPU kernels at server start, so that no request waits for the compiler."""
+
+from __future__ import annotations
+
+import numba
+import torch
+
+from vllm_tokenselect.kernels.attend.cpu import attend_single_queries
+from vllm_tokenselect.kernels.block_table.cpu import build_sparse_block_table
+from vllm_tokenselect.kernels.gather.cpu import gather_tokens
+from vllm_tokenselect.kernels.score.cpu import score_paged_keys
+from vllm_tokenselect.kernels.vote.cpu import soft_vote
+
+
+def use_torch_threads() -> None:
+    """Give numba as many threads as PyTorch has; call it in the thread that runs the kernels.
+
+    numba cannot have more than it found cores at import (`numba.config.NUMBA_NUM_THREADS`).
+
+    Raises:
+        RuntimeError: the OpenMP library that numba's threads need is missing.
+    """
+    try:
+        numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    except ValueError as error:  # numba's own words: "No threading layer could be loaded"
+        raise RuntimeError(
+            "numba found no OpenMP library (libgomp.so.1), which TOKENSELECT's CPU kernels run on; "
+            "install it (package libgomp1 on Debian and Ubuntu, libgomp on Fedora)"
+        ) from error
+
+
+def compile_cpu_kernels(
+    kv_dtype: torch.dtype, head_size: int, num_heads: int, num_kv_heads: int, block_size: int
+) -> None:
+    """Run every numba kernel once on tiny inputs of the layer's shape; sets numba's threads.
+
+    About 15 s the first time on a machine, well under a second from numba's cache afterwards.
+
+    Args:
+        kv_dtype: fp32, bf16 or fp16, the cache's dtype.
+        head_size, num_heads, num_kv_heads, block_size: of the layer.
+
+    Raises:
+        RuntimeError: the OpenMP library that numba's threads need is missing.
+    """
+    use_torch_threads()
+    kv_cache = torch.zeros((1, num_kv_heads, 2, block_size, head_size), dtype=kv_dtype)
+    query = torch.zeros((1, num_heads, head_size))
+    block_table = torch.zeros((1, 1), dtype=torch.int32)
+    row_seq = torch.zeros(1, dtype=torch.int32)
+    ends = torch.full((1,), block_size, dtype=torch.int32)
+    slots = torch.empty((1, block_size), dtype=torch.int32)
+    lengths = torch.empty(1, dtype=torch.int32)
+    keys = torch.empty((1, num_kv_heads, head_size), dtype=kv_dtype)
+    votes = soft_vote(score_paged_keys(query, kv_cache, block_table, row_seq, 0, ends, 1.0))
+    build_sparse_block_table(
+        votes, block_table, row_seq, 0, 1, ends, ends, block_size, slots, lengths
+    )
+    gather_tokens(kv_cache, slots[0, :1], keys, torch.empty_like(keys))
+    attend_single_queries(query, kv_cache, slots, lengths, 1.0, torch.empty_like(query))
