@@ -29,6 +29,12 @@ NUM_BLOCKS = 41  # one of them is vLLM's null block
 MIN_BUDGET = QUERY_CHUNK + MAX_NUM_SEQS
 
 
+@pytest.fixture(autouse=True)
+def seams_are_checked_elsewhere(monkeypatch):
+    """Reading vLLM's source for each scheduler would take most of the time of these tests."""
+    monkeypatch.setattr("vllm_tokenselect.hooks.scheduler.SEAMS", ())
+
+
 class Serving:
     """vLLM's scheduler with a model that always answers the same token."""
 

@@ -3,9 +3,12 @@
 A tile is a 1-D fp32 scratch of `TILE_TOKENS` tokens, small enough for the first-level cache,
 each token padded with zeros to a multiple of `LANES`. Every token takes the same arithmetic wherever it
 lies in a tile, so a result depends neither on its neighbours nor on the alignment.
+
+numba's cache follows only the file of the outermost kernel: after a change here, remove
+`kernels/*/__pycache__/*.nb?`.
 """
 
-# mypy: allow-untyped-defs
+# mypy: allow-untyped-defs, allow-untyped-calls
 
 from __future__ import annotations
 
@@ -163,7 +166,7 @@ def prefetch(typingctx, elements, index):
             ir.FunctionType(ir.VoidType(), [pointer.type, i32, i32, i32]),
             "llvm.prefetch.p0",
         )
-        builder.call(function, [pointer, i32(0), i32(3), i32(1)])  # a read, to keep, of data
+        builder.call(function, [pointer, i32(0), i32(2), i32(1)])  # read data, into the L2
         return context.get_dummy_value()
 
     return signature, codegen

@@ -5,7 +5,7 @@ row's result never depends on its neighbours. A split leaves its maximum, its su
 weighted values; the rows then combine their splits.
 """
 
-# mypy: allow-untyped-defs
+# mypy: allow-untyped-defs, allow-untyped-calls
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Sparse block table on a CPU: an exact radix selection, one thread a row."""
 
-# mypy: allow-untyped-defs
+# mypy: allow-untyped-defs, allow-untyped-calls
 
 from __future__ import annotations
 

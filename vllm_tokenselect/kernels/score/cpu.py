@@ -1,6 +1,6 @@
 """Scores on a CPU: the keys are read where they lie, without a copy of the context."""
 
-# mypy: allow-untyped-defs
+# mypy: allow-untyped-defs, allow-untyped-calls
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from vllm_tokenselect.kernels.cpu_tiles import (
 
 # Tokens of one work item: enough to hide what an item costs, few enough to fill all threads.
 ITEM_TOKENS = 512
+PREFETCH_TOKENS = 2 * TILE_TOKENS  # blocks lie anywhere: no processor foresees the next one
 
 
 def score_paged_keys(
@@ -137,7 +138,7 @@ def _score_item(
         num_tokens = min(TILE_TOKENS, block_size - offset, reach - position)
         block = np.int64(block_table[seq, position // block_size])
         source = block * block_stride + head_offset + offset * head_size
-        ahead = position + num_tokens
+        ahead = position + PREFETCH_TOKENS
         if ahead < reach:
             block = np.int64(block_table[seq, ahead // block_size])
             following = block * block_stride + head_offset + ahead % block_size * head_size

@@ -1,0 +1,157 @@
+"""Milliseconds of each CPU operation in one decoding step of one layer, beside vLLM's CPU_ATTN.
+
+    python -m benchmarks.kernels_cpu [--threads 1] [--contexts 8192 32768] [--repeats 21]
+
+All contenders take turns over several layers' caches, as a model does, so that no context is served from
+the processor's cache; the median of the turns is printed. CPU_ATTN is left out where vLLM is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from vllm_tokenselect.kernels.operations import cpu_operations
+from vllm_tokenselect.kernels.warmup import compile_cpu_kernels
+
+SHAPES = [(9, 3, 64), (28, 4, 128)]  # query heads, KV heads, head size
+N_INIT, N_LOCAL, TOP_K, BLOCK_SIZE = 128, 512, 2048, 32
+CACHES_BYTES = 384 << 20  # of all layers together; far more than a processor's cache
+
+
+def cpu_attn_decode(
+    query: torch.Tensor, kv_cache: torch.Tensor, block_table: torch.Tensor, context: int
+) -> Callable[[], None] | None:
+    """vLLM's decoding attention over the whole context; None where vLLM is missing.
+
+    The cache is used as it lies: the op's packed layout has the same size, and time does not depend
+    on the numbers.
+    """
+    try:
+        from vllm import _custom_ops as ops
+        from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+    except ImportError:
+        return None
+    num_heads, head_size = query.shape[1:]
+    num_kv_heads = kv_cache.shape[1]
+    isa = _get_attn_isa(query.dtype, BLOCK_SIZE, head_size, "auto")
+    starts = torch.tensor([0, 1], dtype=torch.int32)
+    lengths = torch.tensor([context], dtype=torch.int32)
+    schedule = ops.cpu_attn_get_scheduler_metadata(
+        1, num_heads, num_kv_heads, head_size, lengths, query.dtype, starts, True, -1, isa, True
+    )
+    out = torch.empty_like(query)
+    keys, values = (part.contiguous() for part in kv_cache.unbind(dim=2))
+
+    def decode() -> None:
+        ops.cpu_attention_with_kv_cache(
+            query,
+            keys,
+            values,
+            out,
+            starts,
+            lengths,
+            head_size**-0.5,
+            True,
+            None,
+            -1,
+            block_table,
+            0.0,
+            schedule,
+            None,
+        )
+
+    return decode
+
+
+def contenders(
+    num_heads: int, num_kv_heads: int, head_size: int, context: int
+) -> dict[str, list[Callable[[], object]]]:
+    """For every operation one call a layer."""
+    operations = cpu_operations()
+    num_blocks = context // BLOCK_SIZE + 8
+    shape = (num_blocks, num_kv_heads, 2, BLOCK_SIZE, head_size)
+    cache_bytes = 2 * torch.Size(shape).numel()
+    block_table = torch.randperm(num_blocks)[: context // BLOCK_SIZE].to(torch.int32)[None]
+    row_seq = torch.zeros(1, dtype=torch.int32)
+    candidate_end = torch.tensor([context - 1 - N_LOCAL], dtype=torch.int32)
+    context_end = torch.tensor([context], dtype=torch.int32)
+    slots = torch.empty((1, N_INIT + TOP_K + N_LOCAL + 1), dtype=torch.int32)
+    lengths = torch.empty(1, dtype=torch.int32)
+    query = torch.randn(1, num_heads, head_size).bfloat16()
+    mean_query, out, scale = query.float(), torch.empty_like(query), head_size**-0.5
+    calls: dict[str, list[Callable[[], object]]] = {
+        name: [] for name in ("score", "vote", "block_table", "attend", "gather", "CPU_ATTN")
+    }
+    for _ in range(max(2, CACHES_BYTES // cache_bytes)):
+        kv_cache = torch.randn(shape, dtype=torch.bfloat16)
+        arguments = (mean_query, kv_cache, block_table, row_seq, N_INIT, candidate_end, scale)
+        logits = operations.score_paged_keys(*arguments)
+        votes = operations.soft_vote(logits)
+        table = (votes, block_table, row_seq, N_INIT, TOP_K, candidate_end, context_end, BLOCK_SIZE)
+        operations.build_sparse_block_table(*table, slots, lengths)
+        keys = torch.empty((slots.shape[1], num_kv_heads, head_size), dtype=torch.bfloat16)
+        values = torch.empty_like(keys)
+        decode = cpu_attn_decode(query, kv_cache, block_table, context)
+
+        def score(arguments=arguments):
+            operations.score_paged_keys(*arguments)
+
+        def vote(logits=logits):
+            operations.soft_vote(logits)
+
+        def build(table=table):
+            operations.build_sparse_block_table(*table, slots, lengths)
+
+        def attend(kv_cache=kv_cache):
+            operations.attend_single_queries(query, kv_cache, slots, lengths, scale, out)
+
+        def gather(kv_cache=kv_cache, keys=keys, values=values):
+            operations.gather_tokens(kv_cache, slots[0], keys, values)
+
+        for name, call in zip(calls, (score, vote, build, attend, gather, decode), strict=True):
+            if call is not None:
+                calls[name].append(call)
+    return {name: layers for name, layers in calls.items() if layers}
+
+
+def medians(calls: dict[str, list[Callable[[], object]]], repeats: int) -> dict[str, float]:
+    """Median milliseconds of each operation; the operations and the layers take turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for repeat in range(repeats + 1):
+        for name, layers in calls.items():
+            begin = time.perf_counter()
+            layers[repeat % len(layers)]()
+            seconds[name].append(time.perf_counter() - begin)
+    return {name: 1e3 * statistics.median(times[1:]) for name, times in seconds.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--contexts", type=int, nargs="+", default=[8192, 32768])
+    parser.add_argument("--repeats", type=int, default=21)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    for num_heads, num_kv_heads, head_size in SHAPES:
+        compile_cpu_kernels(torch.bfloat16, head_size, num_heads, num_kv_heads, BLOCK_SIZE)
+        for context in arguments.contexts:
+            times = medians(
+                contenders(num_heads, num_kv_heads, head_size, context), arguments.repeats
+            )
+            reselecting = sum(times[name] for name in ("score", "vote", "block_table", "attend"))
+            line = "  ".join(f"{name} {value:.3f}" for name, value in times.items())
+            print(f"H{num_heads}/{num_kv_heads}-D{head_size}-N{context}-bf16  {line}")
+            if "CPU_ATTN" in times:
+                print(
+                    f"  CPU_ATTN / reselecting {times['CPU_ATTN'] / reselecting:.1f}x"
+                    f"  CPU_ATTN / reusing {times['CPU_ATTN'] / times['attend']:.1f}x"
+                )
+
+
+if __name__ == "__main__":
+    main()

