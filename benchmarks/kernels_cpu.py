@@ -18,6 +18,12 @@ import torch
 from vllm_tokenselect.kernels.operations import cpu_operations
 from vllm_tokenselect.kernels.warmup import compile_cpu_kernels
 
+try:
+    from vllm import _custom_ops as ops
+    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+except ImportError:
+    ops = None
+
 SHAPES = [(9, 3, 64), (28, 4, 128)]  # query heads, KV heads, head size
 N_INIT, N_LOCAL, TOP_K, BLOCK_SIZE = 128, 512, 2048, 32
 CACHES_BYTES = 384 << 20  # of all layers together; far more than a processor's cache
@@ -31,10 +37,7 @@ def cpu_attn_decode(
     The cache is used as it lies: the op's packed layout has the same size, and time does not depend
     on the numbers.
     """
-    try:
-        from vllm import _custom_ops as ops
-        from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
-    except ImportError:
+    if ops is None:
         return None
     num_heads, head_size = query.shape[1:]
     num_kv_heads = kv_cache.shape[1]
@@ -94,8 +97,8 @@ def contenders(
         votes = operations.soft_vote(logits)
         table = (votes, block_table, row_seq, N_INIT, TOP_K, candidate_end, context_end, BLOCK_SIZE)
         operations.build_sparse_block_table(*table, slots, lengths)
-        keys = torch.empty((slots.shape[1], num_kv_heads, head_size), dtype=torch.bfloat16)
-        values = torch.empty_like(keys)
+        keys = torch.zeros((slots.shape[1], num_kv_heads, head_size), dtype=torch.bfloat16)
+        values = torch.zeros_like(keys)
         decode = cpu_attn_decode(query, kv_cache, block_table, context)
 
         def score(arguments=arguments):
@@ -136,13 +139,12 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, nargs="+", default=[8192, 32768])
     parser.add_argument("--repeats", type=int, default=21)
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    torch.set_num_threads(arguments.threads)  # after vLLM's import, which sets its own
     for num_heads, num_kv_heads, head_size in SHAPES:
         compile_cpu_kernels(torch.bfloat16, head_size, num_heads, num_kv_heads, BLOCK_SIZE)
         for context in arguments.contexts:
-            times = medians(
-                contenders(num_heads, num_kv_heads, head_size, context), arguments.repeats
-            )
+            calls = contenders(num_heads, num_kv_heads, head_size, context)
+            times = medians(calls, arguments.repeats)
             reselecting = sum(times[name] for name in ("score", "vote", "block_table", "attend"))
             line = "  ".join(f"{name} {value:.3f}" for name, value in times.items())
             print(f"H{num_heads}/{num_kv_heads}-D{head_size}-N{context}-bf16  {line}")

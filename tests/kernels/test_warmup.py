@@ -1,5 +1,8 @@
 """After the warm-up nothing is left to compile."""
 
+import subprocess
+import sys
+
 import numba
 import pytest
 import torch
@@ -60,6 +63,16 @@ def test_numba_gets_the_threads_of_pytorch():
     finally:
         torch.set_num_threads(threads)
         warmup.use_torch_threads()
+
+
+def test_pytorch_keeps_its_threads_when_numba_starts():
+    program = (
+        "import torch; torch.set_num_threads(1);"
+        "from vllm_tokenselect.kernels.warmup import compile_cpu_kernels;"
+        "compile_cpu_kernels(torch.bfloat16, 64, 9, 3, 32);"
+        "assert torch.get_num_threads() == 1, torch.get_num_threads()"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_a_missing_openmp_library_is_named(monkeypatch):

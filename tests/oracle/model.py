@@ -86,7 +86,9 @@ class OracleModel:
         self.prompt_len = 0
 
     @torch.inference_mode()
-    def generate(self, prompt: list[int], max_tokens: int) -> tuple[list[int], list[float], list[float]]:
+    def generate(
+        self, prompt: list[int], max_tokens: int
+    ) -> tuple[list[int], list[float], list[float]]:
         """Greedy decoding.
 
         Returns:

@@ -29,7 +29,14 @@ def test_a_small_budget_changes_what_is_said_with_what_certainty(smollm2, tokeni
 
 def test_chunks_lie_at_multiples_and_end_where_the_tail_begins():
     chunks = query_chunks(0, 13, prompt_len=12, settings=SMALL)
-    assert [(c.start, c.stop) for c in chunks] == [(0, 4), (4, 8), (8, 10), (10, 11), (11, 12), (12, 13)]
+    assert [(c.start, c.stop) for c in chunks] == [
+        (0, 4),
+        (4, 8),
+        (8, 10),
+        (10, 11),
+        (11, 12),
+        (12, 13),
+    ]
 
 
 def test_sink_selected_and_local_tokens_are_attended_and_ties_go_to_the_lower_position():

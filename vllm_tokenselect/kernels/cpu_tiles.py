@@ -12,11 +12,10 @@ numba's cache follows only the file of the outermost kernel: after a change here
 
 from __future__ import annotations
 
-import numpy as np
 from llvmlite import ir
 from numba import config, njit, types
 from numba.core import cgutils
-from numba.extending import intrinsic, overload
+from numba.extending import intrinsic
 
 # The OpenMP layer runs in PyTorch's own thread pool where vLLM preloads its libgomp. numba's other pools
 # would put their threads on the one core that vLLM binds the worker's main thread to.
@@ -30,53 +29,103 @@ FAST_MATH = {"reassoc", "contract", "nsz", "arcp"}
 _CONTRACT = ("contract", "reassoc", "nsz")
 
 
-def widen(elements: np.ndarray, first: int, count: int, tile: np.ndarray, offset: int) -> None:
-    """Write `count` cache elements from `first` on to `tile[offset:]` as fp32, exactly."""
-    raise NotImplementedError("compiled code only")
+def _vector_pointer(context, builder, array_type, array, index, element=None):
+    """Pointer to `LANES` numbers from `array[index]` on, or to one `element` there."""
+    data = context.make_array(array_type)(context, builder, array).data
+    target = ir.VectorType(ir.FloatType(), LANES) if element is None else element
+    return builder.bitcast(builder.gep(data, [index]), target.as_pointer())
 
 
-@overload(widen, jit_options={"fastmath": FAST_MATH})
-def _widen(elements, first, count, tile, offset):
-    if elements.dtype == types.float32:
+def _shuffle(builder, a, b, lanes):
+    mask = ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), lanes)
+    return builder.shuffle_vector(a, b, mask)
 
-        def copy(elements, first, count, tile, offset):
-            source, target = elements[first : first + count], tile[offset : offset + count]
-            for i in range(count):
-                target[i] = source[i]
 
-        return copy
+def _repeat(builder, number):
+    """A vector of one number."""
+    empty = ir.Constant(ir.VectorType(number.type, LANES), ir.Undefined)
+    one = builder.insert_element(empty, number, ir.IntType(32)(0))
+    return _shuffle(builder, one, one, [0] * LANES)
 
-    if elements.dtype == types.uint16:
 
-        def from_bf16(elements, first, count, tile, offset):
-            source, target = elements[first : first + count], tile[offset : offset + count]
-            for i in range(count):
-                target[i] = np.uint32(np.uint32(source[i]) << np.uint32(16)).view(np.float32)
+def _fold(builder, a, b, width):
+    """Add the halves of every group of `2 * width` lanes of a and of b; a's groups come first."""
+    lower = [lane for lane in range(2 * LANES) if lane // width % 2 == 0]
+    upper = [lane + width for lane in lower]
+    return builder.fadd(
+        _shuffle(builder, a, b, lower), _shuffle(builder, a, b, upper), flags=_CONTRACT
+    )
 
-        return from_bf16
 
-    def from_fp16(elements, first, count, tile, offset):
-        # The exponent's bias grows by 112. A subnormal gets a leading one, which is subtracted again:
-        # exact, and right too where the processor flushes subnormal fp32 numbers to zero.
-        source, target = elements[first : first + count], tile[offset : offset + count]
-        one = np.uint32(113 << 23).view(np.float32)
-        for i in range(count):
-            half = np.uint32(np.uint16(source[i]))
-            magnitude = np.uint32(np.uint32(half & np.uint32(0x7FFF)) << np.uint32(13))
-            bias = (
-                np.uint32(112 << 23) if magnitude < np.uint32(0x0F800000) else np.uint32(224 << 23)
+def _from_fp16(builder, half, floats):
+    """Exactly the fp32 numbers of fp16 bits (zero-extended to 32).
+
+    Integers throughout, as not every processor converts. The exponent's bias grows by 112, twice that
+    for infinity and NaN. A subnormal gets a leading one, which is subtracted again: right too where the
+    processor flushes subnormal fp32 numbers to zero.
+    """
+    bits = half.type
+
+    def constant(number):
+        many = isinstance(bits, ir.VectorType)
+        return ir.Constant(bits, [number] * LANES if many else number)
+
+    magnitude = builder.shl(builder.and_(half, constant(0x7FFF)), constant(13))
+    finite = builder.icmp_unsigned("<", magnitude, constant(0x0F800000))
+    bias = builder.select(finite, constant(112 << 23), constant(224 << 23))
+    normal = builder.add(magnitude, bias)
+    one = constant(113 << 23)
+    subnormal = builder.fsub(
+        builder.bitcast(builder.add(magnitude, one), floats), builder.bitcast(one, floats)
+    )
+    is_normal = builder.icmp_unsigned(">=", magnitude, constant(1 << 23))
+    number = builder.select(is_normal, normal, builder.bitcast(subnormal, bits))
+    sign = builder.shl(builder.and_(half, constant(0x8000)), constant(16))
+    return builder.bitcast(builder.or_(number, sign), floats)
+
+
+@intrinsic
+def widen(typingctx, elements, first, count, tile, offset):
+    """Write `count` cache elements from `first` on to `tile[offset:]` as fp32, exactly.
+
+    `elements` holds fp32 numbers, bf16 bits as uint16 or fp16 bits as int16.
+    """
+    signature = types.void(elements, types.intp, types.intp, tile, types.intp)
+
+    def codegen(context, builder, sig, args):
+        elements, first, count, tile, offset = args
+        i16, i32, f32 = ir.IntType(16), ir.IntType(32), ir.FloatType()
+
+        def widen_at(index, vector):
+            def shape(element):
+                return ir.VectorType(element, LANES) if vector else element
+
+            stored = f32 if sig.args[0].dtype == types.float32 else i16
+            source = builder.add(first, index)
+            pointer = _vector_pointer(
+                context, builder, sig.args[0], elements, source, shape(stored)
             )
-            normal = np.uint32(magnitude + bias)
-            subnormal = np.float32(
-                np.uint32(magnitude + np.uint32(113 << 23)).view(np.float32) - one
-            )
-            bits = (
-                normal if magnitude >= np.uint32(1 << 23) else np.float32(subnormal).view(np.uint32)
-            )
-            sign = np.uint32(np.uint32(half & np.uint32(0x8000)) << np.uint32(16))
-            target[i] = np.uint32(bits | sign).view(np.float32)
+            number = builder.load(pointer, align=2 if stored is i16 else 4)
+            if stored is i16:
+                number = builder.zext(number, shape(i32))
+                if sig.args[0].dtype == types.uint16:
+                    sixteen = ir.Constant(shape(i32), [16] * LANES if vector else 16)
+                    number = builder.bitcast(builder.shl(number, sixteen), shape(f32))
+                else:
+                    number = _from_fp16(builder, number, shape(f32))
+            target = builder.add(offset, index)
+            pointer = _vector_pointer(context, builder, sig.args[3], tile, target, shape(f32))
+            builder.store(number, pointer, align=4)
 
-    return from_fp16
+        lanes = count.type(LANES)
+        whole = builder.mul(builder.sdiv(count, lanes), lanes)
+        with cgutils.for_range(builder, builder.sdiv(count, lanes)) as loop:
+            widen_at(builder.mul(loop.index, lanes), vector=True)
+        with cgutils.for_range(builder, builder.sub(count, whole)) as loop:
+            widen_at(builder.add(whole, loop.index), vector=False)
+        return context.get_dummy_value()
+
+    return signature, codegen
 
 
 @njit(fastmath=FAST_MATH)
@@ -87,26 +136,6 @@ def widen_tokens(elements, first, num_tokens, head_size, tile, stride):
     else:
         for token in range(num_tokens):
             widen(elements, first + token * head_size, head_size, tile, token * stride)
-
-
-def _vector_pointer(context, builder, array_type, array, index):
-    data = context.make_array(array_type)(context, builder, array).data
-    pointer = builder.gep(data, [index])
-    return builder.bitcast(pointer, ir.VectorType(ir.FloatType(), LANES).as_pointer())
-
-
-def _shuffle(builder, a, b, lanes):
-    mask = ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), lanes)
-    return builder.shuffle_vector(a, b, mask)
-
-
-def _fold(builder, a, b, width):
-    """Add the halves of every group of `2 * width` lanes of a and of b; a's groups come first."""
-    lower = [lane for lane in range(2 * LANES) if lane // width % 2 == 0]
-    upper = [lane + width for lane in lower]
-    return builder.fadd(
-        _shuffle(builder, a, b, lower), _shuffle(builder, a, b, upper), flags=_CONTRACT
-    )
 
 
 @intrinsic
@@ -143,10 +172,41 @@ def dot_tile(typingctx, query, query_offset, tile, stride, scale, out, out_offse
 
         a, b, c, d = (four_tokens(first) for first in range(0, TILE_TOKENS, 4))
         dots = _fold(builder, _fold(builder, a, b, 2), _fold(builder, c, d, 2), 1)
-        one = builder.insert_element(zero, scale, ir.IntType(32)(0))
-        scales = _shuffle(builder, one, one, [0] * LANES)
         pointer = _vector_pointer(context, builder, sig.args[5], out, out_offset)
-        builder.store(builder.fmul(dots, scales), pointer, align=4)
+        builder.store(builder.fmul(dots, _repeat(builder, scale)), pointer, align=4)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@intrinsic
+def add_tile(typingctx, target, target_offset, weights, weight_offset, tile, stride):
+    """Add a tile's tokens, each times its own of `TILE_TOKENS` weights, to `stride` numbers of `target`."""
+    intp = types.intp
+    signature = types.void(target, intp, weights, intp, tile, intp)
+
+    def codegen(context, builder, sig, args):
+        target, target_offset, weights, weight_offset, tile, stride = args
+        pointer = _vector_pointer(context, builder, sig.args[2], weights, weight_offset)
+        numbers = builder.load(pointer, align=4)
+        factors = [_shuffle(builder, numbers, numbers, [i] * LANES) for i in range(TILE_TOKENS)]
+        with cgutils.for_range(builder, builder.sdiv(stride, stride.type(LANES))) as loop:
+            lane = builder.mul(loop.index, stride.type(LANES))
+            sums = []
+            for token, factor in enumerate(factors):
+                index = builder.add(builder.mul(stride, stride.type(token)), lane)
+                pointer = _vector_pointer(context, builder, sig.args[4], tile, index)
+                product = builder.fmul(factor, builder.load(pointer, align=4), flags=_CONTRACT)
+                if token < 4:  # four chains of additions, which the processor can overlap
+                    sums.append(product)
+                else:
+                    sums[token % 4] = builder.fadd(sums[token % 4], product, flags=_CONTRACT)
+            pairs = [builder.fadd(sums[i], sums[i + 2], flags=_CONTRACT) for i in range(2)]
+            index = builder.add(target_offset, lane)
+            pointer = _vector_pointer(context, builder, sig.args[0], target, index)
+            total = builder.fadd(*pairs, flags=_CONTRACT)
+            total = builder.fadd(builder.load(pointer, align=4), total, flags=_CONTRACT)
+            builder.store(total, pointer, align=4)
         return context.get_dummy_value()
 
     return signature, codegen

@@ -20,13 +20,16 @@ def use_torch_threads() -> None:
     Raises:
         RuntimeError: the OpenMP library that numba's threads need is missing.
     """
+    threads = torch.get_num_threads()
     try:
-        numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
     except ValueError as error:  # numba's own words: "No threading layer could be loaded"
         raise RuntimeError(
             "numba found no OpenMP library (libgomp.so.1), which TOKENSELECT's CPU kernels run on; "
             "install it (package libgomp1 on Debian and Ubuntu, libgomp on Fedora)"
         ) from error
+    # At its start numba tells OpenMP to use all cores, and PyTorch would follow.
+    torch.set_num_threads(threads)
 
 
 def compile_cpu_kernels(

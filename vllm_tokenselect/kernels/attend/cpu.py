@@ -18,9 +18,10 @@ from vllm_tokenselect.kernels.cpu_tiles import (
     FAST_MATH,
     LANES,
     TILE_TOKENS,
+    add_tile,
     dot_tile,
     prefetch_run,
-    widen_tokens,
+    widen,
 )
 
 SPLIT_TOKENS = 512
@@ -148,9 +149,7 @@ def _attend_split(
         _widen_listed(elements, tokens, begin, count, values, head_size, tile, stride)
         for member in range(group):
             line = ((row * num_heads + kv_head * group + member) * num_splits + split) * stride
-            target = sums[line : line + stride]
-            for token in range(0, count, 4):
-                _add_four(target, weights, member * SPLIT_TOKENS + begin + token, tile, token)
+            add_tile(sums, line, weights, member * SPLIT_TOKENS + begin, tile, stride)
 
 
 @njit(fastmath=FAST_MATH)
@@ -160,20 +159,7 @@ def _widen_listed(elements, tokens, begin, count, shift, head_size, tile, stride
         prefetch_run(elements, tokens[token] + shift, head_size)
     for token in range(count):
         source = tokens[begin + token] + shift
-        widen_tokens(elements, source, 1, head_size, tile[token * stride :], stride)
-
-
-@njit(fastmath=FAST_MATH)
-def _add_four(target, weights, weight, tile, token):
-    """Add four weighted tokens of a tile."""
-    stride = len(target)
-    w0, w1, w2, w3 = weights[weight], weights[weight + 1], weights[weight + 2], weights[weight + 3]
-    base = token * stride
-    t0, t1 = tile[base : base + stride], tile[base + stride : base + 2 * stride]
-    base += 2 * stride
-    t2, t3 = tile[base : base + stride], tile[base + stride : base + 2 * stride]
-    for i in range(stride):
-        target[i] += (w0 * t0[i] + w1 * t1[i]) + (w2 * t2[i] + w3 * t3[i])
+        widen(elements, source, head_size, tile, token * stride)
 
 
 @njit(fastmath=FAST_MATH | {"nnan"})

@@ -38,6 +38,12 @@ def _gather(elements, slots, num_kv_heads, block_size, head_size, out_keys, out_
             key = token + head * head_stride
             value = key + block_size * head_size
             target = (index * num_kv_heads + head) * head_size
-            for i in range(head_size):
-                out_keys[target + i] = elements[key + i]
-                out_values[target + i] = elements[value + i]
+            _copy(elements, key, out_keys, target, head_size)
+            _copy(elements, value, out_values, target, head_size)
+
+
+@njit
+def _copy(elements, first, out, target, count):
+    source, copied = elements[first : first + count], out[target : target + count]
+    for i in range(count):
+        copied[i] = source[i]

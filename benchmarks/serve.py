@@ -1,0 +1,232 @@
+"""Time to first token and time per output token: TOKENSELECT against vLLM's own CPU attention.
+
+    python benchmarks/serve.py --json benchmarks/results/serve-cpu.json
+
+Starts both servers in turn and alternates them, A B A B, so that what else happens on the machine
+falls on both. Every prompt is new, so that no prefix cache helps. SmolLM2 was trained for 8,192 tokens:
+beyond that only the speed means anything, what it says does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import threading
+import time
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import psutil
+from openai import OpenAI
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from vllm_tokenselect.cli.model import ensure_smollm2
+from vllm_tokenselect.cli.server import VllmServer
+
+BACKENDS = ("CPU_ATTN", "TOKENSELECT")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One request."""
+
+    backend: str
+    round: int
+    prompt_tokens: int
+    ttft_s: float
+    tpot_ms: float
+    worker_rss_mib: float
+
+
+class PeakMemory:
+    """Largest resident memory of the server's largest process, sampled while it is entered."""
+
+    def __init__(self, pid: int) -> None:
+        self.root = psutil.Process(pid)
+        self.peak_mib = 0.0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.5):
+            for process in self.root.children(recursive=True):
+                try:
+                    rss = process.memory_info().rss / 2**20
+                except psutil.NoSuchProcess:
+                    continue
+                self.peak_mib = max(self.peak_mib, rss)
+
+    def __enter__(self) -> PeakMemory:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192, 16384, 32768])
+    parser.add_argument("--rounds", type=int, default=2, help="servers started per backend")
+    parser.add_argument("--repeats", type=int, default=1, help="requests per length and round")
+    parser.add_argument("--output-tokens", type=int, default=32)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--model", type=Path, help="default: SmolLM2-135M-Instruct")
+    parser.add_argument(
+        "--settings", type=json.loads, default={}, help="tokenselect settings, JSON"
+    )
+    parser.add_argument("--json", type=Path, help="write every sample and the summary here")
+    return parser.parse_args()
+
+
+def server(backend: str, args: argparse.Namespace, model: Path) -> VllmServer:
+    longest = max(args.lengths) + args.output_tokens + 64
+    return VllmServer(
+        model,
+        backend=backend,
+        settings=args.settings if backend == "TOKENSELECT" else None,
+        extra_args=[
+            *("--dtype", args.dtype, "--max-model-len", str(longest), "--max-num-seqs", "4"),
+            *("--max-num-batched-tokens", "2048", "--block-size", "128"),
+            *("--hf-overrides", json.dumps({"max_position_embeddings": longest})),
+        ],
+    )
+
+
+def measure(
+    started: VllmServer, model: Path, length: int, args: argparse.Namespace, seed: int
+) -> tuple:
+    """Time to first token in s and time per further token in ms, of one streamed request."""
+    rng = random.Random(seed)
+    prompt = [rng.randrange(1000, 40000) for _ in range(length)]
+    client = OpenAI(base_url=f"{started.base_url}/v1", api_key="none", timeout=3600, max_retries=0)
+    begun = time.perf_counter()
+    arrivals = []
+    stream = client.completions.create(
+        model=str(model),
+        prompt=prompt,
+        max_tokens=args.output_tokens,
+        temperature=0,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
+    for _ in stream:
+        arrivals.append(time.perf_counter())
+    per_token = (arrivals[-1] - arrivals[0]) / (args.output_tokens - 1)
+    return arrivals[0] - begun, 1000 * per_token
+
+
+def run(args: argparse.Namespace, model: Path) -> list[Sample]:
+    samples = []
+    total = args.rounds * len(BACKENDS) * len(args.lengths) * args.repeats
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns) as progress:
+        task = progress.add_task("starting", total=total)
+        for round_number in range(args.rounds):
+            for backend in BACKENDS:
+                progress.update(task, description=f"{backend}: starting the server")
+                with server(backend, args, model) as started:
+                    measure(started, model, 300, args, seed=10**6 + round_number)  # warm-up
+                    for length in args.lengths:
+                        for repeat in range(args.repeats):
+                            progress.update(task, description=f"{backend}: {length} tokens")
+                            seed = 1000 * round_number + 10 * length + repeat
+                            with PeakMemory(started.pid) as memory:
+                                timed = measure(started, model, length, args, seed)
+                            samples.append(
+                                Sample(backend, round_number, length, *timed, memory.peak_mib)
+                            )
+                            progress.advance(task)
+    return samples
+
+
+def summarise(samples: list[Sample], lengths: list[int]) -> list[dict]:
+    rows = []
+    for length in lengths:
+        row: dict = {"prompt_tokens": length}
+        for name in ("ttft_s", "tpot_ms", "worker_rss_mib"):
+            values = {
+                backend: [
+                    getattr(s, name)
+                    for s in samples
+                    if s.backend == backend and s.prompt_tokens == length
+                ]
+                for backend in BACKENDS
+            }
+            medians = {b: statistics.median(v) for b, v in values.items()}
+            row[name] = {
+                backend: {"median": medians[backend], "min": min(v), "max": max(v)}
+                for backend, v in values.items()
+            }
+            row[f"{name}_ratio"] = medians["CPU_ATTN"] / medians["TOKENSELECT"]
+        rows.append(row)
+    return rows
+
+
+def show(rows: list[dict]) -> None:
+    table = Table(
+        title="median [min .. max]; ratio = CPU_ATTN / TOKENSELECT, above 1 is faster or smaller"
+    )
+    table.add_column("prompt", justify="right")
+    for name in ("TTFT s", "per token ms", "worker MiB"):
+        for column in (f"{name} CPU_ATTN", "TOKENSELECT", "ratio"):
+            table.add_column(column, justify="right")
+    for row in rows:
+        cells = [f"{row['prompt_tokens']:,}"]
+        for name, digits in (("ttft_s", 2), ("tpot_ms", 1), ("worker_rss_mib", 0)):
+            for backend in BACKENDS:
+                v = row[name][backend]
+                cells.append(
+                    f"{v['median']:.{digits}f} [{v['min']:.{digits}f} .. {v['max']:.{digits}f}]"
+                )
+            cells.append(f"{row[f'{name}_ratio']:.2f}x")
+        table.add_row(*cells)
+    Console(width=190).print(table)
+
+
+def main() -> None:
+    args = arguments()
+    model = args.model or ensure_smollm2()
+    samples = run(args, model)
+    rows = summarise(samples, args.lengths)
+    show(rows)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        report = {
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "machine": {"cpu": cpu_name(), "cores": len(os.sched_getaffinity(0))},
+            "versions": {
+                name: version(name) for name in ("vllm-tokenselect", "vllm", "torch", "numba")
+            },
+            "model": model.name,
+            "arguments": {key: str(value) for key, value in vars(args).items()},
+            "summary": rows,
+            "samples": [asdict(sample) for sample in samples],
+        }
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""`tokenselect doctor` says what is wrong by its exit status, and what to do by a line for each."""
+
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from vllm_tokenselect import hooks
+from vllm_tokenselect.cli import doctor
+from vllm_tokenselect.cli.app import app
+from vllm_tokenselect.hooks import Finding
+
+HOLDS = Finding("scheduler", "vllm.sched:Scheduler.schedule", "holds", "keeps chunks whole")
+PATCHED = Finding("runner_v1", "vllm.runner:Runner.update", "patched", "built with the diff")
+NOT_NEEDED = Finding("runner_v2", "vllm.runner:Other.update", "not needed", "another runner")
+BROKEN = Finding("scheduler", "vllm.sched:Scheduler.schedule", "broken", "it does not exist")
+
+
+@pytest.fixture
+def healthy(monkeypatch):
+    """An environment in which only the hooks can be wrong."""
+    monkeypatch.setattr(doctor, "find_problems", list)
+    monkeypatch.setattr(doctor, "installed_version", lambda _: "0.32.0")
+    monkeypatch.setattr(hooks, "check_installed_hooks", lambda: [HOLDS, PATCHED, NOT_NEEDED])
+
+
+def test_hooks_that_hold_are_built_in_or_not_needed_are_fine(healthy):
+    result = CliRunner().invoke(app, ["doctor"])
+    assert result.exit_code == 0, result.output
+    assert "Nothing is wrong." in result.output
+
+
+def test_a_broken_hook_fails_and_says_what_to_do(healthy, monkeypatch):
+    monkeypatch.setattr(hooks, "check_installed_hooks", lambda: [HOLDS, BROKEN])
+    result = CliRunner().invoke(app, ["doctor"])
+    assert result.exit_code == 1
+    assert "install a supported vLLM or a newer vllm-tokenselect" in result.output
+
+
+def test_hooks_that_cannot_be_imported_are_broken(healthy, monkeypatch):
+    def fail():
+        raise ImportError("no module named vllm.v1")
+
+    monkeypatch.setattr(hooks, "check_installed_hooks", fail)
+    result = CliRunner().invoke(app, ["doctor"])
+    assert result.exit_code == 1
+    assert "no module named vllm.v1" in result.output
+
+
+@pytest.mark.parametrize("installed", ["0.31.2", "0.34.0+cu129"])
+def test_an_unsupported_vllm_fails_and_names_the_supported_ones(healthy, monkeypatch, installed):
+    monkeypatch.setattr(doctor, "installed_version", lambda _: installed)
+    result = CliRunner().invoke(app, ["doctor"])
+    assert result.exit_code == 1
+    assert "supports vLLM 0.32 and 0.33" in " ".join(result.output.split())
+
+
+def test_json_says_the_same(healthy, monkeypatch):
+    monkeypatch.setattr(hooks, "check_installed_hooks", lambda: [BROKEN])
+    result = CliRunner().invoke(app, ["doctor", "--json"])
+    content = json.loads(result.output)
+    assert result.exit_code == 1
+    assert content["ok"] is False
+    (row,) = (row for row in content["rows"] if row["area"] == "hooks")
+    assert row["state"] == "problem"
+    assert row["detail"].endswith("it does not exist")
+
+
+def test_layers_of_a_model_are_listed_and_a_refused_kind_fails(healthy, tmp_path):
+    config = {
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    rows = [row for row in doctor.examine(str(tmp_path)) if row.area == "layers"]
+    assert [(row.name, "TOKENSELECT" in row.detail) for row in rows] == [
+        ("0-2", False),
+        ("3", True),
+    ]
+    assert doctor.exit_status(rows) == 0
+
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "deepseek_v2"}))
+    rows = [row for row in doctor.examine(str(tmp_path)) if row.area == "layers"]
+    assert doctor.exit_status(rows) == 1
+
+
+def test_a_model_that_is_not_there_is_a_problem_not_a_traceback(healthy, tmp_path):
+    result = CliRunner().invoke(app, ["doctor", "--model", str(tmp_path / "none")])
+    assert result.exit_code == 1
+    assert "give a model folder" in result.output
+
+
+def test_text_in_square_brackets_reaches_the_reader():
+    output = io.StringIO()
+    row = doctor.Row(
+        "versions", "vllm", "problem", "[Errno 2] gone", "install vllm-tokenselect[cpu]"
+    )
+    doctor.print_rows([row], Console(file=output, width=100))
+    assert "[Errno 2] gone" in output.getvalue()
+    assert "vllm-tokenselect[cpu]" in output.getvalue()
+
+
+def test_the_command_line_does_not_import_vllm():
+    code = (
+        "import sys, vllm_tokenselect.cli.app, vllm_tokenselect.cli.demo\n"
+        "import vllm_tokenselect.cli.doctor, vllm_tokenselect.cli.server\n"
+        "sys.exit('vllm' in sys.modules or 'torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

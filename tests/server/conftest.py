@@ -1,0 +1,94 @@
+"""Servers for the tests: fp32, eager, small KV caches; one at a time, shared by what needs the same."""
+
+from __future__ import annotations
+
+import re
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import openai
+import pytest
+
+from vllm_tokenselect.cli.server import VllmServer
+
+# Sparse from about 600 tokens on, so that short prompts test it: 16 + 368 + 128 = 512 tokens attended.
+SPARSE = {
+    "top_k": 368,
+    "n_init": 16,
+    "n_local": 128,
+    "query_chunk": 256,
+    "tail_queries": 32,
+    "log_requests": True,
+}
+FP32 = ("--dtype", "float32", "--max-num-batched-tokens", "1024", "--max-num-seqs", "16")
+
+
+@dataclass(frozen=True)
+class Completion:
+    """Generated tokens and their log-probabilities."""
+
+    tokens: list[int]
+    logprobs: list[float]
+
+
+class Client:
+    """What the tests ask of a running server."""
+
+    def __init__(self, server: VllmServer) -> None:
+        self.server = server
+        self.model = server.model
+        self.openai = openai.OpenAI(
+            base_url=f"{server.base_url}/v1", api_key="none", timeout=600, max_retries=0
+        )
+
+    def complete(self, prompt: list[int], max_tokens: int) -> Completion:
+        """Greedy completion of a prompt of tokens."""
+        choice = self.openai.completions.create(
+            model=self.model,
+            prompt=prompt,
+            max_tokens=max_tokens,
+            temperature=0,
+            logprobs=1,
+            extra_body={"ignore_eos": True, "return_tokens_as_token_ids": True},
+        ).choices[0]
+        tokens = [int(token.removeprefix("token_id:")) for token in choice.logprobs.tokens]
+        return Completion(tokens, list(choice.logprobs.token_logprobs))
+
+    def complete_all(self, prompts: list[list[int]], max_tokens: int) -> list[Completion]:
+        """Greedy completions of prompts that are sent all at once."""
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            return list(pool.map(lambda prompt: self.complete(prompt, max_tokens), prompts))
+
+    def metric(self, name: str) -> float:
+        """Sum of a counter over its labels, from `/metrics`."""
+        with urllib.request.urlopen(f"{self.server.base_url}/metrics", timeout=30) as answer:
+            text = answer.read().decode()
+        values = re.findall(rf"^{re.escape(name)}(?:{{.*}})? (\S+)$", text, re.MULTILINE)
+        assert values, f"/metrics has no {name}"
+        return sum(map(float, values))
+
+
+@contextmanager
+def serving(model: Path, **options: object) -> Iterator[Client]:
+    """A client of a server that runs while the block does."""
+    with VllmServer(model, **options) as server:
+        yield Client(server)
+
+
+@pytest.fixture(scope="session")
+def sparse_client(smollm2) -> Iterator[Client]:
+    """A server that selects 368 tokens."""
+    with serving(smollm2, settings=SPARSE, extra_args=FP32) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def prompts(tokenizer) -> Callable[..., list[int]]:
+    """Make a prompt of a length in tokens from a seed."""
+    from tests.oracle.prompts import prompt_tokens
+
+    return lambda seed, length, shared=None: prompt_tokens(tokenizer, seed, length, shared)

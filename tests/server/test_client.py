@@ -1,0 +1,105 @@
+"""Real clients against a server that selects: they notice nothing but what they asked for."""
+
+import json
+import subprocess
+import sys
+import time
+import urllib.request
+
+import openai
+import pytest
+
+pytestmark = pytest.mark.server
+
+
+def test_completions_stream_the_same_text_as_they_return_whole(sparse_client, prompts, tokenizer):
+    request = {
+        "model": sparse_client.model,
+        "prompt": prompts(201, 1500),
+        "max_tokens": 12,
+        "temperature": 0,
+    }
+    whole = sparse_client.openai.completions.create(**request)
+    pieces = [
+        p.choices[0].text for p in sparse_client.openai.completions.create(**request, stream=True)
+    ]
+    assert len(pieces) > 1
+    assert "".join(pieces) == whole.choices[0].text
+    assert whole.usage.prompt_tokens == 1500
+
+
+def test_chat_streams_the_same_answer_as_it_returns_whole(sparse_client, prompts, tokenizer):
+    document = tokenizer.decode(prompts(202, 1200))
+    request = {
+        "model": sparse_client.model,
+        "messages": [{"role": "user", "content": f"{document}\nSay hello."}],
+        "max_tokens": 12,
+        "temperature": 0,
+    }
+    whole = sparse_client.openai.chat.completions.create(**request)
+    stream = sparse_client.openai.chat.completions.create(**request, stream=True)
+    pieces = [p.choices[0].delta.content or "" for p in stream if p.choices]
+    assert whole.choices[0].message.content == "".join(pieces)
+    assert whole.choices[0].message.content
+
+
+def test_a_prompt_past_max_model_len_is_refused_and_the_server_unharmed(sparse_client, prompts):
+    with pytest.raises(openai.BadRequestError) as refused:
+        sparse_client.complete([1000] * 9000, 4)
+    assert refused.value.status_code == 400
+    assert "8192" in str(refused.value)
+    assert len(sparse_client.complete(prompts(203, 100), 4).tokens) == 4
+
+
+def test_a_client_that_leaves_in_mid_prefill_harms_nobody(sparse_client, prompts):
+    prompt = prompts(204, 700)
+    before = sparse_client.complete(prompt, 6)
+    body = {"model": sparse_client.model, "prompt": prompts(205, 6500), "max_tokens": 50}
+    request = urllib.request.Request(
+        f"{sparse_client.server.base_url}/v1/completions",
+        json.dumps({**body, "stream": True}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with pytest.raises(TimeoutError):
+        urllib.request.urlopen(request, timeout=1.5).read()
+    deadline = time.monotonic() + 60
+    while sparse_client.metric("vllm:num_requests_running") and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert sparse_client.metric("vllm:num_requests_running") == 0
+    assert sparse_client.complete(prompt, 6).tokens == before.tokens
+
+
+def test_vllm_bench_serve_runs_against_it(sparse_client):
+    finished = subprocess.run(
+        [
+            *(sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve"),
+            *("--base-url", sparse_client.server.base_url, "--model", sparse_client.model),
+            *("--dataset-name", "random", "--random-input-len", "800"),
+            *("--random-output-len", "8", "--num-prompts", "4", "--disable-tqdm"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=sparse_client.server.env,
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    successful = next(
+        line for line in finished.stdout.splitlines() if "Successful requests" in line
+    )
+    assert successful.split()[-1] == "4"
+
+
+def test_the_log_tells_how_many_tokens_were_attended(sparse_client, prompts):
+    sparse_client.complete(prompts(206, 2000), 5)
+    deadline = time.monotonic() + 20
+    lines: list[str] = []
+    while not lines and time.monotonic() < deadline:
+        log = sparse_client.server.log().splitlines()
+        lines = [
+            line for line in log if "over 2000 queries" in line and "TOKENSELECT request" in line
+        ]
+        time.sleep(0.2)
+    assert "of 2001000 tokens in context over 2000 queries" in lines[-1]
+    assert "of 8010 tokens in context over 4 queries" in lines[-1]
+    # 4 generated queries, each at 16 + 368 + 128 tokens and itself.
+    assert "decode attended 2052 of" in lines[-1]

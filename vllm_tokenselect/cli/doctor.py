@@ -1,0 +1,174 @@
+"""`tokenselect doctor`: what is installed, whether the hooks hold, and what to do where not."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Literal
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from vllm_tokenselect.cli.environment import CPU_DISTRIBUTION, find_problems
+
+State = Literal["ok", "note", "problem"]
+
+_STYLE = {"ok": "green", "note": "yellow", "problem": "red"}
+_INSTALL = "install vllm-tokenselect[cpu], or vllm-tokenselect[gpu] on a machine with a GPU"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. `remedy` is empty unless there is something to do."""
+
+    area: str
+    name: str
+    state: State
+    detail: str
+    remedy: str = ""
+
+
+def examine(model: str | None = None) -> list[Row]:
+    """Examine this Python environment and, when given, a model's layers."""
+    rows = [Row("versions", "python", "ok", platform.python_version())]
+    rows += _torch()
+    rows += _vllm()
+    rows += _numba()
+    rows += [
+        Row("environment", problem.name, "problem", problem.detail, problem.remedy)
+        for problem in find_problems()
+    ]
+    rows += _hooks()
+    if model is not None:
+        rows += _layers(model)
+    return rows
+
+
+def exit_status(rows: Sequence[Row]) -> int:
+    """1 when something is wrong, otherwise 0."""
+    return int(any(row.state == "problem" for row in rows))
+
+
+def print_rows(rows: Sequence[Row], console: Console) -> None:
+    """Print the table, and below it one line for each thing to do."""
+    table = Table()
+    for heading in ("", "", "state", "detail"):
+        table.add_column(heading, overflow="fold")
+    area = None
+    for row in rows:
+        if area is not None and row.area != area:
+            table.add_section()
+        state = f"[{_STYLE[row.state]}]{row.state}[/]"
+        table.add_row(row.area if row.area != area else "", row.name, state, escape(row.detail))
+        area = row.area
+    console.print(table)
+    todo = [row for row in rows if row.remedy]
+    for row in todo:
+        console.print(f"{row.name}: {row.remedy}", markup=False, highlight=False, soft_wrap=True)
+    if not exit_status(rows):
+        console.print("Nothing is wrong.", style="green")
+
+
+def as_json(rows: Sequence[Row]) -> str:
+    """The rows as a JSON object `{"ok": ..., "rows": [...]}`."""
+    return json.dumps(
+        {"ok": not exit_status(rows), "rows": [asdict(row) for row in rows]}, indent=2
+    )
+
+
+def installed_version(distribution: str) -> str | None:
+    """Version of an installed distribution, None when it is not installed."""
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def _torch() -> list[Row]:
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        return [Row("versions", "torch", "problem", f"does not load: {error}", _INSTALL)]
+    rows = [Row("versions", "torch", "ok", torch.__version__)]
+    if torch.cuda.is_available() and not installed_version(CPU_DISTRIBUTION):
+        rows.append(
+            Row(
+                "versions",
+                "platform",
+                "note",
+                f"{torch.cuda.get_device_name()}: this release has kernels for CPUs only",
+                "serve without --attention-backend TOKENSELECT on this machine, or install "
+                "vllm-tokenselect[cpu] in an environment of its own",
+            )
+        )
+    else:
+        threads = torch.get_num_threads()
+        rows.append(Row("versions", "platform", "ok", f"cpu, {threads} threads"))
+    return rows
+
+
+def _vllm() -> list[Row]:
+    from vllm_tokenselect.plugin import UnsupportedVllm, check_vllm_version
+
+    for distribution in (CPU_DISTRIBUTION, "vllm"):
+        if found := installed_version(distribution):
+            break
+    else:
+        return [Row("versions", "vllm", "problem", "not installed", _INSTALL)]
+    try:
+        check_vllm_version(found)
+    except UnsupportedVllm as error:
+        return [Row("versions", distribution, "problem", found, str(error))]
+    return [Row("versions", distribution, "ok", found)]
+
+
+def _numba() -> list[Row]:
+    found = installed_version("numba")
+    if found is None:
+        remedy = "install numba (it is in vllm-tokenselect[cpu])"
+        return [Row("versions", "numba", "problem", "not installed", remedy)]
+    return [Row("versions", "numba", "ok", found)]
+
+
+def _hooks() -> list[Row]:
+    try:
+        from vllm_tokenselect.hooks import check_installed_hooks
+
+        findings = check_installed_hooks()
+    except ImportError as error:
+        return [Row("hooks", "hooks", "problem", f"cannot be checked: {error}", _INSTALL)]
+    rows = []
+    for finding in findings:
+        broken = finding.status == "broken"
+        detail = f"{finding.status}: {finding.target.rpartition(':')[2]}"
+        remedy = ""
+        if broken:
+            detail = f"broken: {finding.target}: {finding.detail}"
+            remedy = (
+                "vLLM's code is not as expected there; install a supported vLLM or a newer "
+                "vllm-tokenselect"
+            )
+        rows.append(Row("hooks", finding.name, "problem" if broken else "ok", detail, remedy))
+    return rows
+
+
+def _layers(model: str) -> list[Row]:
+    try:
+        from vllm_tokenselect.hooks.layers import describe_layers
+
+        groups = describe_layers(model)
+    except (ImportError, OSError, ValueError) as error:
+        detail = f"its configuration cannot be read: {str(error).splitlines()[0]}"
+        remedy = "give a model folder, or the name of a model that is in the local hub cache"
+        return [Row("layers", model, "problem", detail, remedy)]
+    rows = []
+    for layers, kind, backend, reason in groups:
+        refused = backend == "refused"
+        remedy = "serve this model without --attention-backend TOKENSELECT" if refused else ""
+        detail = f"{kind}: {backend} ({reason})"
+        rows.append(Row("layers", layers, "problem" if refused else "ok", detail, remedy))
+    return rows
