@@ -1,7 +1,9 @@
-"""A vLLM configuration and scheduler of a tiny model, which is a `config.json` and nothing else."""
+"""A real vLLM configuration of a tiny model, made-up releases of vLLM, and one with our diffs."""
 
+import importlib.util
 import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -67,6 +69,31 @@ def make_vllm_config(tmp_path_factory):
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def load_patched(tmp_path_factory):
+    """Import a file of the installed vLLM with our diffs: `load_patched("vllm/platforms/cpu.py")`.
+
+    The module lives beside vLLM's own, in the same package.
+    """
+    vllm = pytest.importorskip("vllm")
+    from vllm_tokenselect.hooks import check
+
+    release = vllm.__version__.split("+")[0]
+    diffs = sorted((check.REPOSITORY / "patches" / release).glob("*.patch"))
+    tree = tmp_path_factory.mktemp("patched")
+    report = check.check_release(Path(vllm.__file__).parents[1], diffs, tree)
+    assert report.problems == []
+
+    def load(name: str):
+        package, _, stem = name.removesuffix(".py").replace("/", ".").rpartition(".")
+        spec = importlib.util.spec_from_file_location(f"{package}.patched_{stem}", tree / name)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
 
 
 @pytest.fixture

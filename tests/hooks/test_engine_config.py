@@ -58,7 +58,7 @@ def test_configuring_again_keeps_our_scheduler(selected):
 
 def test_a_foreign_scheduler_is_refused_by_name(selected):
     selected.scheduler_config.scheduler_cls = "their.Scheduler"
-    with pytest.raises(SettingsError, match="--scheduler-cls their.Scheduler cannot be used"):
+    with pytest.raises(SettingsError, match=r"--scheduler-cls their\.Scheduler cannot be used"):
         configure(selected, "cpu")
 
 
@@ -93,7 +93,7 @@ def test_a_kind_of_model_that_is_not_served_is_refused_by_name(selected, kind):
 
 def test_chunks_that_do_not_line_up_with_blocks_are_refused(selected):
     selected.cache_config.block_size = 48
-    with pytest.raises(SettingsError, match="query_chunk=64 is not a multiple .* block size 48"):
+    with pytest.raises(SettingsError, match=r"query_chunk=64 is not a multiple .* block size 48"):
         configure(selected, "cpu")
 
 

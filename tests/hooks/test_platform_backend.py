@@ -1,4 +1,4 @@
-"""Full-attention layers run on TOKENSELECT; the others stay on vLLM's own backend or are refused."""
+"""Full-attention layers run on TOKENSELECT; others stay on vLLM's own backend or are refused."""
 
 import pytest
 
@@ -71,7 +71,7 @@ def test_latent_and_foreign_sparse_attention_is_refused_by_name(kind, original):
 
 
 def test_a_layer_that_the_backend_cannot_compute_is_refused_with_the_reason(original):
-    with pytest.raises(ValueError, match="TOKENSELECT cannot serve .*head_size"):
+    with pytest.raises(ValueError, match=r"TOKENSELECT cannot serve .*head_size"):
         choose_backend(original, backend_member(), layer()._replace(head_size=48), 8)
 
 

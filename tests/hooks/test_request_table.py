@@ -13,7 +13,7 @@ request_ids = st.sampled_from([f"request-{index}" for index in range(CAPACITY + 
 
 
 class Slots(RuleBasedStateMachine):
-    """Requests come, come back, are preempted and end, in any order, beside a model of the table."""
+    """Requests come, come back, are preempted and end in any order, beside a model of it."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
 """Under vLLM's real scheduler, what is computed together depends on the request alone.
 
 With query chunks of C tokens, a request whose prompt's tail starts at s has the limit L: s rounded
-down to a multiple of C. A prefill step ends at a multiple of C, at s, or past it; only blocks below L
-enter the prefix cache, and a hit ends at a multiple of C, at most at the reader's L.
+down to a multiple of C. A prefill step ends at a multiple of C, at s, or past it; only blocks below
+L enter the prefix cache, and a hit ends at a multiple of C, at most at the reader's L.
 """
 
 import pytest
@@ -186,6 +186,12 @@ def test_a_shorter_reader_is_cut_at_its_own_limit(make_vllm_config):
     reader = serving.add([5] * 200)
     _, start, *_ = next(step for step in serving.run() if step[0] is reader)
     assert start == 128  # the tail starts at 190
+
+
+def test_a_step_may_end_where_the_tail_starts(make_vllm_config):
+    serving = Serving(make_vllm_config(max_num_batched_tokens=100))
+    serving.add([5] * 110)
+    assert [(start, end) for _, start, end, _ in serving.run()][:2] == [(0, 100), (100, 110)]
 
 
 def test_preempted_requests_come_back_and_end(make_vllm_config):

@@ -62,7 +62,7 @@ def test_a_broken_seam_stops_the_server_and_says_where_and_what(source, detail, 
 
 def test_a_module_that_is_gone_stops_the_server(installed_vllm):
     installed_vllm({"vllm/motor.py": HELD})
-    with pytest.raises(SeamBroken, match="vllm.engine does not exist"):
+    with pytest.raises(SeamBroken, match=r"vllm\.engine does not exist"):
         SEAM.require()
 
 
@@ -83,7 +83,7 @@ def test_a_hook_leaves_a_vllm_that_it_does_not_know_as_it_is(hook, installed_vll
     installed_vllm({"vllm/platforms/cpu.py": "class CpuPlatform: pass"})
     platform = type("CpuPlatform", (), {"device_type": "cpu"})
     before = dict(vars(platform))
-    with pytest.raises(SeamBroken, match="vllm.platforms.cpu:CpuPlatform"):
+    with pytest.raises(SeamBroken, match=r"vllm\.platforms\.cpu:CpuPlatform"):
         hook.install(platform)
     assert dict(vars(platform)) == before
 

@@ -48,10 +48,9 @@ def attended_positions(
     if len(candidates) <= settings.top_k:
         return everything
     mean = queries.mean(dim=0)  # [Hq, D]
-    group = mean.shape[0] // keys.shape[0]
-    considered = keys[:, candidates.start : candidates.stop].repeat_interleave(group, dim=0)
-    logits = torch.einsum("hd,htd->ht", mean, considered) * scale
-    votes = logits.softmax(dim=-1).sum(dim=0)
+    grouped = mean.view(keys.shape[0], -1, mean.shape[1])  # query heads by the KV head they read
+    logits = grouped @ keys[:, candidates.start : candidates.stop].transpose(1, 2) * scale
+    votes = logits.softmax(dim=-1).sum(dim=(0, 1))
     # A stable descending sort leaves the lower position first among equal votes.
     chosen = votes.sort(descending=True, stable=True).indices[: settings.top_k] + candidates.start
     attended = torch.zeros(chunk.stop, dtype=torch.bool)

@@ -52,7 +52,7 @@ class TokenSelectImpl(AttentionImpl[TokenSelectMetadata]):
                 "uses. Leave out --attention-backend for this model."
             )
         vllm_config = get_current_vllm_config()
-        install_in_worker(vllm_config.use_v2_model_runner)
+        install_in_worker(vllm_config.use_v2_model_runner)  # once a process; the rest are no-ops
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads or num_heads
         self.head_size = head_size

@@ -69,6 +69,9 @@ def run_demo(console: Console, *, port: int | None, backend: str, keep: bool) ->
         status = _report(answer, figures, console, expect_figures=ours)
         if keep:
             _keep(server, console)
+        elif status == 0:
+            server.stop()
+            server.log_path.unlink()
         return status
     except openai.OpenAIError as error:
         console.print(f"The server did not answer: {error}", style="red", markup=False)

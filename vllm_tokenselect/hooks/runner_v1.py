@@ -75,7 +75,8 @@ def requests_of_step(
         _current = None
 
 
-def _table_of(runner: Any) -> RequestTable:
+def table_of(runner: Any) -> RequestTable:
+    """The runner's table of requests, made when it is first asked for."""
     table: RequestTable | None = runner.__dict__.get("_tokenselect_requests")
     if table is None:
         table = RequestTable(runner.scheduler_config.max_num_seqs)
@@ -87,9 +88,9 @@ def install() -> None:
     """Wrap both methods; safe to call again."""
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    if all(seam.require() == "patched" for seam in SEAMS):
-        return
     if "_tokenselect_update_states" in vars(GPUModelRunner):
+        return
+    if all(seam.require() == "patched" for seam in SEAMS):
         return
     update_states = GPUModelRunner._update_states
     build_attention_metadata = GPUModelRunner._build_attention_metadata
@@ -97,7 +98,7 @@ def install() -> None:
     @functools.wraps(update_states)
     def update_states_and_slots(self: Any, scheduler_output: SchedulerOutput) -> Any:
         result = update_states(self, scheduler_output)
-        update_slots(_table_of(self), self, scheduler_output)
+        update_slots(table_of(self), self, scheduler_output)
         return result
 
     @functools.wraps(build_attention_metadata)
@@ -105,7 +106,7 @@ def install() -> None:
         self: Any, num_tokens: int, num_reqs: int, *args: Any, **kwargs: Any
     ) -> Any:
         dummy = kwargs.get("num_scheduled_tokens") is None
-        with requests_of_step(_table_of(self), self, num_reqs, dummy):
+        with requests_of_step(table_of(self), self, num_reqs, dummy):
             return build_attention_metadata(self, num_tokens, num_reqs, *args, **kwargs)
 
     GPUModelRunner._tokenselect_update_states = update_states

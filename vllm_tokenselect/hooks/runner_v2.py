@@ -62,9 +62,9 @@ def install() -> None:
     """Wrap both methods; safe to call again."""
     from vllm.v1.worker.gpu.states import RequestState
 
-    if all(seam.require() == "patched" for seam in SEAMS):
-        return
     if "_tokenselect_add_request" in vars(RequestState):
+        return
+    if all(seam.require() == "patched" for seam in SEAMS):
         return
     add_request, remove_request = RequestState.add_request, RequestState.remove_request
 

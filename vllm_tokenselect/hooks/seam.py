@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -59,7 +60,7 @@ class Seam:
     def check_source(self, source: str) -> Finding:
         """Check the source text of the module."""
         try:
-            tree = ast.parse(source)
+            tree = _parse(source)
         except SyntaxError as error:
             return self._finding("broken", f"{self.module} cannot be parsed: {error}")
         function = _find(tree, self.qualname.split("."))
@@ -110,6 +111,12 @@ class Seam:
 
     def _finding(self, status: Status, detail: str) -> Finding:
         return Finding(self.name, self.target, status, detail)
+
+
+# The seams of one module follow each other, and vLLM's largest takes a while to parse.
+@lru_cache(maxsize=1)
+def _parse(source: str) -> ast.Module:
+    return ast.parse(source)
 
 
 def _find(tree: ast.Module, path: list[str]) -> ast.FunctionDef | None:
