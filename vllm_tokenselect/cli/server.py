@@ -81,17 +81,22 @@ class VllmServer:
             self.command.append("--enforce-eager")
         self.command += extra_args
         self.env = {**_defaults(), **os.environ, **(env or {})}
-        if log_path is None:
-            handle, name = tempfile.mkstemp(prefix="vllm-serve-", suffix=".log")
-            os.close(handle)
-            log_path = Path(name)
-        self.log_path = log_path
+        self._log_path = log_path
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
     def base_url(self) -> str:
         """Where the server listens; the OpenAI API is below `/v1`."""
         return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def log_path(self) -> Path:
+        """File with everything that the server writes."""
+        if self._log_path is None:
+            handle, name = tempfile.mkstemp(prefix="vllm-serve-", suffix=".log")
+            os.close(handle)
+            self._log_path = Path(name)
+        return self._log_path
 
     @property
     def pid(self) -> int:
