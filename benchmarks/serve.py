@@ -32,6 +32,7 @@ from vllm_tokenselect.cli.model import ensure_smollm2
 from vllm_tokenselect.cli.server import VllmServer
 
 BACKENDS = ("CPU_ATTN", "TOKENSELECT")
+THREADS_BIND = "VLLM_CPU_OMP_THREADS_BIND"
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--settings", type=json.loads, default={}, help="tokenselect settings, JSON"
     )
+    parser.add_argument(
+        "--threads-bind", help="cores of both servers, as for VLLM_CPU_OMP_THREADS_BIND: 0,1"
+    )
     parser.add_argument("--json", type=Path, help="write every sample and the summary here")
     return parser.parse_args()
 
@@ -101,6 +105,7 @@ def server(backend: str, args: argparse.Namespace, model: Path) -> VllmServer:
             *("--max-num-batched-tokens", "2048", "--block-size", "128"),
             *("--hf-overrides", json.dumps({"max_position_embeddings": longest})),
         ],
+        env={THREADS_BIND: args.threads_bind} if args.threads_bind else None,
     )
 
 

@@ -7,23 +7,17 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import openai
 import pytest
 
+from tests.oracle.cases import SETTINGS
 from vllm_tokenselect.cli.server import VllmServer
 
-# Sparse from about 600 tokens on, so that short prompts test it: 16 + 368 + 128 = 512 tokens attended.
-SPARSE = {
-    "top_k": 368,
-    "n_init": 16,
-    "n_local": 128,
-    "query_chunk": 256,
-    "tail_queries": 32,
-    "log_requests": True,
-}
+SPARSE = {**asdict(SETTINGS), "log_requests": True}
+BLOCK_SIZE = 128  # vLLM's default on CPUs
 FP32 = ("--dtype", "float32", "--max-num-batched-tokens", "1024", "--max-num-seqs", "16")
 
 

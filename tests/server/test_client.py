@@ -1,10 +1,11 @@
 """Real clients against a server that selects: they notice nothing but what they asked for."""
 
+import http.client
 import json
+import re
 import subprocess
 import sys
 import time
-import urllib.request
 
 import openai
 import pytest
@@ -54,19 +55,40 @@ def test_a_prompt_past_max_model_len_is_refused_and_the_server_unharmed(sparse_c
 def test_a_client_that_leaves_in_mid_prefill_harms_nobody(sparse_client, prompts):
     prompt = prompts(204, 700)
     before = sparse_client.complete(prompt, 6)
-    body = {"model": sparse_client.model, "prompt": prompts(205, 6500), "max_tokens": 50}
-    request = urllib.request.Request(
-        f"{sparse_client.server.base_url}/v1/completions",
-        json.dumps({**body, "stream": True}).encode(),
-        {"Content-Type": "application/json"},
-    )
-    with pytest.raises(TimeoutError):
-        urllib.request.urlopen(request, timeout=1.5).read()
-    deadline = time.monotonic() + 60
-    while sparse_client.metric("vllm:num_requests_running") and time.monotonic() < deadline:
-        time.sleep(0.5)
-    assert sparse_client.metric("vllm:num_requests_running") == 0
+    leave_in_mid_prefill(sparse_client, prompts(205, 6500))
     assert sparse_client.complete(prompt, 6).tokens == before.tokens
+    finished = wait_for_lines(sparse_client, "decode attended 0 of 0 tokens")[-1]
+    computed = int(re.search(r"over (\d+) queries; decode", finished)[1])
+    assert 0 < computed < 6500, "the client was to leave while its prompt was computed"
+
+
+def leave_in_mid_prefill(client, prompt):
+    """Ask for a completion, and close the connection once the prompt is being computed."""
+    body = json.dumps({"model": client.model, "prompt": prompt, "max_tokens": 50, "stream": True})
+    connection = http.client.HTTPConnection("127.0.0.1", client.server.port)
+    connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+    wait_until(lambda: client.metric("vllm:num_requests_running") == 1)
+    time.sleep(1)
+    connection.close()
+    wait_until(lambda: client.metric("vllm:num_requests_running") == 0)
+
+
+def wait_until(happened, timeout=60):
+    deadline = time.monotonic() + timeout
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def wait_for_lines(client, words):
+    """Lines of the server's log about finished requests that contain `words`."""
+
+    def lines():
+        log = client.server.log().splitlines()
+        return [line for line in log if "TOKENSELECT request" in line and words in line]
+
+    wait_until(lines)
+    return lines()
 
 
 def test_vllm_bench_serve_runs_against_it(sparse_client):
@@ -91,15 +113,8 @@ def test_vllm_bench_serve_runs_against_it(sparse_client):
 
 def test_the_log_tells_how_many_tokens_were_attended(sparse_client, prompts):
     sparse_client.complete(prompts(206, 2000), 5)
-    deadline = time.monotonic() + 20
-    lines: list[str] = []
-    while not lines and time.monotonic() < deadline:
-        log = sparse_client.server.log().splitlines()
-        lines = [
-            line for line in log if "over 2000 queries" in line and "TOKENSELECT request" in line
-        ]
-        time.sleep(0.2)
-    assert "of 2001000 tokens in context over 2000 queries" in lines[-1]
-    assert "of 8010 tokens in context over 4 queries" in lines[-1]
+    line = wait_for_lines(sparse_client, "over 2000 queries")[-1]
+    assert "of 2001000 tokens in context over 2000 queries" in line
+    assert "of 8010 tokens in context over 4 queries" in line
     # 4 generated queries, each at 16 + 368 + 128 tokens and itself.
-    assert "decode attended 2052 of" in lines[-1]
+    assert "decode attended 2052 of" in line

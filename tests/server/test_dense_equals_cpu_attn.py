@@ -2,19 +2,23 @@
 
 import pytest
 
-from tests.server.conftest import FP32, serving
+from tests.server.conftest import BLOCK_SIZE, FP32, serving
 
 pytestmark = pytest.mark.server
 
-LENGTHS = [200, 350, 700, 1100, 1500, 2000, 2500, 3000]
-MAX_TOKENS = 96
+# 16 tokens short of a full block: each request needs one more block while it generates.
+LENGTHS = [BLOCK_SIZE * blocks - 16 for blocks in (2, 3, 6, 9, 12, 16, 20, 24)]
+MAX_TOKENS = 32
+SHARED_BLOCKS = 4
 
 
 def test_eight_requests_with_shared_prefixes_and_preemption_say_the_same(smollm2, prompts):
-    shared = prompts(0, 1200)[:600]
+    shared = prompts(0, 1200)[: SHARED_BLOCKS * BLOCK_SIZE + 88]
     batch = [prompts(1 + i, n, shared if n > 1000 else None) for i, n in enumerate(LENGTHS)]
-    # 90 blocks of 128 tokens hold the eight prompts but not what they generate: some must yield.
-    blocks = ("--num-gpu-blocks-override", "98")
+    sharing = sum(n > 1000 for n in LENGTHS)
+    needed = sum(-(-n // BLOCK_SIZE) for n in LENGTHS) - (sharing - 1) * SHARED_BLOCKS
+    # One block is vLLM's own; two are left for the eight requests that need one more each.
+    blocks = ("--num-gpu-blocks-override", str(needed + 3))
     said = {}
     for backend, settings in (("CPU_ATTN", None), ("TOKENSELECT", {"top_k": 8192})):
         with serving(

@@ -1,0 +1,41 @@
+"""What is asked of the oracle and of the server: prompts that the settings make sparse."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tests.oracle.model import Selection
+from tests.oracle.prompts import prompt_tokens
+
+# Sparse from about 600 tokens on: a token attends to 16 + 368 + 128 = 512 others.
+SETTINGS = Selection(top_k=368, n_init=16, n_local=128, query_chunk=256, tail_queries=32)
+
+LENGTHS = [1000 + 37 * i for i in range(12)] + [1600, 1900, 2300, 2700, 3300, 4000, 4900, 6000]
+# Eight tokens short of a full block of 128: each needs one more block while it generates.
+CROWDED_LENGTHS = [128 * blocks + 120 for blocks in range(8, 14)]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One prompt and how many tokens are generated from it."""
+
+    name: str
+    prompt: list[int]
+    max_tokens: int
+
+
+def make_cases(tokenizer) -> list[Case]:
+    """20 prompts of 1K to 6K tokens, 20 that each share the first half of one of them, 6 for crowding."""
+    whole = [prompt_tokens(tokenizer, seed, length) for seed, length in enumerate(LENGTHS)]
+    halves = [
+        prompt_tokens(tokenizer, 100 + seed, length, shared=whole[seed][: length // 2])
+        for seed, length in enumerate(LENGTHS)
+    ]
+    crowded = [
+        prompt_tokens(tokenizer, 400 + seed, length) for seed, length in enumerate(CROWDED_LENGTHS)
+    ]
+    return [
+        *(Case(f"whole-{len(prompt)}", prompt, 12) for prompt in whole),
+        *(Case(f"half-{len(prompt)}", prompt, 12) for prompt in halves),
+        *(Case(f"crowded-{len(prompt)}", prompt, 24) for prompt in crowded),
+    ]

@@ -1,0 +1,24 @@
+"""`expected.json` is what the oracle says today: some of its cases, computed again."""
+
+import pytest
+
+from tests.oracle.cases import SETTINGS, make_cases
+from tests.oracle.expected import ask, difference, load
+from tests.oracle.model import OracleModel
+
+
+@pytest.fixture(scope="module")
+def cases(tokenizer):
+    return {case.name: case for case in make_cases(tokenizer)}
+
+
+@pytest.fixture(scope="module")
+def oracle(smollm2):
+    return OracleModel(smollm2, SETTINGS)
+
+
+@pytest.mark.parametrize("name", ["whole-1037", "half-1600", "crowded-1272"])
+def test_the_file_holds_what_the_oracle_says(name, cases, oracle):
+    expected = load(list(cases.values()))[name]
+    again = ask(oracle, cases[name])
+    assert difference(again.tokens, again.logprobs, expected) == (None, False)
