@@ -65,10 +65,10 @@ def test_when_requests_are_preempted_and_prefill_is_cut_into_the_smallest_steps(
     smollm2, cases, expected
 ):
     crowded = prompts_of(cases, "crowded")
-    blocks = sum(-(-len(case.prompt) // BLOCK_SIZE) for case in crowded)
-    # One block is vLLM's own; two are left for six requests that need one more each.
-    arguments = ("--dtype", "float32", "--num-gpu-blocks-override", str(blocks + 3))
-    steps = ("--max-num-seqs", "6", "--max-num-batched-tokens", "262")
+    blocks_each = -(-len(crowded[0].prompt) // BLOCK_SIZE)
+    # Three prompts fit, and none of what they generate. One block is vLLM's own.
+    arguments = ("--dtype", "float32", "--num-gpu-blocks-override", str(3 * blocks_each + 1))
+    steps = ("--max-model-len", "1200", "--max-num-seqs", "6", "--max-num-batched-tokens", "262")
     with serving(smollm2, settings=SPARSE, extra_args=(*arguments, *steps)) as client:
         assert_says_what_the_oracle_says(client, crowded, expected)
         assert client.metric("vllm:num_preemptions_total") > 0
