@@ -1,0 +1,1 @@
+"""Triton kernels against their oracles: on a GPU where there is one, interpreted where there is none."""

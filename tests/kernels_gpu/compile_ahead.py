@@ -1,0 +1,187 @@
+"""Compile every Triton kernel for GPUs that are not here, and report what it takes of them.
+
+    python -m tests.kernels_gpu.compile_ahead            # a table; fails on a spill
+
+Runs the kernels' own launchers on CPU tensors with a driver that knows only the target and with every
+launch turned into a compilation, so that what is compiled is what would be launched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+ARCHITECTURES = (80, 90, 100)
+SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a program may have
+HEADS = [(3, 3), (9, 3), (7, 1), (28, 4), (32, 8), (64, 8)]
+KV_DTYPES = [torch.bfloat16, torch.float16, torch.float8_e4m3fn]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel, compiled for one architecture."""
+
+    kernel: str
+    variant: str
+    architecture: int
+    registers: int
+    shared_bytes: int
+    spilled_bytes: int
+
+    @property
+    def fits(self) -> bool:
+        return not self.spilled_bytes and self.shared_bytes <= SHARED_MEMORY[self.architecture]
+
+
+class AbsentGpu:
+    """As much of a driver as the compiler asks for."""
+
+    def __init__(self, architecture: int) -> None:
+        self.target = GPUTarget("cuda", architecture, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+@contextmanager
+def compiling_for(architecture: int, compiled: list[Any]) -> Iterator[None]:
+    """Within it a kernel's launch compiles it for the architecture, and adds it to `compiled`."""
+    run = JITFunction.run
+
+    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        compiled.append(run(self, *args, grid=grid, warmup=True, **kwargs))
+
+    JITFunction.run = compile_only
+    triton.runtime.driver.set_active(AbsentGpu(architecture))
+    try:
+        yield
+    finally:
+        JITFunction.run = run
+        triton.runtime.driver.reset_active()
+
+
+def launches() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Every launcher, in the shapes of models that are served."""
+    from vllm_tokenselect.kernels.block_table.gpu import build_sparse_block_table
+    from vllm_tokenselect.kernels.gather.gpu import gather_rows
+    from vllm_tokenselect.kernels.mean_query.gpu import mean_queries
+    from vllm_tokenselect.kernels.score.gpu import Scores, score_paged_keys, tile_rows
+    from vllm_tokenselect.kernels.vote.gpu import soft_vote
+
+    def ints(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.int32)
+
+    rows, width, tokens, scale = 64, 4096, 512, torch.ones(1)
+    for head_size in (64, 80, 128, 256):
+        query = torch.zeros(64, 4, head_size, dtype=torch.bfloat16)
+        means = torch.zeros(rows, 4, head_size)
+        name = f"D{head_size}"
+        yield name, lambda q=query, m=means: mean_queries(q, ints(rows), ints(rows), m)
+    for block_size in (16, 64, 128):
+        votes, slots = torch.zeros(rows, width), ints(rows, 3200)
+        yield (
+            f"B{block_size}",
+            lambda b=block_size, v=votes, s=slots: build_sparse_block_table(
+                *(v, ints(8, 256), ints(rows), 128, 2048, ints(rows), ints(rows), b, s, ints(rows))
+            ),
+        )
+    for heads, kv_heads in HEADS:
+        stats = torch.zeros(rows, heads, 64)
+        scores = Scores(torch.zeros(rows, heads, width), stats, stats, 128, ints(rows))
+        name = f"H{heads}/{kv_heads}"
+        yield name, lambda s=scores: soft_vote(s, torch.zeros(rows, width))
+        for dtype in KV_DTYPES:
+            for head_size in (64, 128, 256):
+                for lines in (1, tile_rows(heads, kv_heads)):
+                    cache = torch.zeros(8, 16, kv_heads, 2 * head_size).to(dtype)
+                    pages = cache.unflatten(-1, (2, head_size)).permute(0, 2, 3, 1, 4)
+                    means = torch.zeros(lines, heads, head_size)
+                    yield (
+                        f"{name} D{head_size} {str(dtype)[6:]} {lines} rows",
+                        lambda m=means, p=pages, n=lines, h=heads: score_paged_keys(
+                            *(m, p, ints(8, 256), ints(4, 3), 128, ints(n), 0.1, scale),
+                            *(torch.zeros(n, h, width), torch.zeros(n, h, 64)),
+                            torch.zeros(n, h, 64),
+                        ),
+                    )
+    for dtype in KV_DTYPES:
+        for head_size in (64, 80, 128, 256):
+            for rotated in (False, True):
+                cache = torch.zeros(8, 16, 4, 2 * head_size).to(dtype)
+                pages = cache.unflatten(-1, (2, head_size)).permute(0, 2, 3, 1, 4)
+                out = torch.zeros(tokens, 4, head_size, dtype=torch.bfloat16)
+                yield (
+                    f"D{head_size} {str(dtype)[6:]}{' rotated' if rotated else ''}",
+                    lambda p=pages, o=out, r=rotated, d=head_size: gather_rows(
+                        *(p, ints(2, 3200), ints(3), o, o),
+                        *(torch.zeros(4096, d) if r else None, scale, scale),
+                    ),
+                )
+
+
+def resources(kernel: Any) -> tuple[int, int]:
+    """Registers a thread and spilled bytes of a compiled kernel."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
+    return registers, stack
+
+
+def compile_all(architectures: list[int]) -> Iterator[Compiled]:
+    for architecture in architectures:
+        for variant, launch in launches():
+            kernels: list[Any] = []
+            with compiling_for(architecture, kernels):
+                launch()
+            for kernel in kernels:
+                registers, spilled = resources(kernel)
+                name, shared = kernel.metadata.name, kernel.metadata.shared
+                yield Compiled(name, variant, architecture, registers, shared, spilled)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--architectures", type=int, nargs="+", default=list(ARCHITECTURES))
+    args = parser.parse_args()
+    bad = 0
+    print(f"{'kernel':14} {'variant':36} sm  registers  shared B  spilled B")
+    for one in compile_all(args.architectures):
+        bad += not one.fits
+        print(
+            f"{one.kernel:14} {one.variant:36} {one.architecture:3} {one.registers:6} "
+            f"{one.shared_bytes:12} {one.spilled_bytes:8}{'' if one.fits else '  DOES NOT FIT'}",
+            flush=True,
+        )
+    print(f"{bad} do not fit" if bad else "all fit, none spills")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""The Triton kernel's sparse block table is that of the definition, entry by entry."""
+
+import pytest
+import torch
+
+from tests.kernels_gpu.cases import DEVICE, int32
+from vllm_tokenselect.kernels.block_table import gpu, reference
+
+UNTOUCHED = -7
+
+
+def assert_same_table(votes, block_table, row_seq, n_init, top_k, ends, context, block_size):
+    arguments = (votes, block_table, row_seq, n_init, top_k, ends, context, block_size)
+    tables = []
+    for operation in (gpu, reference):
+        slots = torch.full((len(ends), int(context.max()) + 5), UNTOUCHED, device=DEVICE)
+        slots, lengths = slots.to(torch.int32), int32(*[UNTOUCHED] * len(ends))
+        operation.build_sparse_block_table(*arguments, slots, lengths)
+        tables.append((slots, lengths))
+    assert torch.equal(tables[0][1], tables[1][1])
+    assert torch.equal(tables[0][0], tables[1][0])
+    return tables[0]
+
+
+def identity_table(rows: int, block_size: int) -> torch.Tensor:
+    """One block table for all rows, in which a slot is its position."""
+    line = torch.arange(8192 // block_size, dtype=torch.int32, device=DEVICE)
+    return line.repeat(rows, 1)
+
+
+@pytest.mark.parametrize("block_size", [16, 32, 128])
+@pytest.mark.parametrize("top_k", [1, 60, 1000])
+def test_tables_are_those_of_the_definition(block_size: int, top_k: int):
+    width = -(-2200 // block_size)
+    blocks = torch.randperm(4 * width, device=DEVICE)[: 3 * width]
+    block_table = blocks.view(3, width).to(torch.int32)
+    ends = int32(501, 2077, 19, 1300, 2000)
+    context = ends + int32(70, 1, 100, 33, 128)
+    votes = torch.rand(5, 2100, device=DEVICE) ** 8
+    votes[4] = (votes[4] * 50).round() / 50  # many ties
+    assert_same_table(
+        votes, block_table, int32(2, 0, 1, 2, 2), 19, top_k, ends, context, block_size
+    )
+
+
+def test_more_candidates_than_a_program_reads_at_once():
+    votes = torch.rand(1, 7001, device=DEVICE).round(decimals=3)
+    assert_same_table(
+        votes, identity_table(1, 32), int32(0), 128, 2048, int32(7129), int32(7700), 32
+    )
+
+
+@pytest.mark.parametrize("vote", [0.0, 1e-42, 0.37, float("inf")])
+def test_ties_go_to_the_lowest_positions(vote: float):
+    votes = torch.full((1, 500), vote, device=DEVICE)
+    slots, lengths = assert_same_table(
+        votes, identity_table(1, 16), int32(0), 16, 50, int32(516), int32(530), 16
+    )
+    assert slots[0, : lengths[0]].tolist() == [*range(16 + 50), *range(516, 530)]
+
+
+def test_a_nan_vote_is_the_lowest():
+    votes = torch.rand(1, 500, device=DEVICE) + 0.1
+    votes[0, 3] = float("nan")
+    slots, lengths = assert_same_table(
+        votes, identity_table(1, 16), int32(0), 16, 499, int32(516), int32(530), 16
+    )
+    assert 16 + 3 not in slots[0, : lengths[0]].tolist()
+
+
+def test_dense_and_padded_rows_need_no_votes():
+    none = torch.empty(3, 0, device=DEVICE)
+    slots, lengths = assert_same_table(
+        none, identity_table(3, 16), int32(0, 1, 0), 16, 50, int32(-400, 66, 0), int32(112, 70, 0), 16
+    )
+    assert lengths.tolist() == [112, 70, 0]
+    assert (slots[2] == UNTOUCHED).all()

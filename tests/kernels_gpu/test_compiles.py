@@ -1,0 +1,24 @@
+"""Every Triton kernel compiles for the GPUs that are supported, fits them and spills nothing."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.kernels_gpu.compile_ahead import ARCHITECTURES
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_kernels_compile_and_fit(architecture: int):
+    # In a process of its own: here Triton interprets.
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels_gpu.compile_ahead", "--architectures", str(architecture)],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for kernel in ("_score", "_soft_vote", "_build", "_gather", "_mean_queries"):
+        assert kernel in done.stdout

@@ -1,0 +1,28 @@
+"""What the Triton kernels' launchers know of the device."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+
+SMALLEST_PRODUCT = 16  # lines that a tensor core's product has at least
+LARGEST_PRODUCT = 128
+PROGRAMS_PER_MULTIPROCESSOR = 4
+
+INTERPRETED: bool = triton.knobs.runtime.interpret
+_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def is_fp8(dtype: torch.dtype) -> bool:
+    return dtype in _FP8
+
+
+@cache
+def num_programs_wanted() -> int:
+    """Programs that keep the current GPU busy; a few where there is none."""
+    if not torch.cuda.is_available():
+        return 8
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return PROGRAMS_PER_MULTIPROCESSOR * int(properties.multi_processor_count)

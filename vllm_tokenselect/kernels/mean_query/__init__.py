@@ -1,0 +1,1 @@
+"""Mean query of every row: what a chunk asks the cached keys with."""

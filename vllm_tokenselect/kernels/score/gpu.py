@@ -1,0 +1,217 @@
+"""Scores on a GPU: a matrix product of a request's rows with tiles of its paged keys.
+
+All rows of a request that are handed over together share the reading of its keys: 16 chunks of a
+prefill step, or 64 queries of a prompt's tail, times the query heads of a KV head, fill the tensor
+cores. A decoding row is padded to the smallest product that they take.
+"""
+
+# mypy: allow-untyped-defs, allow-untyped-calls
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_tokenselect.kernels.gpu_launch import (
+    INTERPRETED,
+    LARGEST_PRODUCT,
+    SMALLEST_PRODUCT,
+    is_fp8,
+    num_programs_wanted,
+)
+
+MAX_SPLITS = 64
+TOKENS_PER_TILE = 64
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of a group of rows, as `soft_vote` takes them.
+
+    Attributes:
+        logits: fp32 [R, Hq, N]; undefined from a row's own end on.
+        maxima, sums: fp32 [R, Hq, splits], largest score of each part of the candidates, and the sum
+            of exp(score - largest) over it; -inf and 0 for an empty part.
+        start, ends: the candidates, as given to `score_paged_keys`.
+    """
+
+    logits: torch.Tensor
+    maxima: torch.Tensor
+    sums: torch.Tensor
+    start: int
+    ends: torch.Tensor
+
+
+def tile_rows(num_heads: int, num_kv_heads: int) -> int:
+    """Most rows of one request that share a tile."""
+    return max(LARGEST_PRODUCT // (num_heads // num_kv_heads), 1)
+
+
+def choose_splits(num_tiles: int, num_kv_heads: int, width: int) -> int:
+    """Parts that the candidates are cut into, so that there is work for every multiprocessor."""
+    wanted = triton.cdiv(num_programs_wanted(), max(num_tiles * num_kv_heads, 1))
+    return max(min(wanted, MAX_SPLITS, triton.cdiv(width, TOKENS_PER_TILE)), 1)
+
+
+def score_paged_keys(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    tiles: torch.Tensor,
+    start: int,
+    ends: torch.Tensor,
+    scale: float,
+    key_scale: torch.Tensor | None,
+    logits: torch.Tensor,
+    maxima: torch.Tensor,
+    sums: torch.Tensor,
+) -> Scores:
+    """As `reference.score_paged_keys`, into buffers of the caller.
+
+    Args:
+        query: fp32 [R, Hq, D], contiguous.
+        kv_cache: fp32, bf16, fp16, fp8 e4m3 or e5m2 [num_blocks, Hkv, 2, block_size, D] of any
+            strides whose last is 1.
+        block_table: int32 [S, W].
+        tiles: int32 [tiles, 3], the request, first row and number of rows of each tile; rows of one
+            tile follow each other. No more than `tile_rows` of them.
+        start: first candidate, the same for all rows.
+        ends: int32 [R], end of the candidates (exclusive); `<= start` for a row without any.
+        scale: the attention's own scale of q . k.
+        key_scale: fp32 [1] that a quantised cache's keys are multiplied by, on the device.
+        logits: fp32 [R, Hq, N], contiguous, N at least max(ends) - start; written below each end.
+        maxima, sums: fp32 [R, Hq, splits], contiguous, written.
+    """
+    num_heads, head_size = query.shape[1:]
+    num_kv_heads, block_size = kv_cache.shape[1], kv_cache.shape[3]
+    group = num_heads // num_kv_heads
+    num_splits = maxima.shape[2]
+    most_rows = min(tile_rows(num_heads, num_kv_heads), len(query))
+    scores = Scores(logits, maxima, sums, start, ends)
+    if not len(tiles):
+        return scores
+    _score[(num_kv_heads, num_splits, len(tiles))](
+        query,
+        kv_cache,
+        block_table,
+        tiles,
+        ends,
+        key_scale,
+        logits,
+        maxima,
+        sums,
+        scale,
+        start,
+        logits.shape[2],
+        num_heads,
+        num_splits,
+        block_table.stride(0),
+        kv_cache.stride(0),
+        kv_cache.stride(1),
+        kv_cache.stride(3),
+        GROUP=group,
+        HEAD_SIZE=head_size,
+        PADDED_SIZE=max(triton.next_power_of_2(head_size), 16),
+        BLOCK_SIZE=block_size,
+        LINES=max(triton.next_power_of_2(most_rows * group), SMALLEST_PRODUCT),
+        TOKENS=TOKENS_PER_TILE,
+        # Triton's interpreter multiplies bf16 bits as if they were integers.
+        WIDEN=INTERPRETED or kv_cache.dtype == torch.float32,
+        QUANTISED=is_fp8(kv_cache.dtype),
+        num_warps=4,
+        num_stages=3,
+    )
+    return scores
+
+
+@triton.jit
+def _score(
+    query,
+    kv_cache,
+    block_table,
+    tiles,
+    ends,
+    key_scale,
+    logits,
+    maxima,
+    sums,
+    scale,
+    start,
+    width,
+    num_heads,
+    num_splits,
+    table_stride,
+    block_stride,
+    head_stride,
+    token_stride,
+    GROUP: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    PADDED_SIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    LINES: tl.constexpr,
+    TOKENS: tl.constexpr,
+    WIDEN: tl.constexpr,
+    QUANTISED: tl.constexpr,
+):
+    # KV heads vary fastest: the keys that they read lie beside each other.
+    kv_head, split, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    seq = tl.load(tiles + tile * 3).to(tl.int64)
+    first_row = tl.load(tiles + tile * 3 + 1)
+    num_rows = tl.load(tiles + tile * 3 + 2)
+
+    # A line is one query head of one row.
+    line = tl.arange(0, LINES)
+    row, head = first_row + line // GROUP, kv_head * GROUP + line % GROUP
+    in_tile = line < num_rows * GROUP
+    end = tl.load(ends + row, in_tile, start)
+    row_head = row.to(tl.int64) * num_heads + head
+
+    element = tl.arange(0, PADDED_SIZE)
+    in_head = element < HEAD_SIZE
+    queries = tl.load(
+        query + row_head[:, None] * HEAD_SIZE + element[None, :],
+        in_tile[:, None] & in_head[None, :],
+        0.0,
+    )
+    if QUANTISED:
+        scale = scale * tl.load(key_scale)
+        if not WIDEN:
+            queries = queries.to(tl.bfloat16)
+    elif not WIDEN:
+        queries = queries.to(kv_cache.dtype.element_ty)
+
+    # Every part has the same number of tiles, of the row that reaches furthest.
+    reach = tl.max(end, 0)
+    part = tl.cdiv(tl.cdiv(tl.maximum(reach - start, 0), TOKENS), num_splits) * TOKENS
+    first = start + split * part
+    last = tl.minimum(first + part, reach)
+
+    largest = tl.full([LINES], float("-inf"), tl.float32)
+    total = tl.zeros([LINES], tl.float32)
+    for position in tl.range(first, last, TOKENS):
+        token = position + tl.arange(0, TOKENS)
+        visible = token < last
+        block = tl.load(block_table + seq * table_stride + token // BLOCK_SIZE, visible, 0)
+        source = block.to(tl.int64) * block_stride + (token % BLOCK_SIZE) * token_stride
+        keys = tl.load(
+            kv_cache + kv_head * head_stride + source[None, :] + element[:, None],
+            visible[None, :] & in_head[:, None],
+            0.0,
+        )
+        if WIDEN:
+            score = tl.dot(queries, keys.to(tl.float32), input_precision="ieee") * scale
+        else:
+            score = tl.dot(queries, keys.to(queries.dtype)) * scale
+        own = token[None, :] < tl.minimum(end, last)[:, None]
+        tl.store(logits + row_head[:, None] * width + (token - start)[None, :], score, own)
+        score = tl.where(own, score, float("-inf"))
+        above = tl.maximum(largest, tl.max(score, 1))
+        shift = tl.where(above == float("-inf"), 0.0, above)
+        total = total * tl.exp(largest - shift) + tl.sum(tl.exp(score - shift[:, None]), 1)
+        largest = above
+    part_of = row_head * num_splits + split
+    tl.store(maxima + part_of, largest, in_tile)
+    tl.store(sums + part_of, total, in_tile)

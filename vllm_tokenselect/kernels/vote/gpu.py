@@ -1,0 +1,84 @@
+"""Soft vote on a GPU: normalise with the scores' running maxima and sums, and add up the heads."""
+
+# mypy: allow-untyped-defs, allow-untyped-calls
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_tokenselect.kernels.gpu_launch import num_programs_wanted
+from vllm_tokenselect.kernels.score.gpu import Scores
+
+SCORES_PER_STEP = 8192  # of all heads
+
+
+def soft_vote(scores: Scores, votes: torch.Tensor) -> None:
+    """As `reference.soft_vote`, into `votes` fp32 [R, N], written below each row's own end.
+
+    Every program works through a part of one row; fp32 throughout.
+    """
+    num_rows, num_heads, width = scores.logits.shape
+    if not num_rows or not width:
+        return
+    padded_heads = triton.next_power_of_2(num_heads)
+    tokens = max(SCORES_PER_STEP // padded_heads, 16)
+    parts = min(triton.cdiv(width, tokens), triton.cdiv(num_programs_wanted(), num_rows))
+    _soft_vote[(parts, num_rows)](
+        scores.logits,
+        scores.maxima,
+        scores.sums,
+        scores.ends,
+        votes,
+        scores.start,
+        width,
+        scores.maxima.shape[2],
+        votes.stride(0),
+        HEADS=num_heads,
+        PADDED_HEADS=padded_heads,
+        SPLITS=triton.next_power_of_2(scores.maxima.shape[2]),
+        TOKENS=tokens,
+        num_warps=8,
+    )
+
+
+@triton.jit
+def _soft_vote(
+    logits,
+    maxima,
+    sums,
+    ends,
+    votes,
+    start,
+    width,
+    num_splits,
+    votes_stride,
+    HEADS: tl.constexpr,
+    PADDED_HEADS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    part, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    num_candidates = tl.load(ends + row) - start
+    if part * TOKENS < num_candidates:
+        head, split = tl.arange(0, PADDED_HEADS), tl.arange(0, SPLITS)
+        is_head = head < HEADS
+        part_of = (row * HEADS + head)[:, None] * num_splits + split[None, :]
+        is_part = is_head[:, None] & (split < num_splits)[None, :]
+        part_largest = tl.load(maxima + part_of, is_part, float("-inf"))
+        part_total = tl.load(sums + part_of, is_part, 0.0)
+        largest = tl.max(part_largest, 1)
+        largest = tl.where(largest == float("-inf"), 0.0, largest)
+        total = tl.sum(part_total * tl.exp(part_largest - largest[:, None]), 1)
+        weight = tl.where(total > 0, 1 / total, 0.0)
+        for first in range(part * TOKENS, num_candidates, tl.num_programs(0) * TOKENS):
+            token = first + tl.arange(0, TOKENS)
+            visible = token < num_candidates
+            score = tl.load(
+                logits + (row * HEADS + head)[:, None] * width + token[None, :],
+                is_head[:, None] & visible[None, :],
+                float("-inf"),
+            )
+            share = tl.exp(score - largest[:, None]) * weight[:, None]
+            tl.store(votes + row * votes_stride + token, tl.sum(share, 0), visible)
