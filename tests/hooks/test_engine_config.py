@@ -1,6 +1,7 @@
 """What cannot be served is refused at start; what is not TOKENSELECT's is left alone."""
 
 import copy
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -54,6 +55,15 @@ def test_configuring_again_keeps_our_scheduler(selected):
     chosen = selected.scheduler_config.scheduler_cls
     configure(selected, "cpu")
     assert selected.scheduler_config.scheduler_cls == chosen
+
+
+def test_workers_may_have_as_many_numba_threads_as_there_are_cores(selected, monkeypatch):
+    monkeypatch.delenv("NUMBA_NUM_THREADS", raising=False)
+    configure(selected, "cpu")
+    assert os.environ["NUMBA_NUM_THREADS"] == str(os.cpu_count())
+    monkeypatch.setenv("NUMBA_NUM_THREADS", "1")
+    configure(selected, "cpu")
+    assert os.environ["NUMBA_NUM_THREADS"] == "1", "the user's own choice stands"
 
 
 def test_a_foreign_scheduler_is_refused_by_name(selected):

@@ -138,10 +138,20 @@ def _compile_kernels(
 ) -> None:
     """Compile at start, not in the first request."""
     logger.info("TOKENSELECT: compiling the CPU kernels (about 15 s once, then cached)")
-    compile_cpu_kernels(
+    threads = compile_cpu_kernels(
         kv_dtype=dtype,
         head_size=head_size,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         block_size=block_size,
     )
+    wanted = torch.get_num_threads()
+    logger.info("TOKENSELECT: the CPU kernels run on %d of PyTorch's %d threads", threads, wanted)
+    if threads < wanted:
+        logger.warning(
+            "TOKENSELECT is slower than it could be: numba has %d threads, PyTorch has %d. "
+            "Set the environment variable NUMBA_NUM_THREADS=%d for the worker processes.",
+            threads,
+            wanted,
+            wanted,
+        )

@@ -7,6 +7,7 @@ vLLM's public `scheduler_cls`.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from vllm_tokenselect.config import ADDITIONAL_CONFIG_KEY, SettingsError, TokenSelectConfig
@@ -71,6 +72,9 @@ def configure(vllm_config: Any, device_type: str) -> None:
         long_prefill_token_threshold=scheduler.long_prefill_token_threshold,
     )
     _choose_scheduler(scheduler)
+    # A worker starts bound to one core, and numba, which vLLM's model runner imports, would count one.
+    # Inherited by the workers; each then takes as many threads as its PyTorch has.
+    os.environ.setdefault("NUMBA_NUM_THREADS", str(os.cpu_count()))
 
 
 def _refuse_features(vllm_config: Any) -> None:

@@ -12,29 +12,35 @@ from vllm_tokenselect.kernels.score.cpu import score_paged_keys
 from vllm_tokenselect.kernels.vote.cpu import soft_vote
 
 
-def use_torch_threads() -> None:
+def use_torch_threads() -> int:
     """Give numba as many threads as PyTorch has; call it in the thread that runs the kernels.
 
-    numba cannot have more than it found cores at import (`numba.config.NUMBA_NUM_THREADS`).
+    Returns:
+        the number that numba has got. numba cannot have more than it counted cores when it was
+        imported (`numba.config.NUMBA_NUM_THREADS`), and it counts those of the importing thread,
+        which a server may have bound to one: set NUMBA_NUM_THREADS before.
 
     Raises:
         RuntimeError: the OpenMP library that numba's threads need is missing.
     """
     threads = torch.get_num_threads()
+    numba_threads = min(threads, numba.config.NUMBA_NUM_THREADS)
     try:
-        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+        numba.set_num_threads(numba_threads)
     except ValueError as error:  # numba's own words: "No threading layer could be loaded"
         raise RuntimeError(
             "numba found no OpenMP library (libgomp.so.1), which TOKENSELECT's CPU kernels run on; "
             "install it (package libgomp1 on Debian and Ubuntu, libgomp on Fedora)"
         ) from error
-    # At its start numba tells OpenMP to use all cores, and PyTorch would follow.
-    torch.set_num_threads(threads)
+    # At its start numba tells OpenMP its own number of threads, and PyTorch would follow. Not
+    # torch.set_num_threads: vLLM replaces it in its workers by a function that does nothing.
+    torch._C.set_num_threads(threads)  # type: ignore[attr-defined]
+    return numba_threads
 
 
 def compile_cpu_kernels(
     kv_dtype: torch.dtype, head_size: int, num_heads: int, num_kv_heads: int, block_size: int
-) -> None:
+) -> int:
     """Run every numba kernel once on tiny inputs of the layer's shape; sets numba's threads.
 
     About 15 s the first time on a machine, well under a second from numba's cache afterwards.
@@ -43,10 +49,13 @@ def compile_cpu_kernels(
         kv_dtype: fp32, bf16 or fp16, the cache's dtype.
         head_size, num_heads, num_kv_heads, block_size: of the layer.
 
+    Returns:
+        the number of numba's threads, as `use_torch_threads` does.
+
     Raises:
         RuntimeError: the OpenMP library that numba's threads need is missing.
     """
-    use_torch_threads()
+    numba_threads = use_torch_threads()
     kv_cache = torch.zeros((1, num_kv_heads, 2, block_size, head_size), dtype=kv_dtype)
     query = torch.zeros((1, num_heads, head_size))
     block_table = torch.zeros((1, 1), dtype=torch.int32)
@@ -61,3 +70,4 @@ def compile_cpu_kernels(
     )
     gather_tokens(kv_cache, slots[0, :1], keys, torch.empty_like(keys))
     attend_single_queries(query, kv_cache, slots, lengths, 1.0, torch.empty_like(query))
+    return numba_threads
