@@ -111,7 +111,7 @@ def contenders(
             operations.build_sparse_block_table(*table, slots, lengths)
 
         def attend(kv_cache=kv_cache):
-            operations.attend_single_queries(query, kv_cache, slots, lengths, scale, out)
+            operations.attend_single_queries(query, row_seq, kv_cache, slots, lengths, scale, out)
 
         def gather(kv_cache=kv_cache, keys=keys, values=values):
             operations.gather_tokens(kv_cache, slots[0], keys, values)

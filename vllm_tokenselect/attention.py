@@ -84,14 +84,11 @@ def attend(
         out: [T, Hq, D], written.
     """
     plan, operations = step.plan, step.operations
-    for rows in _single_query_runs(step):
-        index = step.query_start[rows]
-        attended = torch.empty((len(index), *query.shape[1:]), dtype=query.dtype)
+    for singles in step.single_queries:
         operations.attend_single_queries(
-            query[index], kv_cache, step.slots[rows], step.lengths[rows], scale, attended
+            query, singles.query_start, kv_cache, singles.slots, singles.lengths, scale, out
         )
-        out[index] = attended
-    for row in (plan.query_len > 1).nonzero()[0].tolist():
+    for row in step.several_queries:
         length = int(step.lengths[row])
         keys, values = scratch[0, :length], scratch[1, :length]
         operations.gather_tokens(kv_cache, step.slots[row, :length], keys, values)
@@ -99,15 +96,3 @@ def attend(
             int(plan.query_start[row]), int(plan.query_start[row] + plan.query_len[row])
         )
         library(row, query[queries], keys, values, out[queries])
-
-
-def _single_query_runs(step: StepSelection) -> list[slice]:
-    """Rows of one query, as slices: those among the dense rows and those among the selecting."""
-    plan, runs = step.plan, []
-    for first, last in ((0, plan.num_dense), (plan.num_dense, plan.num_rows)):
-        singles = int((plan.query_len[first:last] == 1).sum())
-        if singles:
-            runs.append(slice(first, first + singles))
-    if len(runs) == 2 and runs[0].stop == runs[1].start:
-        return [slice(runs[0].start, runs[1].stop)]
-    return runs

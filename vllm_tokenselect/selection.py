@@ -8,6 +8,8 @@ arXiv 2411.02886, sections 3.2 and 3.3.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
@@ -18,6 +20,20 @@ from vllm_tokenselect.plan import SelectionPlan
 # Scores of the rows that are voted on together: they must fit the processor's caches better than
 # they fit memory, and a million-token context must not need gigabytes of them.
 SCORE_WORKSPACE_BYTES = 32 << 20
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Consecutive rows of the plan, with their part of every array; cut once a step."""
+
+    first: int
+    last: int
+    row_seq: torch.Tensor
+    query_start: torch.Tensor
+    candidate_end: torch.Tensor
+    chunk_end: torch.Tensor
+    slots: torch.Tensor
+    lengths: torch.Tensor
 
 
 class StepSelection:
@@ -37,6 +53,8 @@ class StepSelection:
     Attributes:
         slots: int32 [R, width], block table of page size 1, ascending by position.
         lengths: int32 [R], entries of each row.
+        single_queries: the rows of one query, as runs of consecutive rows.
+        several_queries: the rows of several queries.
     """
 
     def __init__(
@@ -64,10 +82,12 @@ class StepSelection:
         width = int(lengths.max(initial=0))
         self.slots = torch.empty((plan.num_rows, width), dtype=torch.int32)
         self.lengths = torch.from_numpy(lengths)
-        self.groups = self._group_rows(num_heads)
+        self.query_start = torch.from_numpy(plan.query_start)
         if plan.num_dense:
-            self._fill(slice(0, plan.num_dense), votes=None)
-        self.query_start = torch.from_numpy(plan.query_start.astype(np.int64))
+            self._fill(self._rows(0, plan.num_dense), votes=None)
+        self.groups = self._group_rows(num_heads)
+        self.single_queries = self._single_query_runs()
+        self.several_queries: list[int] = (plan.query_len > 1).nonzero()[0].tolist()
 
     def select(self, query: torch.Tensor, kv_cache: torch.Tensor, scale: float) -> None:
         """Fill the table's rows that select, for one layer.
@@ -82,32 +102,45 @@ class StepSelection:
                 self._mean_query(query, rows),
                 kv_cache,
                 self.block_table,
-                self.row_seq[rows],
+                rows.row_seq,
                 self.config.n_init,
-                self.candidate_end[rows],
+                rows.candidate_end,
                 scale,
             )
             self._fill(rows, votes=self.operations.soft_vote(logits))
 
-    def _fill(self, rows: slice, votes: torch.Tensor | None) -> None:
+    def _rows(self, first: int, last: int) -> Rows:
+        return Rows(
+            first,
+            last,
+            self.row_seq[first:last],
+            self.query_start[first:last],
+            self.candidate_end[first:last],
+            self.chunk_end[first:last],
+            self.slots[first:last],
+            self.lengths[first:last],
+        )
+
+    def _fill(self, rows: Rows, votes: torch.Tensor | None) -> None:
         self.operations.build_sparse_block_table(
             votes,
             self.block_table,
-            self.row_seq[rows],
+            rows.row_seq,
             self.config.n_init,
             self.config.top_k,
-            self.candidate_end[rows],
-            self.chunk_end[rows],
+            rows.candidate_end,
+            rows.chunk_end,
             self.block_size,
-            self.slots[rows],
-            self.lengths[rows],
+            rows.slots,
+            rows.lengths,
         )
 
-    def _mean_query(self, query: torch.Tensor, rows: slice) -> torch.Tensor:
+    def _mean_query(self, query: torch.Tensor, rows: Rows) -> torch.Tensor:
         """Mean query of each row, fp32 [rows, Hq, D]."""
-        if self.plan.query_len[rows.start] == 1:
-            return query[self.query_start[rows]].float()
-        starts, lens = self.plan.query_start[rows], self.plan.query_len[rows]
+        starts = self.plan.query_start[rows.first : rows.last]
+        lens = self.plan.query_len[rows.first : rows.last]
+        if lens[0] == 1:
+            return query.index_select(0, rows.query_start).float()
         return torch.stack(
             [
                 query[start : start + length].mean(dim=0, dtype=torch.float32)
@@ -115,13 +148,13 @@ class StepSelection:
             ]
         )
 
-    def _group_rows(self, num_heads: int) -> list[slice]:
+    def _group_rows(self, num_heads: int) -> list[Rows]:
         """Cut the selecting rows into groups whose scores fit the workspace.
 
         A group holds rows of one query or rows of several, never both.
         """
         plan = self.plan
-        groups: list[slice] = []
+        groups: list[Rows] = []
         first, most = plan.num_dense, 0
         for row in range(plan.num_dense, plan.num_rows):
             candidates = int(plan.candidate_end[row]) - self.config.n_init
@@ -129,8 +162,19 @@ class StepSelection:
             too_large = 4 * num_heads * most * (row - first + 1) > SCORE_WORKSPACE_BYTES
             other_kind = (plan.query_len[row] == 1) != (plan.query_len[first] == 1)
             if row > first and (too_large or other_kind):
-                groups.append(slice(first, row))
+                groups.append(self._rows(first, row))
                 first, most = row, candidates
         if first < plan.num_rows:
-            groups.append(slice(first, plan.num_rows))
+            groups.append(self._rows(first, plan.num_rows))
         return groups
+
+    def _single_query_runs(self) -> list[Rows]:
+        """Rows of one query: those among the dense rows and those among the selecting."""
+        plan, runs = self.plan, []
+        for first, last in ((0, plan.num_dense), (plan.num_dense, plan.num_rows)):
+            singles = int((plan.query_len[first:last] == 1).sum())
+            if singles:
+                runs.append((first, first + singles))
+        if len(runs) == 2 and runs[0][1] == runs[1][0]:
+            runs = [(runs[0][0], runs[1][1])]
+        return [self._rows(first, last) for first, last in runs]

@@ -14,6 +14,10 @@ def _random_slots(case: Case, kv_cache: torch.Tensor, rows: int, width: int) -> 
     return torch.randint(0, kv_cache.shape[0] * case.block_size, (rows, width), dtype=torch.int32)
 
 
+def every(query: torch.Tensor) -> torch.Tensor:
+    return torch.arange(len(query), dtype=torch.int32)
+
+
 @pytest.mark.parametrize("case", SHAPES, ids=str)
 def test_attention_is_that_of_the_definition(case: Case):
     kv_cache, _ = paged_cache(case)
@@ -23,7 +27,7 @@ def test_attention_is_that_of_the_definition(case: Case):
     query = torch.randn(case.rows, case.num_heads, case.head_size).to(case.torch_dtype)
     actual, expected = torch.empty_like(query), torch.empty_like(query)
     for operation, out in ((cpu, actual), (reference, expected)):
-        operation.attend_single_queries(query, kv_cache, slots, lengths, 0.3, out)
+        operation.attend_single_queries(query, every(query), kv_cache, slots, lengths, 0.3, out)
     tolerance = TOLERANCE[case.dtype]
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
@@ -36,8 +40,25 @@ def test_queries_need_not_have_the_caches_dtype(dtype: str):
     query = torch.randn(1, 9, 64).to(DTYPES[dtype])
     actual, expected = torch.empty_like(query), torch.empty_like(query)
     for operation, out in ((cpu, actual), (reference, expected)):
-        operation.attend_single_queries(query, kv_cache, slots, int32(100), 0.125, out)
+        operation.attend_single_queries(
+            query, every(query), kv_cache, slots, int32(100), 0.125, out
+        )
     torch.testing.assert_close(actual, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_queries_lie_anywhere_in_a_slice_of_the_projection_and_the_others_are_left_alone(
+    dtype: str,
+):
+    case = SHAPES[0]
+    kv_cache, _ = paged_cache(case)
+    slots, lengths, index = _random_slots(case, kv_cache, 2, 100), int32(100, 40), int32(5, 2)
+    query = torch.randn(7, 15 * 64).to(DTYPES[dtype])[:, 64 : 10 * 64].view(7, 9, 64)
+    actual, expected = torch.full((2, 7, 9, 64), 9.0, dtype=DTYPES[dtype])
+    for operation, out in ((cpu, actual), (reference, expected)):
+        operation.attend_single_queries(query, index, kv_cache, slots, lengths, 0.125, out)
+    torch.testing.assert_close(actual, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    assert (actual[[0, 1, 3, 4, 6]] == 9).all()
 
 
 def test_a_row_without_tokens_gives_zeros():
@@ -47,7 +68,9 @@ def test_a_row_without_tokens_gives_zeros():
     for operation in (cpu, reference):
         out = torch.full_like(query, float("nan"))
         slots = _random_slots(case, kv_cache, 3, 20)
-        operation.attend_single_queries(query, kv_cache, slots, int32(0, 20, 0), 0.125, out)
+        operation.attend_single_queries(
+            query, every(query), kv_cache, slots, int32(0, 20, 0), 0.125, out
+        )
         assert not out[[0, 2]].any()
         assert out[1].isfinite().all()
 
@@ -60,7 +83,9 @@ def test_splits_are_joined_at_every_boundary(length: int):
     query = torch.randn(1, 9, 64)
     actual, expected = torch.empty_like(query), torch.empty_like(query)
     for operation, out in ((cpu, actual), (reference, expected)):
-        operation.attend_single_queries(query, kv_cache, slots, int32(length), 0.125, out)
+        operation.attend_single_queries(
+            query, every(query), kv_cache, slots, int32(length), 0.125, out
+        )
     torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-5)
 
 
@@ -71,7 +96,7 @@ def test_large_scores_neither_overflow_nor_vanish():
     query = torch.randn(1, 9, 64) * 300
     actual, expected = torch.empty_like(query), torch.empty_like(query)
     for operation, out in ((cpu, actual), (reference, expected)):
-        operation.attend_single_queries(query, kv_cache, slots, int32(600), 1.0, out)
+        operation.attend_single_queries(query, every(query), kv_cache, slots, int32(600), 1.0, out)
     torch.testing.assert_close(actual, expected, rtol=1e-2, atol=1e-2)
 
 
@@ -82,11 +107,11 @@ def test_a_rows_output_is_the_same_bits_alone_and_in_company():
     lengths = int32(1500, 7, 900, 1400, 513)
     query = torch.randn(5, 9, 64)
     together, alone = torch.empty_like(query), torch.empty_like(query)
-    cpu.attend_single_queries(query, kv_cache, slots, lengths, 0.125, together)
+    cpu.attend_single_queries(query, every(query), kv_cache, slots, lengths, 0.125, together)
     for row in range(5):
         rows = slice(row, row + 1)
         cpu.attend_single_queries(
-            query[rows], kv_cache, slots[rows], lengths[rows], 0.125, alone[rows]
+            query[rows], int32(0), kv_cache, slots[rows], lengths[rows], 0.125, alone[rows]
         )
     assert torch.equal(alone, together)
 

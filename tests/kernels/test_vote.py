@@ -29,3 +29,12 @@ def test_a_row_without_candidates_gets_zeros_and_the_others_one_vote_a_head(oper
 @pytest.mark.parametrize("operation", [cpu, reference], ids=["cpu", "reference"])
 def test_no_candidates_at_all_gives_no_votes(operation):
     assert operation.soft_vote(torch.empty(2, 9, 0)).shape == (2, 0)
+
+
+def test_nan_among_the_scores_spoils_its_own_row_only():
+    logits = torch.randn(2, 3, 1500)
+    logits[0, 1, 700] = float("nan")
+    expected = reference.soft_vote(logits)
+    votes = cpu.soft_vote(logits.clone())
+    assert votes[0].isnan().any()
+    torch.testing.assert_close(votes[1], expected[1])

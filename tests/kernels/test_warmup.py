@@ -14,8 +14,17 @@ from vllm_tokenselect.kernels.block_table import cpu as block_table
 from vllm_tokenselect.kernels.gather import cpu as gather
 from vllm_tokenselect.kernels.operations import cpu_operations
 from vllm_tokenselect.kernels.score import cpu as score
+from vllm_tokenselect.kernels.vote import cpu as vote
+from vllm_tokenselect.kernels.write import cpu as write
 
-KERNELS = [score._score, block_table._build, gather._gather, attend._attend]
+KERNELS = [
+    score._score,
+    vote._soft_vote,
+    block_table._build,
+    gather._gather,
+    attend._attend,
+    write._write,
+]
 
 
 @pytest.mark.parametrize("case", [SHAPES[0], SHAPES[4], SHAPES[7]], ids=str)
@@ -32,6 +41,7 @@ def test_no_kernel_is_compiled_after_the_warm_up(case: Case):
     ends = torch.full((case.rows,), case.tokens, dtype=torch.int32)
     slots = torch.empty((case.rows, case.tokens), dtype=torch.int32)
     lengths = torch.empty_like(ends)
+    out = torch.empty_like(query, dtype=case.torch_dtype)
     keys = torch.empty((16, case.num_kv_heads, case.head_size), dtype=case.torch_dtype)
     for votes in (
         operations.soft_vote(
@@ -43,9 +53,10 @@ def test_no_kernel_is_compiled_after_the_warm_up(case: Case):
         operations.build_sparse_block_table(
             votes, table, row_seq, 0, top_k, ends, ends, case.block_size, slots, lengths
         )
+        write.write_tokens(keys, keys, kv_cache, slots[0, :16].long())
         operations.gather_tokens(kv_cache, slots[0, :16], keys, keys.clone())
         operations.attend_single_queries(
-            query, kv_cache, slots, lengths, 0.1, torch.empty_like(query)
+            query.to(case.torch_dtype), row_seq, kv_cache, slots, lengths, 0.1, out
         )
 
     assert [len(kernel.signatures) for kernel in KERNELS] == compiled

@@ -71,7 +71,14 @@ def test_a_nan_vote_is_the_lowest():
 def test_dense_and_padded_rows_need_no_votes():
     none = torch.empty(3, 0, device=DEVICE)
     slots, lengths = assert_same_table(
-        none, identity_table(3, 16), int32(0, 1, 0), 16, 50, int32(-400, 66, 0), int32(112, 70, 0), 16
+        none,
+        identity_table(3, 16),
+        int32(0, 1, 0),
+        16,
+        50,
+        int32(-400, 66, 0),
+        int32(112, 70, 0),
+        16,
     )
     assert lengths.tolist() == [112, 70, 0]
     assert (slots[2] == UNTOUCHED).all()

@@ -14,7 +14,13 @@ def test_kernels_compile_and_fit(architecture: int):
     # In a process of its own: here Triton interprets.
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels_gpu.compile_ahead", "--architectures", str(architecture)],
+        [
+            sys.executable,
+            "-m",
+            "tests.kernels_gpu.compile_ahead",
+            "--architectures",
+            str(architecture),
+        ],
         capture_output=True,
         text=True,
         env=environment,

@@ -16,7 +16,7 @@ from vllm_tokenselect.config import SettingsError, TokenSelectConfig
 from vllm_tokenselect.hooks import install_in_worker
 from vllm_tokenselect.hooks.log import get_logger
 from vllm_tokenselect.kernels.warmup import compile_cpu_kernels
-from vllm_tokenselect.kernels.write.reference import write_tokens
+from vllm_tokenselect.kernels.write.cpu import write_tokens
 
 logger = get_logger(__name__)
 

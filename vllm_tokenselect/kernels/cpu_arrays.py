@@ -35,3 +35,16 @@ def padded_queries(query: torch.Tensor, lanes: int) -> np.ndarray:
     if padding:
         query = torch.nn.functional.pad(query, (0, padding))
     return query.contiguous().numpy()
+
+
+def token_elements(tokens: torch.Tensor) -> tuple[np.ndarray, int]:
+    """Elements of `tokens` [T, H, D] as `cache_elements` gives them, and how far two tokens are apart.
+
+    A slice of a wider projection is taken as it lies; what is not contiguous within a token is copied.
+    """
+    num_tokens, num_heads, head_size = tokens.shape
+    if tokens.stride(2) != 1 or tokens.stride(1) != head_size:
+        tokens = tokens.contiguous()
+    distance = tokens.stride(0)
+    span = (num_tokens - 1) * distance + num_heads * head_size if num_tokens else 0
+    return tokens.as_strided((span,), (1,)).view(_BITS[tokens.dtype]).numpy(), distance

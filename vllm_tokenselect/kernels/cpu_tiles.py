@@ -12,6 +12,7 @@ numba's cache follows only the file of the outermost kernel: after a change here
 
 from __future__ import annotations
 
+import numpy as np
 from llvmlite import ir
 from numba import config, njit, types
 from numba.core import cgutils
@@ -237,3 +238,52 @@ def prefetch_run(elements, first, count):
     """Ask for the cache lines of `count` elements from `first` on."""
     for index in range(first, first + count, 64 // elements.itemsize):
         prefetch(elements, index)
+
+
+@njit
+def narrow(numbers, out, target):
+    """Write fp32 numbers to `out[target:]`, fp32 or bf16 bits as uint16, rounded to nearest even."""
+    if out.itemsize == 4:
+        copy_run(numbers, 0, out, target, len(numbers))
+        return
+    bits = numbers.view(np.uint32)
+    for i in range(len(numbers)):
+        is_nan = (bits[i] & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+        odd = (bits[i] >> np.uint32(16)) & np.uint32(1)
+        rounded = np.uint32(bits[i] + np.uint32(0x7FFF) + odd) >> np.uint32(16)
+        out[target + i] = np.uint32(0x7FC0) if is_nan else rounded
+
+
+@njit
+def copy_run(elements, first, out, target, count):
+    """Copy `count` elements from `first` on to `out[target:]`."""
+    source, copied = elements[first : first + count], out[target : target + count]
+    for i in range(count):
+        copied[i] = source[i]
+
+
+@njit(fastmath=FAST_MATH | {"nnan"})
+def largest(numbers):
+    """The largest of at least one fp32 number, none of them NaN."""
+    found = numbers[0]
+    for number in numbers:
+        found = number if number > found else found
+    return found
+
+
+_LOG2_E = np.float32(1.4426950408889634)
+# 2 ** f for |f| <= 1/2: Taylor coefficients ln(2) ** n / n!, error below 2e-7.
+_C1, _C2, _C3 = np.float32(0.6931471806), np.float32(0.2402265070), np.float32(0.0555041087)
+_C4, _C5, _C6 = np.float32(0.0096181291), np.float32(0.0013333558), np.float32(0.0001540353)
+
+
+@njit(fastmath=FAST_MATH)
+def exponential(x):
+    """exp(x) of an fp32 number <= 0; a polynomial, because LLVM cannot vectorise the C library's."""
+    y = x * _LOG2_E
+    y = y if y > np.float32(-126) else np.float32(-126)
+    whole = np.floor(y + np.float32(0.5))
+    f = y - whole
+    series = _C3 + f * (_C4 + f * (_C5 + f * _C6))
+    series = np.float32(1) + f * (_C1 + f * (_C2 + f * series))
+    return series * np.uint32(np.uint32(np.int32(whole) + 127) << np.uint32(23)).view(np.float32)

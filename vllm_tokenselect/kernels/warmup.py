@@ -10,6 +10,7 @@ from vllm_tokenselect.kernels.block_table.cpu import build_sparse_block_table
 from vllm_tokenselect.kernels.gather.cpu import gather_tokens
 from vllm_tokenselect.kernels.score.cpu import score_paged_keys
 from vllm_tokenselect.kernels.vote.cpu import soft_vote
+from vllm_tokenselect.kernels.write.cpu import write_tokens
 
 
 def use_torch_threads() -> int:
@@ -24,7 +25,7 @@ def use_torch_threads() -> int:
         RuntimeError: the OpenMP library that numba's threads need is missing.
     """
     threads = torch.get_num_threads()
-    numba_threads = min(threads, numba.config.NUMBA_NUM_THREADS)
+    numba_threads: int = min(threads, numba.config.NUMBA_NUM_THREADS)
     try:
         numba.set_num_threads(numba_threads)
     except ValueError as error:  # numba's own words: "No threading layer could be loaded"
@@ -34,7 +35,7 @@ def use_torch_threads() -> int:
         ) from error
     # At its start numba tells OpenMP its own number of threads, and PyTorch would follow. Not
     # torch.set_num_threads: vLLM replaces it in its workers by a function that does nothing.
-    torch._C.set_num_threads(threads)  # type: ignore[attr-defined]
+    torch._C.set_num_threads(threads)
     return numba_threads
 
 
@@ -57,17 +58,18 @@ def compile_cpu_kernels(
     """
     numba_threads = use_torch_threads()
     kv_cache = torch.zeros((1, num_kv_heads, 2, block_size, head_size), dtype=kv_dtype)
-    query = torch.zeros((1, num_heads, head_size))
+    query = torch.zeros((1, num_heads, head_size), dtype=kv_dtype)
     block_table = torch.zeros((1, 1), dtype=torch.int32)
     row_seq = torch.zeros(1, dtype=torch.int32)
     ends = torch.full((1,), block_size, dtype=torch.int32)
     slots = torch.empty((1, block_size), dtype=torch.int32)
     lengths = torch.empty(1, dtype=torch.int32)
-    keys = torch.empty((1, num_kv_heads, head_size), dtype=kv_dtype)
-    votes = soft_vote(score_paged_keys(query, kv_cache, block_table, row_seq, 0, ends, 1.0))
+    keys = torch.zeros((1, num_kv_heads, head_size), dtype=kv_dtype)
+    write_tokens(keys, keys, kv_cache, torch.zeros(1, dtype=torch.int64))
+    votes = soft_vote(score_paged_keys(query.float(), kv_cache, block_table, row_seq, 0, ends, 1.0))
     build_sparse_block_table(
         votes, block_table, row_seq, 0, 1, ends, ends, block_size, slots, lengths
     )
     gather_tokens(kv_cache, slots[0, :1], keys, torch.empty_like(keys))
-    attend_single_queries(query, kv_cache, slots, lengths, 1.0, torch.empty_like(query))
+    attend_single_queries(query, row_seq, kv_cache, slots, lengths, 1.0, torch.empty_like(query))
     return numba_threads

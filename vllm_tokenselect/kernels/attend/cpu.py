@@ -13,13 +13,16 @@ import numpy as np
 import torch
 from numba import njit, prange
 
-from vllm_tokenselect.kernels.cpu_arrays import cache_elements, int32_array, padded_queries
+from vllm_tokenselect.kernels.cpu_arrays import cache_elements, int32_array, token_elements
 from vllm_tokenselect.kernels.cpu_tiles import (
     FAST_MATH,
     LANES,
     TILE_TOKENS,
     add_tile,
     dot_tile,
+    exponential,
+    largest,
+    narrow,
     prefetch_run,
     widen,
 )
@@ -29,6 +32,7 @@ SPLIT_TOKENS = 512
 
 def attend_single_queries(
     query: torch.Tensor,
+    query_index: torch.Tensor,
     kv_cache: torch.Tensor,
     slots: torch.Tensor,
     lengths: torch.Tensor,
@@ -36,28 +40,49 @@ def attend_single_queries(
     out: torch.Tensor,
 ) -> None:
     """As `reference.attend_single_queries`."""
-    attended = np.empty(query.shape, np.float32)
+    # The kernel writes fp32 and bf16 where they belong, and does not narrow to fp16.
+    in_place = out.is_contiguous() and out.dtype != torch.float16
+    attended = out if in_place else torch.empty_like(out, dtype=torch.float32)
+    index = int32_array(query_index)
     _attend(
-        padded_queries(query, LANES),
+        *token_elements(query),
+        index,
         cache_elements(kv_cache),
         int32_array(slots),
         int32_array(lengths),
         np.float32(scale),
+        query.shape[1],
         kv_cache.shape[1],
         kv_cache.shape[3],
-        attended,
+        kv_cache.shape[4],
+        cache_elements(attended),
     )
-    out.copy_(torch.from_numpy(attended))
+    if not in_place:
+        rows = query_index.long()
+        out[rows] = attended[rows].to(out.dtype)
 
 
 @njit(parallel=True, fastmath=FAST_MATH, cache=True)
-def _attend(query, elements, slots, lengths, scale, num_kv_heads, block_size, out):
-    num_rows, num_heads, head_size = out.shape
+def _attend(
+    queries,
+    query_distance,
+    query_index,
+    elements,
+    slots,
+    lengths,
+    scale,
+    num_heads,
+    num_kv_heads,
+    block_size,
+    head_size,
+    out,
+):
+    num_rows = len(query_index)
     longest = 0
     for row in range(num_rows):
         longest = max(longest, lengths[row])
     num_splits = (longest + SPLIT_TOKENS - 1) // SPLIT_TOKENS
-    stride = query.shape[2]
+    stride = (head_size + LANES - 1) // LANES * LANES
     maxima = np.empty((num_rows, num_heads, num_splits), np.float32)
     totals = np.empty((num_rows, num_heads, num_splits), np.float32)
     weighted = np.empty((num_rows, num_heads, num_splits, stride), np.float32)
@@ -66,11 +91,13 @@ def _attend(query, elements, slots, lengths, scale, num_kv_heads, block_size, ou
         row = work // num_splits // num_kv_heads
         if split * SPLIT_TOKENS < lengths[row]:
             _attend_split(
-                query,
+                queries,
+                query_index[row] * query_distance,
                 elements,
                 slots,
                 lengths[row],
                 scale,
+                num_heads // num_kv_heads,
                 num_kv_heads,
                 block_size,
                 head_size,
@@ -84,16 +111,19 @@ def _attend(query, elements, slots, lengths, scale, num_kv_heads, block_size, ou
     for line in prange(num_rows * num_heads):
         row, head = line // num_heads, line % num_heads
         used = (lengths[row] + SPLIT_TOKENS - 1) // SPLIT_TOKENS
-        _combine(maxima, totals, weighted, row, head, used, out)
+        target = (query_index[row] * num_heads + head) * head_size
+        _combine(maxima, totals, weighted, row, head, used, out, target, head_size)
 
 
 @njit(fastmath=FAST_MATH)
 def _attend_split(
-    query,
+    queries,
+    first_element,
     elements,
     slots,
     length,
     scale,
+    group,
     num_kv_heads,
     block_size,
     head_size,
@@ -105,13 +135,15 @@ def _attend_split(
     weighted,
 ):
     """One split of a row's tokens, for the query heads of one KV head."""
-    num_heads, stride = query.shape[1], query.shape[2]
-    group = num_heads // num_kv_heads
+    num_heads, stride = maxima.shape[1], weighted.shape[3]
     first = split * SPLIT_TOKENS
     num_tokens = min(SPLIT_TOKENS, length - first)
     padded = (num_tokens + TILE_TOKENS - 1) // TILE_TOKENS * TILE_TOKENS
     head_stride = 2 * block_size * head_size
-    queries = query.reshape(-1)
+    padded_queries = np.zeros(group * stride, np.float32)
+    for member in range(group):
+        source = first_element + (kv_head * group + member) * head_size
+        widen(queries, source, head_size, padded_queries, member * stride)
     tile = np.zeros(TILE_TOKENS * stride, np.float32)
     weights = np.zeros(group * SPLIT_TOKENS, np.float32)
     tokens = np.empty(num_tokens, np.int64)  # where each token's key starts
@@ -124,15 +156,15 @@ def _attend_split(
         count = min(TILE_TOKENS, num_tokens - begin)
         _widen_listed(elements, tokens, begin, count, 0, head_size, tile, stride)
         for member in range(group):
-            line = ((row * num_heads) + kv_head * group + member) * stride
-            dot_tile(queries, line, tile, stride, scale, weights, member * SPLIT_TOKENS + begin)
+            target = member * SPLIT_TOKENS + begin
+            dot_tile(padded_queries, member * stride, tile, stride, scale, weights, target)
 
     for member in range(group):
         line = weights[member * SPLIT_TOKENS : member * SPLIT_TOKENS + padded]
-        highest = _largest(line[:num_tokens])
+        highest = largest(line[:num_tokens])
         total = np.float32(0)
         for token in range(num_tokens):
-            line[token] = _exp(line[token] - highest)
+            line[token] = exponential(line[token] - highest)
             total += line[token]
         for token in range(num_tokens, padded):
             line[token] = 0
@@ -162,45 +194,18 @@ def _widen_listed(elements, tokens, begin, count, shift, head_size, tile, stride
         widen(elements, source, head_size, tile, token * stride)
 
 
-@njit(fastmath=FAST_MATH | {"nnan"})
-def _largest(numbers):
-    largest = numbers[0]
-    for number in numbers:
-        largest = number if number > largest else largest
-    return largest
-
-
-_LOG2_E = np.float32(1.4426950408889634)
-# 2 ** f for |f| <= 1/2: Taylor coefficients ln(2) ** n / n!, error below 2e-7.
-_C1, _C2, _C3 = np.float32(0.6931471806), np.float32(0.2402265070), np.float32(0.0555041087)
-_C4, _C5, _C6 = np.float32(0.0096181291), np.float32(0.0013333558), np.float32(0.0001540353)
-
-
-@njit(fastmath=FAST_MATH)
-def _exp(x):
-    """exp(x) of an fp32 number <= 0; a polynomial, because LLVM cannot vectorise the C library's."""
-    y = x * _LOG2_E
-    y = y if y > np.float32(-126) else np.float32(-126)
-    whole = np.floor(y + np.float32(0.5))
-    f = y - whole
-    series = _C3 + f * (_C4 + f * (_C5 + f * _C6))
-    series = np.float32(1) + f * (_C1 + f * (_C2 + f * series))
-    return series * np.uint32(np.uint32(np.int32(whole) + 127) << np.uint32(23)).view(np.float32)
-
-
-@njit(fastmath=FAST_MATH)
-def _combine(maxima, totals, weighted, row, head, num_splits, out):
+@njit(fastmath=FAST_MATH, error_model="numpy")  # a NaN among the scores is no error
+def _combine(maxima, totals, weighted, row, head, num_splits, out, target, head_size):
     """Weigh the splits of one head against each other; no split at all gives zeros."""
-    target = out[row, head]
-    target[:] = 0
-    if num_splits == 0:
-        return
-    highest = _largest(maxima[row, head, :num_splits])
-    total = np.float32(0)
-    for split in range(num_splits):
-        total += totals[row, head, split] * _exp(maxima[row, head, split] - highest)
-    for split in range(num_splits):
-        share = _exp(maxima[row, head, split] - highest) / total
-        part = weighted[row, head, split]
-        for i in range(len(target)):
-            target[i] += share * part[i]
+    combined = np.zeros(head_size, np.float32)
+    if num_splits > 0:
+        highest = largest(maxima[row, head, :num_splits])
+        total = np.float32(0)
+        for split in range(num_splits):
+            total += totals[row, head, split] * exponential(maxima[row, head, split] - highest)
+        for split in range(num_splits):
+            share = exponential(maxima[row, head, split] - highest) / total
+            part = weighted[row, head, split]
+            for i in range(head_size):
+                combined[i] += share * part[i]
+    narrow(combined, out, target)

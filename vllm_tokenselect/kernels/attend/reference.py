@@ -47,12 +47,20 @@ def attend(
 
 def attend_single_queries(
     query: torch.Tensor,
+    query_index: torch.Tensor,
     kv_cache: torch.Tensor,
     slots: torch.Tensor,
     lengths: torch.Tensor,
     scale: float,
     out: torch.Tensor,
 ) -> None:
-    """`attend` for rows of one query each: query and out are [R, Hq, D]."""
-    query_start_loc = torch.arange(len(query) + 1, dtype=torch.int32, device=query.device)
-    attend(query, query_start_loc, kv_cache, slots, lengths, scale, out)
+    """`attend` for rows of one query each: row `r` is `query[query_index[r]]`.
+
+    Args:
+        query_index: int32 [R]; the other queries of `query` and `out` [T, Hq, D] are left alone.
+    """
+    index = query_index.long()
+    query_start_loc = torch.arange(len(index) + 1, dtype=torch.int32, device=query.device)
+    attended = torch.empty((len(index), *out.shape[1:]), dtype=out.dtype, device=out.device)
+    attend(query[index], query_start_loc, kv_cache, slots, lengths, scale, attended)
+    out[index] = attended

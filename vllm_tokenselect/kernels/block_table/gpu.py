@@ -6,7 +6,7 @@ it the lowest positions, in order of position. Votes of a step lie in the L2 cac
 row is read four times rather than sorted.
 """
 
-# mypy: allow-untyped-defs, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-untyped-calls, allow-incomplete-defs
 
 from __future__ import annotations
 

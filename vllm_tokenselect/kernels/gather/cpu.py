@@ -8,6 +8,7 @@ import torch
 from numba import njit, prange
 
 from vllm_tokenselect.kernels.cpu_arrays import cache_elements, int32_array
+from vllm_tokenselect.kernels.cpu_tiles import copy_run
 
 
 def gather_tokens(
@@ -38,12 +39,5 @@ def _gather(elements, slots, num_kv_heads, block_size, head_size, out_keys, out_
             key = token + head * head_stride
             value = key + block_size * head_size
             target = (index * num_kv_heads + head) * head_size
-            _copy(elements, key, out_keys, target, head_size)
-            _copy(elements, value, out_values, target, head_size)
-
-
-@njit
-def _copy(elements, first, out, target, count):
-    source, copied = elements[first : first + count], out[target : target + count]
-    for i in range(count):
-        copied[i] = source[i]
+            copy_run(elements, key, out_keys, target, head_size)
+            copy_run(elements, value, out_values, target, head_size)

@@ -1,6 +1,6 @@
 """Gather on a GPU: the tokens of all rows into one contiguous buffer, rotated on the way if asked."""
 
-# mypy: allow-untyped-defs, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-untyped-calls, allow-incomplete-defs
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 
 
@@ -49,14 +51,14 @@ def gather_rows(
     """
     block_size = kv_cache.shape[3]
     starts = row_start.tolist()
-    for row, (start, end) in enumerate(zip(starts, starts[1:], strict=False)):
+    for row, (start, end) in enumerate(pairwise(starts)):
         index = slots[row, : end - start].long()
         tokens = kv_cache.float()[index // block_size, :, :, index % block_size]  # [n, Hkv, 2, D]
         keys = tokens[:, :, 0] * (1.0 if key_scale is None else key_scale.float())
         values = tokens[:, :, 1] * (1.0 if value_scale is None else value_scale.float())
         if cos_sin is not None:
             half = cos_sin.shape[1] // 2
-            cosine, sine = cos_sin[: end - start, None].float().split(half, dim=-1)
+            cosine, sine = cos_sin[: end - start, None].float().chunk(2, dim=-1)
             first, second = keys[..., :half].clone(), keys[..., half : 2 * half].clone()
             keys[..., :half] = first * cosine - second * sine
             keys[..., half : 2 * half] = second * cosine + first * sine

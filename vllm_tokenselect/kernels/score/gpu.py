@@ -5,7 +5,7 @@ prefill step, or 64 queries of a prompt's tail, times the query heads of a KV he
 cores. A decoding row is padded to the smallest product that they take.
 """
 
-# mypy: allow-untyped-defs, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-untyped-calls, allow-incomplete-defs
 
 from __future__ import annotations
 

@@ -1,19 +1,66 @@
-"""Soft vote on a CPU: PyTorch's softmax and sum, a row at a time so that the scores stay in the cache."""
+"""Soft vote on a CPU: one pass of exponentials in place, and one that weighs and adds up the heads.
+
+A head's scores are cut into parts of a fixed size, each normalised by its own maximum first: the parts
+are work for all threads, and a row's votes never depend on its neighbours.
+"""
+
+# mypy: allow-untyped-defs, allow-untyped-calls
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numba import njit, prange
+
+from vllm_tokenselect.kernels.cpu_tiles import FAST_MATH, exponential, largest
+
+PART_TOKENS = 1024
 
 
 def soft_vote(logits: torch.Tensor) -> torch.Tensor:
-    """As `reference.soft_vote`; overwrites `logits`."""
-    num_rows, _, width = logits.shape
-    votes = torch.empty((num_rows, width), dtype=torch.float32)
-    if width == 0:
-        return votes
-    # A row's candidates start at the first column, so that column tells whether there are any.
-    empty = logits[:, 0, 0] == float("-inf")
-    for row in range(num_rows):
-        torch.softmax(logits[row], dim=-1, out=logits[row])
-        torch.sum(logits[row], dim=0, out=votes[row])
-    return votes.masked_fill_(empty[:, None], 0.0)
+    """As `reference.soft_vote`; overwrites `logits`, which is contiguous."""
+    votes = torch.empty((logits.shape[0], logits.shape[2]), dtype=torch.float32)
+    if logits.numel():
+        _soft_vote(logits.numpy(), votes.numpy())
+    return votes
+
+
+@njit(parallel=True, fastmath=FAST_MATH, cache=True)
+def _soft_vote(scores, votes):
+    num_rows, num_heads, width = scores.shape
+    num_parts = (width + PART_TOKENS - 1) // PART_TOKENS
+    maxima = np.empty((num_rows, num_heads, num_parts), np.float32)
+    totals = np.empty((num_rows, num_heads, num_parts), np.float32)
+    for work in prange(num_rows * num_heads * num_parts):
+        part, line = work % num_parts, work // num_parts
+        row, head = line // num_heads, line % num_heads
+        own = scores[row, head, part * PART_TOKENS : (part + 1) * PART_TOKENS]
+        highest = largest(own)
+        total = np.float32(0)
+        if highest > -np.inf:
+            for token in range(len(own)):
+                own[token] = exponential(own[token] - highest)
+                total += own[token]
+        maxima[row, head, part], totals[row, head, part] = highest, total
+    for work in prange(num_rows * num_parts):
+        _add_heads(scores, maxima, totals, work // num_parts, work % num_parts, votes)
+
+
+@njit(fastmath=FAST_MATH, error_model="numpy")  # a NaN among the scores is no error
+def _add_heads(scores, maxima, totals, row, part, votes):
+    """Votes of one part of a row: every head's exponentials, times what they are of its whole."""
+    votes_of_part = votes[row, part * PART_TOKENS : (part + 1) * PART_TOKENS]
+    votes_of_part[:] = 0
+    if maxima[row, 0, part] == -np.inf:
+        return  # no candidate of the row is in this part
+    for head in range(scores.shape[1]):
+        highest = largest(maxima[row, head])
+        total = np.float32(0)
+        for other in range(maxima.shape[2]):
+            if totals[row, head, other] > 0:
+                share = exponential(maxima[row, head, other] - highest)
+                total += totals[row, head, other] * share
+        weight = exponential(maxima[row, head, part] - highest) / total
+        own = scores[row, head, part * PART_TOKENS : (part + 1) * PART_TOKENS]
+        for token in range(len(own)):
+            votes_of_part[token] += weight * own[token]

@@ -1,6 +1,6 @@
 """Soft vote on a GPU: normalise with the scores' running maxima and sums, and add up the heads."""
 
-# mypy: allow-untyped-defs, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-untyped-calls, allow-incomplete-defs
 
 from __future__ import annotations
 
