@@ -83,9 +83,16 @@ def _build(
 @njit
 def _write_range(block_table, seq, first, last, block_size, slots, row, entry):
     """Write the slots of positions [first, last) from `entry` on."""
-    for position in range(first, last):
-        block = block_table[seq, position // block_size]
-        slots[row, entry + position - first] = block * block_size + position % block_size
+    position = first
+    while (
+        position < last
+    ):  # block by block: a division for every token would cost more than the rest
+        offset = position % block_size
+        slot = block_table[seq, position // block_size] * block_size + offset
+        for i in range(min(block_size - offset, last - position)):
+            slots[row, entry + i] = slot + i
+        entry += min(block_size - offset, last - position)
+        position += block_size - offset
 
 
 @njit
@@ -93,15 +100,18 @@ def _write_best(votes, num_candidates, top_k, block_table, seq, n_init, block_si
     """Write the slots of the `top_k` candidates with the highest votes, in order of position."""
     keys = votes[row, :num_candidates].view(np.uint32)
     threshold, num_ties = _find_threshold(keys, top_k)
-    entry = n_init
-    for candidate in range(num_candidates):
-        key = _order_key(keys[candidate])
-        if key > threshold or (key == threshold and num_ties > 0):
-            num_ties -= key == threshold
-            position = n_init + candidate
-            block = block_table[seq, position // block_size]
-            slots[row, entry] = block * block_size + position % block_size
-            entry += 1
+    entry, position, end = n_init, n_init, n_init + num_candidates
+    while position < end:
+        offset = position % block_size
+        slot = block_table[seq, position // block_size] * block_size + offset
+        for i in range(min(block_size - offset, end - position)):
+            key = _order_key(keys[position - n_init + i])
+            # Written first, kept or not: what follows overwrites it, and nothing waits for a branch.
+            slots[row, entry] = slot + i
+            is_tie = key == threshold and num_ties > 0
+            num_ties -= is_tie
+            entry += is_tie or key > threshold
+        position += block_size - offset
 
 
 @njit
@@ -118,17 +128,27 @@ def _find_threshold(keys, top_k):
     shift = 32
     while shift > 0:
         bits = min(DIGIT_BITS, shift)
-        decided = shift  # the digits above are those of `prefix`
         shift -= bits
-        histogram[:] = 0
         mask = np.uint32((1 << bits) - 1)
+        histogram[:] = 0
         for index in range(len(keys)):
-            key = _order_key(keys[index])
-            if decided == 32 or np.uint32(key >> np.uint32(decided)) == prefix:
-                histogram[np.uint32(key >> np.uint32(shift)) & mask] += 1
+            histogram[(_order_key(keys[index]) >> np.uint32(shift)) & mask] += 1
         digit = (1 << bits) - 1
         while histogram[digit] < wanted:
             wanted -= histogram[digit]
             digit -= 1
         prefix = np.uint32(np.uint32(prefix << np.uint32(bits)) | np.uint32(digit))
+        keys = _with_prefix(keys, shift, prefix, histogram[digit])
     return prefix, wanted
+
+
+@njit
+def _with_prefix(keys, shift, prefix, count):
+    """The `count` keys whose digits above `shift` are `prefix`."""
+    found = np.empty(count, np.uint32)
+    entry = 0
+    for index in range(len(keys)):
+        if _order_key(keys[index]) >> np.uint32(shift) == prefix:
+            found[entry] = keys[index]
+            entry += 1
+    return found
