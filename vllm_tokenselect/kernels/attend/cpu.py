@@ -147,10 +147,19 @@ def _attend_split(
     tile = np.zeros(TILE_TOKENS * stride, np.float32)
     weights = np.zeros(group * SPLIT_TOKENS, np.float32)
     tokens = np.empty(num_tokens, np.int64)  # where each token's key starts
+    offset, start, previous = np.uint32(0), np.int64(0), np.uint32(0)
     for token in range(num_tokens):
-        slot = slots[row, first + token]
-        block = np.int64(slot // block_size) * num_kv_heads + kv_head
-        tokens[token] = block * head_stride + slot % block_size * head_size
+        slot = np.uint32(slots[row, first + token])
+        if token > 0 and slot == previous + np.uint32(1) and offset + 1 < block_size:
+            # The next one of its block, as most are: a division would cost as much as its products.
+            offset += np.uint32(1)
+            start += head_size
+        else:
+            block = slot // np.uint32(block_size)
+            offset = slot - block * np.uint32(block_size)
+            start = (np.int64(block) * num_kv_heads + kv_head) * head_stride + offset * head_size
+        tokens[token] = start
+        previous = slot
 
     for begin in range(0, num_tokens, TILE_TOKENS):
         count = min(TILE_TOKENS, num_tokens - begin)
