@@ -1,6 +1,6 @@
 """Queries + sparse block table -> output.
 
-Rows of one query are attended in place; rows of several are gathered into a contiguous buffer and
+Rows of one query select and attend in place; rows of several are gathered into a contiguous buffer and
 handed to a library's attention with a causal mask aligned to the lower right. That is exact: every
 selected token precedes the row's own queries.
 """
@@ -83,15 +83,13 @@ def attend(
         scratch: [2, max_attended, Hkv, D] of the cache's dtype, overwritten.
         out: [T, Hq, D], written.
     """
-    plan, operations = step.plan, step.operations
-    for singles in step.single_queries:
-        operations.attend_single_queries(
-            query, singles.query_start, kv_cache, singles.slots, singles.lengths, scale, out
-        )
+    plan = step.plan
+    for single_queries in step.single_queries:
+        single_queries(query, kv_cache, scale, out)
     for row in step.several_queries:
         length = int(step.lengths[row])
         keys, values = scratch[0, :length], scratch[1, :length]
-        operations.gather_tokens(kv_cache, step.slots[row, :length], keys, values)
+        step.operations.gather_tokens(kv_cache, step.slots[row, :length], keys, values)
         queries = slice(
             int(plan.query_start[row]), int(plan.query_start[row] + plan.query_len[row])
         )

@@ -15,6 +15,7 @@ import torch
 
 from vllm_tokenselect.config import TokenSelectConfig
 from vllm_tokenselect.kernels.operations import Operations
+from vllm_tokenselect.kernels.single_queries.reference import Layer
 from vllm_tokenselect.plan import SelectionPlan
 
 # Scores of the rows that are voted on together: they must fit the processor's caches better than
@@ -39,8 +40,8 @@ class Rows:
 class StepSelection:
     """The sparse block table of one step, and what is needed to fill it layer by layer.
 
-    Rows that see their whole context get their entries here, once a step; the others in `select`,
-    once a layer.
+    Rows that see their whole context get their entries here, once a step; the others once a layer,
+    those of several queries in `select`, those of one as they attend.
 
     Args:
         plan: rows of the step.
@@ -53,8 +54,9 @@ class StepSelection:
     Attributes:
         slots: int32 [R, width], block table of page size 1, ascending by position.
         lengths: int32 [R], entries of each row.
-        single_queries: the rows of one query, as runs of consecutive rows.
-        several_queries: the rows of several queries.
+        single_queries: work of a layer for the rows of one query, which select as they attend.
+        groups: rows of several queries that select, cut so that their scores fit the workspace.
+        several_queries: all rows of several queries.
     """
 
     def __init__(
@@ -83,14 +85,24 @@ class StepSelection:
         self.slots = torch.empty((plan.num_rows, width), dtype=torch.int32)
         self.lengths = torch.from_numpy(lengths)
         self.query_start = torch.from_numpy(plan.query_start)
+        self.single_queries: list[Layer] = []
         if plan.num_dense:
             self._fill(self._rows(0, plan.num_dense), votes=None)
-        self.groups = self._group_rows(num_heads)
-        self.single_queries = self._single_query_runs()
+            singles = int((plan.query_len[: plan.num_dense] == 1).sum())
+            if singles:
+                self.single_queries.append(
+                    self._prepare_single_queries(self._rows(0, singles), False)
+                )
+        self.groups: list[Rows] = []
+        for rows in self._group_rows(num_heads):
+            if plan.query_len[rows.first] == 1:
+                self.single_queries.append(self._prepare_single_queries(rows, True))
+            else:
+                self.groups.append(rows)
         self.several_queries: list[int] = (plan.query_len > 1).nonzero()[0].tolist()
 
     def select(self, query: torch.Tensor, kv_cache: torch.Tensor, scale: float) -> None:
-        """Fill the table's rows that select, for one layer.
+        """Fill the table's rows of several queries that select, for one layer.
 
         Args:
             query: [T, Hq, D], the layer's queries of this step.
@@ -139,8 +151,6 @@ class StepSelection:
         """Mean query of each row, fp32 [rows, Hq, D]."""
         starts = self.plan.query_start[rows.first : rows.last]
         lens = self.plan.query_len[rows.first : rows.last]
-        if lens[0] == 1:
-            return query.index_select(0, rows.query_start).float()
         return torch.stack(
             [
                 query[start : start + length].mean(dim=0, dtype=torch.float32)
@@ -168,13 +178,17 @@ class StepSelection:
             groups.append(self._rows(first, plan.num_rows))
         return groups
 
-    def _single_query_runs(self) -> list[Rows]:
-        """Rows of one query: those among the dense rows and those among the selecting."""
-        plan, runs = self.plan, []
-        for first, last in ((0, plan.num_dense), (plan.num_dense, plan.num_rows)):
-            singles = int((plan.query_len[first:last] == 1).sum())
-            if singles:
-                runs.append((first, first + singles))
-        if len(runs) == 2 and runs[0][1] == runs[1][0]:
-            runs = [(runs[0][0], runs[1][1])]
-        return [self._rows(first, last) for first, last in runs]
+    def _prepare_single_queries(self, rows: Rows, selects: bool) -> Layer:
+        return self.operations.single_queries(
+            rows.query_start,
+            self.block_table,
+            rows.row_seq,
+            self.config.n_init,
+            self.config.top_k,
+            rows.candidate_end,
+            rows.chunk_end,
+            self.block_size,
+            rows.slots,
+            rows.lengths,
+            selects,
+        )

@@ -5,13 +5,23 @@ import torch
 import torch.nn.functional as F
 
 from tests.kernels.cases import DTYPES, SHAPES, Case, int32, paged_cache
-from vllm_tokenselect.kernels.attend import cpu, reference
+from vllm_tokenselect.kernels.attend import reference
+from vllm_tokenselect.kernels.single_queries.cpu import single_queries
 
 TOLERANCE = {"fp32": 2e-5, "fp16": 1e-3, "bf16": 8e-3}  # of the output's own rounding
 
 
 def _random_slots(case: Case, kv_cache: torch.Tensor, rows: int, width: int) -> torch.Tensor:
     return torch.randint(0, kv_cache.shape[0] * case.block_size, (rows, width), dtype=torch.int32)
+
+
+def attend_on_the_cpu(query, index, kv_cache, slots, lengths, scale, out) -> None:
+    none = torch.zeros(len(index), dtype=torch.int32)
+    table = (none.view(-1, 1), none, 0, 0, none, none, kv_cache.shape[3])
+    single_queries(index, *table, slots, lengths, selects=False)(query, kv_cache, scale, out)
+
+
+BOTH = [attend_on_the_cpu, reference.attend_single_queries]
 
 
 def every(query: torch.Tensor) -> torch.Tensor:
@@ -26,8 +36,8 @@ def test_attention_is_that_of_the_definition(case: Case):
     lengths[0] = case.tokens
     query = torch.randn(case.rows, case.num_heads, case.head_size).to(case.torch_dtype)
     actual, expected = torch.empty_like(query), torch.empty_like(query)
-    for operation, out in ((cpu, actual), (reference, expected)):
-        operation.attend_single_queries(query, every(query), kv_cache, slots, lengths, 0.3, out)
+    for operation, out in zip(BOTH, (actual, expected), strict=True):
+        operation(query, every(query), kv_cache, slots, lengths, 0.3, out)
     tolerance = TOLERANCE[case.dtype]
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
@@ -39,10 +49,8 @@ def test_queries_need_not_have_the_caches_dtype(dtype: str):
     slots = _random_slots(case, kv_cache, 1, 100)
     query = torch.randn(1, 9, 64).to(DTYPES[dtype])
     actual, expected = torch.empty_like(query), torch.empty_like(query)
-    for operation, out in ((cpu, actual), (reference, expected)):
-        operation.attend_single_queries(
-            query, every(query), kv_cache, slots, int32(100), 0.125, out
-        )
+    for operation, out in zip(BOTH, (actual, expected), strict=True):
+        operation(query, every(query), kv_cache, slots, int32(100), 0.125, out)
     torch.testing.assert_close(actual, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
@@ -55,8 +63,8 @@ def test_queries_lie_anywhere_in_a_slice_of_the_projection_and_the_others_are_le
     slots, lengths, index = _random_slots(case, kv_cache, 2, 100), int32(100, 40), int32(5, 2)
     query = torch.randn(7, 15 * 64).to(DTYPES[dtype])[:, 64 : 10 * 64].view(7, 9, 64)
     actual, expected = torch.full((2, 7, 9, 64), 9.0, dtype=DTYPES[dtype])
-    for operation, out in ((cpu, actual), (reference, expected)):
-        operation.attend_single_queries(query, index, kv_cache, slots, lengths, 0.125, out)
+    for operation, out in zip(BOTH, (actual, expected), strict=True):
+        operation(query, index, kv_cache, slots, lengths, 0.125, out)
     torch.testing.assert_close(actual, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
     assert (actual[[0, 1, 3, 4, 6]] == 9).all()
 
@@ -65,12 +73,10 @@ def test_a_row_without_tokens_gives_zeros():
     case = SHAPES[1]
     kv_cache, _ = paged_cache(case)
     query = torch.randn(3, 9, 64)
-    for operation in (cpu, reference):
+    for operation in BOTH:
         out = torch.full_like(query, float("nan"))
         slots = _random_slots(case, kv_cache, 3, 20)
-        operation.attend_single_queries(
-            query, every(query), kv_cache, slots, int32(0, 20, 0), 0.125, out
-        )
+        operation(query, every(query), kv_cache, slots, int32(0, 20, 0), 0.125, out)
         assert not out[[0, 2]].any()
         assert out[1].isfinite().all()
 
@@ -82,10 +88,8 @@ def test_splits_are_joined_at_every_boundary(length: int):
     slots = _random_slots(case, kv_cache, 1, length)
     query = torch.randn(1, 9, 64)
     actual, expected = torch.empty_like(query), torch.empty_like(query)
-    for operation, out in ((cpu, actual), (reference, expected)):
-        operation.attend_single_queries(
-            query, every(query), kv_cache, slots, int32(length), 0.125, out
-        )
+    for operation, out in zip(BOTH, (actual, expected), strict=True):
+        operation(query, every(query), kv_cache, slots, int32(length), 0.125, out)
     torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-5)
 
 
@@ -95,8 +99,8 @@ def test_large_scores_neither_overflow_nor_vanish():
     slots = _random_slots(case, kv_cache, 1, 600)
     query = torch.randn(1, 9, 64) * 300
     actual, expected = torch.empty_like(query), torch.empty_like(query)
-    for operation, out in ((cpu, actual), (reference, expected)):
-        operation.attend_single_queries(query, every(query), kv_cache, slots, int32(600), 1.0, out)
+    for operation, out in zip(BOTH, (actual, expected), strict=True):
+        operation(query, every(query), kv_cache, slots, int32(600), 1.0, out)
     torch.testing.assert_close(actual, expected, rtol=1e-2, atol=1e-2)
 
 
@@ -107,10 +111,10 @@ def test_a_rows_output_is_the_same_bits_alone_and_in_company():
     lengths = int32(1500, 7, 900, 1400, 513)
     query = torch.randn(5, 9, 64)
     together, alone = torch.empty_like(query), torch.empty_like(query)
-    cpu.attend_single_queries(query, every(query), kv_cache, slots, lengths, 0.125, together)
+    attend_on_the_cpu(query, every(query), kv_cache, slots, lengths, 0.125, together)
     for row in range(5):
         rows = slice(row, row + 1)
-        cpu.attend_single_queries(
+        attend_on_the_cpu(
             query[rows], int32(0), kv_cache, slots[rows], lengths[rows], 0.125, alone[rows]
         )
     assert torch.equal(alone, together)

@@ -14,15 +14,17 @@ from vllm_tokenselect.kernels.block_table import cpu as block_table
 from vllm_tokenselect.kernels.gather import cpu as gather
 from vllm_tokenselect.kernels.operations import cpu_operations
 from vllm_tokenselect.kernels.score import cpu as score
+from vllm_tokenselect.kernels.single_queries import cpu as single_queries
 from vllm_tokenselect.kernels.vote import cpu as vote
 from vllm_tokenselect.kernels.write import cpu as write
 
 KERNELS = [
-    score._score,
-    vote._soft_vote,
-    block_table._build,
+    score.score_rows,
+    vote.vote_rows,
+    block_table.build_rows,
     gather._gather,
-    attend._attend,
+    attend.attend_rows,
+    single_queries._single_queries,
     write._write,
 ]
 
@@ -42,22 +44,17 @@ def test_no_kernel_is_compiled_after_the_warm_up(case: Case):
     slots = torch.empty((case.rows, case.tokens), dtype=torch.int32)
     lengths = torch.empty_like(ends)
     out = torch.empty_like(query, dtype=case.torch_dtype)
-    keys = torch.empty((16, case.num_kv_heads, case.head_size), dtype=case.torch_dtype)
-    for votes in (
-        operations.soft_vote(
-            operations.score_paged_keys(query, kv_cache, table, row_seq, 0, ends, 0.1)
-        ),
-        None,
-    ):
-        top_k = 16 if votes is not None else case.tokens
-        operations.build_sparse_block_table(
-            votes, table, row_seq, 0, top_k, ends, ends, case.block_size, slots, lengths
-        )
-        write.write_tokens(keys, keys, kv_cache, slots[0, :16].long())
-        operations.gather_tokens(kv_cache, slots[0, :16], keys, keys.clone())
-        operations.attend_single_queries(
-            query.to(case.torch_dtype), row_seq, kv_cache, slots, lengths, 0.1, out
-        )
+    keys = torch.zeros((16, case.num_kv_heads, case.head_size), dtype=case.torch_dtype)
+    votes = operations.soft_vote(
+        operations.score_paged_keys(query, kv_cache, table, row_seq, 0, ends, 0.1)
+    )
+    for top_k, selects in ((16, True), (case.tokens, False)):
+        rows = (table, row_seq, 0, top_k, ends, ends, case.block_size, slots, lengths)
+        operations.build_sparse_block_table(votes if selects else None, *rows)
+        layer = operations.single_queries(row_seq, *rows, selects)
+        layer(query.to(case.torch_dtype), kv_cache, 0.1, out)
+    write.write_tokens(keys, keys, kv_cache, slots[0, :16].long())
+    operations.gather_tokens(kv_cache, slots[0, :16], keys, keys.clone())
 
     assert [len(kernel.signatures) for kernel in KERNELS] == compiled
 

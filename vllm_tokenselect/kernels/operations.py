@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_tokenselect.kernels.single_queries.reference import Layer
+
 
 @dataclass(frozen=True)
 class Operations:
@@ -16,15 +18,15 @@ class Operations:
     soft_vote: Callable[..., torch.Tensor]
     build_sparse_block_table: Callable[..., None]
     gather_tokens: Callable[..., object]
-    attend_single_queries: Callable[..., object]
+    single_queries: Callable[..., Layer]
 
 
 def reference_operations() -> Operations:
     """Readable PyTorch, for tests and for comparison."""
-    from vllm_tokenselect.kernels.attend.reference import attend_single_queries
     from vllm_tokenselect.kernels.block_table.reference import build_sparse_block_table
     from vllm_tokenselect.kernels.gather.reference import gather_tokens
     from vllm_tokenselect.kernels.score.reference import score_paged_keys
+    from vllm_tokenselect.kernels.single_queries.reference import single_queries
     from vllm_tokenselect.kernels.vote.reference import soft_vote
 
     return Operations(
@@ -32,16 +34,16 @@ def reference_operations() -> Operations:
         soft_vote,
         build_sparse_block_table,
         gather_tokens,
-        attend_single_queries,
+        single_queries,
     )
 
 
 def cpu_operations() -> Operations:
     """numba and PyTorch on a CPU. Imports numba."""
-    from vllm_tokenselect.kernels.attend.cpu import attend_single_queries
     from vllm_tokenselect.kernels.block_table.cpu import build_sparse_block_table
     from vllm_tokenselect.kernels.gather.cpu import gather_tokens
     from vllm_tokenselect.kernels.score.cpu import score_paged_keys
+    from vllm_tokenselect.kernels.single_queries.cpu import single_queries
     from vllm_tokenselect.kernels.vote.cpu import soft_vote
 
     return Operations(
@@ -49,5 +51,5 @@ def cpu_operations() -> Operations:
         soft_vote,
         build_sparse_block_table,
         gather_tokens,
-        attend_single_queries,
+        single_queries,
     )

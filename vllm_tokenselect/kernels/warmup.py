@@ -5,10 +5,10 @@ from __future__ import annotations
 import numba
 import torch
 
-from vllm_tokenselect.kernels.attend.cpu import attend_single_queries
 from vllm_tokenselect.kernels.block_table.cpu import build_sparse_block_table
 from vllm_tokenselect.kernels.gather.cpu import gather_tokens
 from vllm_tokenselect.kernels.score.cpu import score_paged_keys
+from vllm_tokenselect.kernels.single_queries.cpu import single_queries
 from vllm_tokenselect.kernels.vote.cpu import soft_vote
 from vllm_tokenselect.kernels.write.cpu import write_tokens
 
@@ -71,5 +71,6 @@ def compile_cpu_kernels(
         votes, block_table, row_seq, 0, 1, ends, ends, block_size, slots, lengths
     )
     gather_tokens(kv_cache, slots[0, :1], keys, torch.empty_like(keys))
-    attend_single_queries(query, row_seq, kv_cache, slots, lengths, 1.0, torch.empty_like(query))
+    table = (block_table, row_seq, 0, 1, ends, ends, block_size, slots, lengths)
+    single_queries(row_seq, *table, selects=True)(query, kv_cache, 1.0, torch.empty_like(query))
     return numba_threads

@@ -10,10 +10,8 @@ weighted values; the rows then combine their splits.
 from __future__ import annotations
 
 import numpy as np
-import torch
 from numba import njit, prange
 
-from vllm_tokenselect.kernels.cpu_arrays import cache_elements, int32_array, token_elements
 from vllm_tokenselect.kernels.cpu_tiles import (
     FAST_MATH,
     LANES,
@@ -30,40 +28,8 @@ from vllm_tokenselect.kernels.cpu_tiles import (
 SPLIT_TOKENS = 512
 
 
-def attend_single_queries(
-    query: torch.Tensor,
-    query_index: torch.Tensor,
-    kv_cache: torch.Tensor,
-    slots: torch.Tensor,
-    lengths: torch.Tensor,
-    scale: float,
-    out: torch.Tensor,
-) -> None:
-    """As `reference.attend_single_queries`."""
-    # The kernel writes fp32 and bf16 where they belong, and does not narrow to fp16.
-    in_place = out.is_contiguous() and out.dtype != torch.float16
-    attended = out if in_place else torch.empty_like(out, dtype=torch.float32)
-    index = int32_array(query_index)
-    _attend(
-        *token_elements(query),
-        index,
-        cache_elements(kv_cache),
-        int32_array(slots),
-        int32_array(lengths),
-        np.float32(scale),
-        query.shape[1],
-        kv_cache.shape[1],
-        kv_cache.shape[3],
-        kv_cache.shape[4],
-        cache_elements(attended),
-    )
-    if not in_place:
-        rows = query_index.long()
-        out[rows] = attended[rows].to(out.dtype)
-
-
 @njit(parallel=True, fastmath=FAST_MATH, cache=True)
-def _attend(
+def attend_rows(
     queries,
     query_distance,
     query_index,
@@ -77,6 +43,7 @@ def _attend(
     head_size,
     out,
 ):
+    """As `reference.attend_single_queries`, on arrays: see `single_queries.cpu`, which calls it."""
     num_rows = len(query_index)
     longest = 0
     for row in range(num_rows):

@@ -35,7 +35,7 @@ def build_sparse_block_table(
     ends = int32_array(candidate_ends)
     if votes is None and ends.max(initial=0) - n_init > top_k:
         raise ValueError(f"{ends.max() - n_init} candidates for top_k={top_k} need votes, got None")
-    _build(
+    build_rows(
         _NO_VOTES if votes is None else votes.contiguous().numpy(),
         int32_array(block_table),
         int32_array(row_seq),
@@ -50,7 +50,7 @@ def build_sparse_block_table(
 
 
 @njit(parallel=True, cache=True)
-def _build(
+def build_rows(
     votes,
     block_table,
     row_seq,

@@ -38,7 +38,7 @@ def score_paged_keys(
     width = max(int(ends_array.max(initial=0)) - start, 0)
     logits = torch.empty((num_rows, num_heads, width), dtype=torch.float32)
     if width:
-        _score(
+        score_rows(
             padded_queries(query, LANES),
             cache_elements(kv_cache),
             int32_array(block_table),
@@ -55,7 +55,7 @@ def score_paged_keys(
 
 
 @njit(parallel=True, fastmath=FAST_MATH, cache=True)
-def _score(
+def score_rows(
     query,
     elements,
     block_table,

@@ -53,7 +53,8 @@ def tile_rows(num_heads: int, num_kv_heads: int) -> int:
 def choose_splits(num_tiles: int, num_kv_heads: int, width: int) -> int:
     """Parts that the candidates are cut into, so that there is work for every multiprocessor."""
     wanted = triton.cdiv(num_programs_wanted(), max(num_tiles * num_kv_heads, 1))
-    return max(min(wanted, MAX_SPLITS, triton.cdiv(width, TOKENS_PER_TILE)), 1)
+    splits: int = min(wanted, MAX_SPLITS, triton.cdiv(width, TOKENS_PER_TILE))
+    return max(splits, 1)
 
 
 def score_paged_keys(

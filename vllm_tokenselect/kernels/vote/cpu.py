@@ -21,12 +21,12 @@ def soft_vote(logits: torch.Tensor) -> torch.Tensor:
     """As `reference.soft_vote`; overwrites `logits`, which is contiguous."""
     votes = torch.empty((logits.shape[0], logits.shape[2]), dtype=torch.float32)
     if logits.numel():
-        _soft_vote(logits.numpy(), votes.numpy())
+        vote_rows(logits.numpy(), votes.numpy())
     return votes
 
 
 @njit(parallel=True, fastmath=FAST_MATH, cache=True)
-def _soft_vote(scores, votes):
+def vote_rows(scores, votes):
     num_rows, num_heads, width = scores.shape
     num_parts = (width + PART_TOKENS - 1) // PART_TOKENS
     maxima = np.empty((num_rows, num_heads, num_parts), np.float32)
