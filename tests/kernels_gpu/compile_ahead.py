@@ -26,8 +26,9 @@ from triton.runtime.jit import JITFunction
 
 ARCHITECTURES = (80, 90, 100)
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a program may have
-HEADS = [(3, 3), (9, 3), (7, 1), (28, 4), (32, 8), (64, 8)]
-KV_DTYPES = [torch.bfloat16, torch.float16, torch.float8_e4m3fn]
+KV_DTYPES = [torch.bfloat16, torch.float8_e4m3fn]
+# Query heads, KV heads, head size: no grouping, SmolLM2, a rank of Gemma, Qwen2-7B, Qwen3-32B.
+SHAPES = [(8, 8, 80), (9, 3, 64), (8, 2, 256), (28, 4, 128), (64, 8, 128)]
 
 
 @dataclass(frozen=True)
@@ -107,38 +108,37 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
                 *(v, ints(8, 256), ints(rows), 128, 2048, ints(rows), ints(rows), b, s, ints(rows))
             ),
         )
-    for heads, kv_heads in HEADS:
+    for heads, kv_heads, head_size in SHAPES:
         stats = torch.zeros(rows, heads, 64)
         scores = Scores(torch.zeros(rows, heads, width), stats, stats, 128, ints(rows))
-        name = f"H{heads}/{kv_heads}"
+        name = f"H{heads}/{kv_heads} D{head_size}"
         yield name, lambda s=scores: soft_vote(s, torch.zeros(rows, width))
         for dtype in KV_DTYPES:
-            for head_size in (64, 128, 256):
-                for lines in (1, tile_rows(heads, kv_heads)):
-                    cache = torch.zeros(8, 16, kv_heads, 2 * head_size).to(dtype)
-                    pages = cache.unflatten(-1, (2, head_size)).permute(0, 2, 3, 1, 4)
-                    means = torch.zeros(lines, heads, head_size)
-                    yield (
-                        f"{name} D{head_size} {str(dtype)[6:]} {lines} rows",
-                        lambda m=means, p=pages, n=lines, h=heads: score_paged_keys(
-                            *(m, p, ints(8, 256), ints(4, 3), 128, ints(n), 0.1, scale),
-                            *(torch.zeros(n, h, width), torch.zeros(n, h, 64)),
-                            torch.zeros(n, h, 64),
-                        ),
-                    )
-    for dtype in KV_DTYPES:
-        for head_size in (64, 80, 128, 256):
-            for rotated in (False, True):
-                cache = torch.zeros(8, 16, 4, 2 * head_size).to(dtype)
-                pages = cache.unflatten(-1, (2, head_size)).permute(0, 2, 3, 1, 4)
-                out = torch.zeros(tokens, 4, head_size, dtype=torch.bfloat16)
+            pages = paged(kv_heads, head_size, dtype)
+            for lines in (1, tile_rows(heads, kv_heads)):
+                means = torch.zeros(lines, heads, head_size)
                 yield (
-                    f"D{head_size} {str(dtype)[6:]}{' rotated' if rotated else ''}",
+                    f"{name} {str(dtype)[6:]}, {lines} rows",
+                    lambda m=means, p=pages, n=lines, h=heads: score_paged_keys(
+                        *(m, p, ints(8, 256), ints(4, 3), 128, ints(n), 0.1, scale),
+                        *(torch.zeros(n, h, width), torch.zeros(n, h, 64), torch.zeros(n, h, 64)),
+                    ),
+                )
+            for rotated in (False, True):
+                out = torch.zeros(tokens, kv_heads, head_size, dtype=torch.bfloat16)
+                yield (
+                    f"{name} {str(dtype)[6:]}{', rotated' if rotated else ''}",
                     lambda p=pages, o=out, r=rotated, d=head_size: gather_rows(
                         *(p, ints(2, 3200), ints(3), o, o),
                         *(torch.zeros(4096, d) if r else None, scale, scale),
                     ),
                 )
+
+
+def paged(num_kv_heads: int, head_size: int, dtype: torch.dtype) -> torch.Tensor:
+    """A cache as vLLM lays it out on GPUs: all heads of a token together, keys beside values."""
+    cache = torch.zeros(8, 16, num_kv_heads, 2 * head_size).to(dtype)
+    return cache.unflatten(-1, (2, head_size)).permute(0, 2, 3, 1, 4)
 
 
 def resources(kernel: Any) -> tuple[int, int]:

@@ -1,8 +1,8 @@
 """Attention of single queries on a CPU: keys and values are read where they lie, once a KV head.
 
-Every row's tokens are cut into splits of a fixed size, whatever the batch and the number of threads: a
-row's result never depends on its neighbours. A split leaves its maximum, its sum of weights and its
-weighted values; the rows then combine their splits.
+Every row's tokens are cut into splits of a size that follows from their number alone, whatever the
+batch and the number of threads: a row's result never depends on its neighbours. A split leaves its
+maximum, its sum of weights and its weighted values; the rows then combine their splits.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls
@@ -25,7 +25,7 @@ from vllm_tokenselect.kernels.cpu_tiles import (
     widen,
 )
 
-SPLIT_TOKENS = 512
+MAX_SPLIT_TOKENS = 512
 
 
 @njit(parallel=True, fastmath=FAST_MATH, cache=True)
@@ -48,7 +48,7 @@ def attend_rows(
     longest = 0
     for row in range(num_rows):
         longest = max(longest, lengths[row])
-    num_splits = (longest + SPLIT_TOKENS - 1) // SPLIT_TOKENS
+    num_splits = _num_splits(longest)
     stride = (head_size + LANES - 1) // LANES * LANES
     maxima = np.empty((num_rows, num_heads, num_splits), np.float32)
     totals = np.empty((num_rows, num_heads, num_splits), np.float32)
@@ -56,7 +56,7 @@ def attend_rows(
     for work in prange(num_rows * num_kv_heads * num_splits):
         split = work % num_splits
         row = work // num_splits // num_kv_heads
-        if split * SPLIT_TOKENS < lengths[row]:
+        if split * _split_tokens(lengths[row]) < lengths[row]:
             _attend_split(
                 queries,
                 query_index[row] * query_distance,
@@ -77,9 +77,25 @@ def attend_rows(
             )
     for line in prange(num_rows * num_heads):
         row, head = line // num_heads, line % num_heads
-        used = (lengths[row] + SPLIT_TOKENS - 1) // SPLIT_TOKENS
+        size = _split_tokens(lengths[row])
+        used = (lengths[row] + size - 1) // size
         target = (query_index[row] * num_heads + head) * head_size
         _combine(maxima, totals, weighted, row, head, used, out, target, head_size)
+
+
+@njit
+def _num_splits(length):
+    """An even number, so that two threads have the same work even with one row and one KV head."""
+    splits = (length + MAX_SPLIT_TOKENS - 1) // MAX_SPLIT_TOKENS
+    return splits + splits % 2
+
+
+@njit
+def _split_tokens(length):
+    """Tokens of each split, in whole tiles: nearly equal, so that no thread waits for another."""
+    splits = max(_num_splits(length), 1)
+    tiles = (length + TILE_TOKENS - 1) // TILE_TOKENS
+    return max((tiles + splits - 1) // splits, 1) * TILE_TOKENS
 
 
 @njit(fastmath=FAST_MATH)
@@ -103,8 +119,9 @@ def _attend_split(
 ):
     """One split of a row's tokens, for the query heads of one KV head."""
     num_heads, stride = maxima.shape[1], weighted.shape[3]
-    first = split * SPLIT_TOKENS
-    num_tokens = min(SPLIT_TOKENS, length - first)
+    size = _split_tokens(length)
+    first = split * size
+    num_tokens = min(size, length - first)
     padded = (num_tokens + TILE_TOKENS - 1) // TILE_TOKENS * TILE_TOKENS
     head_stride = 2 * block_size * head_size
     padded_queries = np.zeros(group * stride, np.float32)
@@ -112,7 +129,7 @@ def _attend_split(
         source = first_element + (kv_head * group + member) * head_size
         widen(queries, source, head_size, padded_queries, member * stride)
     tile = np.zeros(TILE_TOKENS * stride, np.float32)
-    weights = np.zeros(group * SPLIT_TOKENS, np.float32)
+    weights = np.zeros(group * MAX_SPLIT_TOKENS, np.float32)
     tokens = np.empty(num_tokens, np.int64)  # where each token's key starts
     offset, start, previous = np.uint32(0), np.int64(0), np.uint32(0)
     for token in range(num_tokens):
@@ -132,11 +149,11 @@ def _attend_split(
         count = min(TILE_TOKENS, num_tokens - begin)
         _widen_listed(elements, tokens, begin, count, 0, head_size, tile, stride)
         for member in range(group):
-            target = member * SPLIT_TOKENS + begin
+            target = member * MAX_SPLIT_TOKENS + begin
             dot_tile(padded_queries, member * stride, tile, stride, scale, weights, target)
 
     for member in range(group):
-        line = weights[member * SPLIT_TOKENS : member * SPLIT_TOKENS + padded]
+        line = weights[member * MAX_SPLIT_TOKENS : member * MAX_SPLIT_TOKENS + padded]
         highest = largest(line[:num_tokens])
         total = np.float32(0)
         for token in range(num_tokens):
@@ -157,7 +174,7 @@ def _attend_split(
         _widen_listed(elements, tokens, begin, count, values, head_size, tile, stride)
         for member in range(group):
             line = ((row * num_heads + kv_head * group + member) * num_splits + split) * stride
-            add_tile(sums, line, weights, member * SPLIT_TOKENS + begin, tile, stride)
+            add_tile(sums, line, weights, member * MAX_SPLIT_TOKENS + begin, tile, stride)
 
 
 @njit(fastmath=FAST_MATH)
