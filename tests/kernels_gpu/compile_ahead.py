@@ -26,7 +26,12 @@ from triton.runtime.jit import JITFunction
 
 ARCHITECTURES = (80, 90, 100)
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a program may have
-KV_DTYPES = [torch.bfloat16, torch.float8_e4m3fn]
+# An A100 knows no e4m3.
+KV_DTYPES = {
+    80: [torch.bfloat16, torch.float8_e5m2],
+    90: [torch.bfloat16, torch.float8_e4m3fn],
+    100: [torch.bfloat16, torch.float8_e4m3fn],
+}
 # Query heads, KV heads, head size: no grouping, SmolLM2, a rank of Gemma, Qwen2-7B, Qwen3-32B.
 SHAPES = [(8, 8, 80), (9, 3, 64), (8, 2, 256), (28, 4, 128), (64, 8, 128)]
 
@@ -80,10 +85,9 @@ def compiling_for(architecture: int, compiled: list[Any]) -> Iterator[None]:
         yield
     finally:
         JITFunction.run = run
-        triton.runtime.driver.reset_active()
 
 
-def launches() -> Iterator[tuple[str, Callable[[], object]]]:
+def launches(architecture: int) -> Iterator[tuple[str, Callable[[], object]]]:
     """Every launcher, in the shapes of models that are served."""
     from vllm_tokenselect.kernels.block_table.gpu import build_sparse_block_table
     from vllm_tokenselect.kernels.gather.gpu import gather_rows
@@ -113,7 +117,7 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
         scores = Scores(torch.zeros(rows, heads, width), stats, stats, 128, ints(rows))
         name = f"H{heads}/{kv_heads} D{head_size}"
         yield name, lambda s=scores: soft_vote(s, torch.zeros(rows, width))
-        for dtype in KV_DTYPES:
+        for dtype in KV_DTYPES[architecture]:
             pages = paged(kv_heads, head_size, dtype)
             for lines in (1, tile_rows(heads, kv_heads)):
                 means = torch.zeros(lines, heads, head_size)
@@ -141,27 +145,33 @@ def paged(num_kv_heads: int, head_size: int, dtype: torch.dtype) -> torch.Tensor
     return cache.unflatten(-1, (2, head_size)).permute(0, 2, 3, 1, 4)
 
 
-def resources(kernel: Any) -> tuple[int, int]:
-    """Registers a thread and spilled bytes of a compiled kernel."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        usage = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
-    return registers, stack
+def resources(kernel: Any, architecture: int) -> tuple[int, int]:
+    """Registers a thread and spilled bytes of a compiled kernel, as the assembler reports them."""
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    assembler = tools / "ptxas-blackwell"  # knows older GPUs too, and every PTX that Triton writes
+    suffix = "a" if architecture >= 90 else ""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(kernel.asm["ptx"])
+        command = [assembler, "-v", f"--gpu-name=sm_{architecture}{suffix}", source]
+        report = subprocess.run(
+            [*command, "-o", source.with_suffix(".cubin")],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stderr
+    registers = int(re.search(r"Used (\d+) registers", report)[1])
+    return registers, sum(map(int, re.findall(r"(\d+) bytes spill", report)))
 
 
 def compile_all(architectures: list[int]) -> Iterator[Compiled]:
     for architecture in architectures:
-        for variant, launch in launches():
+        for variant, launch in launches(architecture):
             kernels: list[Any] = []
             with compiling_for(architecture, kernels):
                 launch()
             for kernel in kernels:
-                registers, spilled = resources(kernel)
+                registers, spilled = resources(kernel, architecture)
                 name, shared = kernel.metadata.name, kernel.metadata.shared
                 yield Compiled(name, variant, architecture, registers, shared, spilled)
 

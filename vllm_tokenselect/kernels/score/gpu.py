@@ -91,6 +91,7 @@ def score_paged_keys(
     group = num_heads // num_kv_heads
     num_splits = maxima.shape[2]
     most_rows = min(tile_rows(num_heads, num_kv_heads), len(query))
+    lines = max(triton.next_power_of_2(most_rows * group), SMALLEST_PRODUCT)
     scores = Scores(logits, maxima, sums, start, ends)
     if not len(tiles):
         return scores
@@ -117,13 +118,14 @@ def score_paged_keys(
         HEAD_SIZE=head_size,
         PADDED_SIZE=max(triton.next_power_of_2(head_size), 16),
         BLOCK_SIZE=block_size,
-        LINES=max(triton.next_power_of_2(most_rows * group), SMALLEST_PRODUCT),
+        LINES=lines,
         TOKENS=TOKENS_PER_TILE,
         # Triton's interpreter multiplies bf16 bits as if they were integers.
         WIDEN=INTERPRETED or kv_cache.dtype == torch.float32,
         QUANTISED=is_fp8(kv_cache.dtype),
-        num_warps=4,
-        num_stages=3,
+        num_warps=8 if lines > 64 else 4,
+        # fp8 is widened in registers, and many lines fill them: no room for a third stage.
+        num_stages=2 if is_fp8(kv_cache.dtype) or lines > 64 else 3,
     )
     return scores
 
