@@ -32,6 +32,7 @@ from vllm_tokenselect.cli.model import ensure_smollm2
 from vllm_tokenselect.cli.server import VllmServer
 
 BACKENDS = ("CPU_ATTN", "TOKENSELECT")
+SHORT_PROMPT = 4096
 THREADS_BIND = "VLLM_CPU_OMP_THREADS_BIND"
 
 
@@ -81,6 +82,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192, 16384, 32768])
     parser.add_argument("--rounds", type=int, default=2, help="servers started per backend")
     parser.add_argument("--repeats", type=int, default=1, help="requests per length and round")
+    parser.add_argument(
+        "--short-repeats",
+        type=int,
+        default=3,
+        help=f"the same up to {SHORT_PROMPT} tokens, where a request is over before noise evens out",
+    )
     parser.add_argument("--output-tokens", type=int, default=32)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--model", type=Path, help="default: SmolLM2-135M-Instruct")
@@ -134,7 +141,8 @@ def measure(
 
 def run(args: argparse.Namespace, model: Path) -> list[Sample]:
     samples = []
-    total = args.rounds * len(BACKENDS) * len(args.lengths) * args.repeats
+    repeats = {n: args.short_repeats if n <= SHORT_PROMPT else args.repeats for n in args.lengths}
+    total = args.rounds * len(BACKENDS) * sum(repeats.values())
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -149,7 +157,7 @@ def run(args: argparse.Namespace, model: Path) -> list[Sample]:
                 with server(backend, args, model) as started:
                     measure(started, model, 300, args, seed=10**6 + round_number)  # warm-up
                     for length in args.lengths:
-                        for repeat in range(args.repeats):
+                        for repeat in range(repeats[length]):
                             progress.update(task, description=f"{backend}: {length} tokens")
                             seed = 1000 * round_number + 10 * length + repeat
                             with PeakMemory(started.pid) as memory:

@@ -74,9 +74,8 @@ def choose_backend(
         path = original(None, layer, num_heads)
         logger.info_once("TOKENSELECT leaves layers with %s on %s.", kept, path.rsplit(".", 1)[-1])
         return path
-    from vllm_tokenselect.backend import TokenSelectBackend
-
-    reasons = TokenSelectBackend.validate_configuration(device_capability=None, **layer._asdict())
+    backend = selected.get_class()
+    reasons = backend.validate_configuration(device_capability=None, **layer._asdict())
     if reasons:
         raise ValueError(
             f"TOKENSELECT cannot serve this model's attention layers: {', '.join(reasons)} "
