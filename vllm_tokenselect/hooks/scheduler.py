@@ -61,6 +61,11 @@ class WholeChunks:
             while True:
                 hit = super()._get_local_prefix_cache_hit(request, *args)  # type: ignore[misc]
                 num_hit_tokens = hit[1]
+                if num_hit_tokens > self._hit_limit:
+                    raise RuntimeError(
+                        f"vLLM's prefix cache gave {num_hit_tokens} tokens to request "
+                        f"{request.request_id}, which may take {self._hit_limit}"
+                    )
                 if num_hit_tokens % chunk == 0:
                     return hit
                 # Looked up again rather than cut: a sliding-window group holds blocks only of the
