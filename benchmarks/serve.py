@@ -2,9 +2,11 @@
 
     python benchmarks/serve.py --json benchmarks/results/serve-cpu.json
 
-Starts both servers in turn and alternates them, A B A B, so that what else happens on the machine
-falls on both. Every prompt is new, so that no prefix cache helps. SmolLM2 was trained for 8,192 tokens:
-beyond that only the speed means anything, what it says does not.
+Starts both servers, one after the other, and asks them in turn, A B A B, so that what else happens on
+the machine falls on both; the one that is not asked waits and computes nothing. Time to first token is
+that of a new prompt, which no prefix cache helps. Time per output token is measured again and again
+with the same prompt, whose prefill the cache then spares. SmolLM2 was trained for 8,192 tokens: beyond
+that only the speed means anything, what it says does not.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import random
 import statistics
 import threading
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -33,6 +36,7 @@ from vllm_tokenselect.cli.server import VllmServer
 
 BACKENDS = ("CPU_ATTN", "TOKENSELECT")
 SHORT_PROMPT = 4096
+PAUSE_S = 1.0  # a server's threads spin a moment after their work; it is not the other's to pay
 THREADS_BIND = "VLLM_CPU_OMP_THREADS_BIND"
 
 
@@ -43,7 +47,7 @@ class Sample:
     backend: str
     round: int
     prompt_tokens: int
-    ttft_s: float
+    ttft_s: float | None  # None where the prefix cache had the prompt
     tpot_ms: float
     worker_rss_mib: float
 
@@ -80,15 +84,15 @@ def arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192, 16384, 32768])
-    parser.add_argument("--rounds", type=int, default=2, help="servers started per backend")
-    parser.add_argument("--repeats", type=int, default=1, help="requests per length and round")
+    parser.add_argument("--rounds", type=int, default=2, help="new prompts per length")
     parser.add_argument(
-        "--short-repeats",
+        "--short-rounds",
         type=int,
-        default=3,
-        help=f"the same up to {SHORT_PROMPT} tokens, where a request is over before noise evens out",
+        default=4,
+        help=f"the same up to {SHORT_PROMPT} tokens, where a prefill is over before noise evens out",
     )
-    parser.add_argument("--output-tokens", type=int, default=32)
+    parser.add_argument("--decodings", type=int, default=4, help="generations per prompt")
+    parser.add_argument("--output-tokens", type=int, default=64)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--model", type=Path, help="default: SmolLM2-135M-Instruct")
     parser.add_argument(
@@ -118,7 +122,7 @@ def server(backend: str, args: argparse.Namespace, model: Path) -> VllmServer:
 
 def measure(
     started: VllmServer, model: Path, length: int, args: argparse.Namespace, seed: int
-) -> tuple:
+) -> tuple[float, float]:
     """Time to first token in s and time per further token in ms, of one streamed request."""
     rng = random.Random(seed)
     prompt = [rng.randrange(1000, 40000) for _ in range(length)]
@@ -141,31 +145,42 @@ def measure(
 
 def run(args: argparse.Namespace, model: Path) -> list[Sample]:
     samples = []
-    repeats = {n: args.short_repeats if n <= SHORT_PROMPT else args.repeats for n in args.lengths}
-    total = args.rounds * len(BACKENDS) * sum(repeats.values())
+    rounds = {n: args.short_rounds if n <= SHORT_PROMPT else args.rounds for n in args.lengths}
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns) as progress:
+    with Progress(*columns) as progress, ExitStack() as servers:
+        total = len(BACKENDS) * args.decodings * sum(rounds.values())
         task = progress.add_task("starting", total=total)
-        for round_number in range(args.rounds):
-            for backend in BACKENDS:
-                progress.update(task, description=f"{backend}: starting the server")
-                with server(backend, args, model) as started:
-                    measure(started, model, 300, args, seed=10**6 + round_number)  # warm-up
-                    for length in args.lengths:
-                        for repeat in range(repeats[length]):
-                            progress.update(task, description=f"{backend}: {length} tokens")
-                            seed = 1000 * round_number + 10 * length + repeat
-                            with PeakMemory(started.pid) as memory:
-                                timed = measure(started, model, length, args, seed)
-                            samples.append(
-                                Sample(backend, round_number, length, *timed, memory.peak_mib)
+        started = {}
+        for backend in BACKENDS:
+            progress.update(task, description=f"{backend}: starting the server")
+            started[backend] = servers.enter_context(server(backend, args, model))
+            measure(started[backend], model, 300, args, seed=10**6)  # warm-up
+        for length in args.lengths:
+            for round_number in range(rounds[length]):
+                for decoding in range(args.decodings):
+                    for backend in BACKENDS:
+                        progress.update(task, description=f"{backend}: {length} tokens")
+                        time.sleep(PAUSE_S)
+                        with PeakMemory(started[backend].pid) as memory:
+                            ttft, tpot = measure(
+                                started[backend], model, length, args, 1000 * length + round_number
                             )
-                            progress.advance(task)
+                        samples.append(
+                            Sample(
+                                backend,
+                                round_number,
+                                length,
+                                None if decoding else ttft,
+                                tpot,
+                                memory.peak_mib,
+                            )
+                        )
+                        progress.advance(task)
     return samples
 
 
@@ -174,11 +189,15 @@ def summarise(samples: list[Sample], lengths: list[int]) -> list[dict]:
     for length in lengths:
         row: dict = {"prompt_tokens": length}
         for name in ("ttft_s", "tpot_ms", "worker_rss_mib"):
+            # What a server needs of memory is the most that it ever had.
+            summary = max if name == "worker_rss_mib" else statistics.median
             values = {
                 backend: [
                     getattr(s, name)
                     for s in samples
-                    if s.backend == backend and s.prompt_tokens == length
+                    if s.backend == backend
+                    and s.prompt_tokens == length
+                    and getattr(s, name) is not None
                 ]
                 for backend in BACKENDS
             }
@@ -187,14 +206,15 @@ def summarise(samples: list[Sample], lengths: list[int]) -> list[dict]:
                 backend: {"median": medians[backend], "min": min(v), "max": max(v)}
                 for backend, v in values.items()
             }
-            row[f"{name}_ratio"] = medians["CPU_ATTN"] / medians["TOKENSELECT"]
+            row[f"{name}_ratio"] = summary(values["CPU_ATTN"]) / summary(values["TOKENSELECT"])
         rows.append(row)
     return rows
 
 
 def show(rows: list[dict]) -> None:
     table = Table(
-        title="median [min .. max]; ratio = CPU_ATTN / TOKENSELECT, above 1 is faster or smaller"
+        title="median [min .. max]; ratio = CPU_ATTN / TOKENSELECT of medians, of memory's maxima: "
+        "above 1 is faster or smaller"
     )
     table.add_column("prompt", justify="right")
     for name in ("TTFT s", "per token ms", "worker MiB"):
