@@ -10,7 +10,7 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types pytest check-vllm bench clean
+.PHONY: help setup demo test lint types pytest check-vllm bench gpu-check clean
 
 help:
 	@echo "make demo                        a real model on TOKENSELECT answers about a long document"
@@ -18,6 +18,7 @@ help:
 	@echo "make setup                       create $(VENV) and install what is missing"
 	@echo "make lint                        ruff, mypy and the import contracts"
 	@echo "make check-vllm VERSION=0.33.0   check every hook against a vLLM release"
+	@echo "make gpu-check                   every check and benchmark that wants a GPU, in ten minutes"
 	@echo "make bench ARGS='--help'         speed against vLLM's own CPU attention"
 
 setup: $(STAMP)
@@ -57,6 +58,11 @@ check-vllm: setup
 
 bench: setup
 	@$(BIN)/python benchmarks/serve.py $(ARGS)
+
+# With the Python that has torch and Triton for the GPU, and vLLM if it is to be checked too: an
+# installation of its own would be for CPUs.
+gpu-check:
+	@$(PYTHON) -m benchmarks.gpu_check $(ARGS)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis dist build

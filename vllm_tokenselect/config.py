@@ -3,50 +3,59 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import fields
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from vllm_tokenselect.method import Method, SettingsError
+
 ADDITIONAL_CONFIG_KEY = "tokenselect"
 
-
-class SettingsError(ValueError):
-    """Settings that cannot be served. The message names the value and what is allowed."""
+# On a CPU scores must fit the processor's caches better than they fit memory; on a GPU they should hold
+# every row of a step, so that the keys are read once.
+DEFAULT_WORKSPACE_MB = {"cpu": 32, "cuda": 512}
 
 
 class TokenSelectConfig(BaseModel):
-    """Settings of the selection, read from `--additional-config '{"tokenselect": {...}}'`.
-
-    The defaults follow the paper (arXiv 2411.02886) but for `tail_queries`, which is ours: averaging
-    the question with the text before it was what cost accuracy.
-    """
+    """Settings of the selection, read from `--additional-config '{"tokenselect": {...}}'`."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     top_k: int = Field(
-        default=2048,
+        default=Method.top_k,
         ge=1,
         description="tokens selected by vote for each chunk, in every layer",
     )
     n_init: int = Field(
-        default=128,
+        default=Method.n_init,
         ge=0,
         description="first tokens of the context, always attended (attention sinks)",
     )
     n_local: int = Field(
-        default=512,
+        default=Method.n_local,
         ge=1,
         description="tokens directly before a chunk, always attended",
     )
     query_chunk: int = Field(
-        default=512,
+        default=Method.query_chunk,
         ge=1,
         description="queries of a prompt that select together; a multiple of the KV block size",
     )
     tail_queries: int = Field(
-        default=64,
+        default=Method.tail_queries,
         ge=0,
         description="queries at the end of the prompt that each select for themselves",
+    )
+    workspace_mb: int = Field(
+        default=0,
+        ge=0,
+        description="memory for scores, MiB; rows are done in groups that fit it; 0 for "
+        + " and ".join(f"{mb} on {kind}" for kind, mb in DEFAULT_WORKSPACE_MB.items()),
+    )
+    attention: Literal["auto", "flash", "xformers", "sdpa"] = Field(
+        default="auto",
+        description="library that attends on a GPU; auto takes the first that can",
     )
     log_requests: bool = Field(
         default=False,
@@ -54,21 +63,13 @@ class TokenSelectConfig(BaseModel):
     )
 
     @property
-    def max_attended(self) -> int:
-        """Most tokens that one chunk attends to: the width of the sparse block table."""
-        return self.n_init + self.top_k + self.n_local + self.query_chunk
+    def method(self) -> Method:
+        """The settings that define the method."""
+        return Method(**{field.name: getattr(self, field.name) for field in fields(Method)})
 
-    def tail_start(self, num_prompt_tokens: int) -> int:
-        """Position from which every query is a chunk of its own (`s` in the method)."""
-        return max(num_prompt_tokens - self.tail_queries, 0)
-
-    def shareable_tokens(self, num_prompt_tokens: int) -> int:
-        """Tokens at the start of a prompt that whole query chunks compute.
-
-        Only these may enter the prefix cache or be taken from it: what follows depends on where
-        this prompt ends.
-        """
-        return self.tail_start(num_prompt_tokens) // self.query_chunk * self.query_chunk
+    def workspace_bytes(self, device_type: str) -> int:
+        """Memory for the scores of the rows that are voted on together."""
+        return (self.workspace_mb or DEFAULT_WORKSPACE_MB[device_type]) << 20
 
     @classmethod
     def from_mapping(cls, settings: Mapping[str, Any]) -> TokenSelectConfig:
@@ -103,6 +104,8 @@ class TokenSelectConfig(BaseModel):
         for name, field in cls.model_fields.items():
             if field.annotation is bool:
                 kind = "true or false"
+            elif get_args(field.annotation):
+                kind = " or ".join(f'"{value}"' for value in get_args(field.annotation))
             else:
                 low = next(m.ge for m in field.metadata if hasattr(m, "ge"))
                 kind = f"integer >= {low}"

@@ -7,21 +7,19 @@ rows of the same plan; they differ in their number of queries only.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import numpy.typing as npt
 
-from vllm_tokenselect.config import TokenSelectConfig
+from vllm_tokenselect.method import Method
 
 Int32 = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True)
 class SelectionPlan:
-    """Rows of one step, dense rows first, then rows that select, each in order of request.
-
-    Within the dense and within the selecting rows, those of one query come before those of several.
+    """Rows of one step, in order of their queries.
 
     Attributes:
         row_seq: int32 [R], the row's request, as an index into the step's batch.
@@ -30,7 +28,7 @@ class SelectionPlan:
         chunk_start: int32 [R], position `a` of the first query.
         chunk_end: int32 [R], position `b` one past the last query: the row's context length.
         candidate_end: int32 [R], `a - n_local`; candidates are `[n_init, candidate_end)`.
-        num_dense: rows before this one attend to their whole context.
+        dense: bool [R], the row attends to its whole context.
     """
 
     row_seq: Int32
@@ -39,11 +37,20 @@ class SelectionPlan:
     chunk_start: Int32
     chunk_end: Int32
     candidate_end: Int32
-    num_dense: int
+    dense: npt.NDArray[np.bool_]
 
     @property
     def num_rows(self) -> int:
         return len(self.row_seq)
+
+    @property
+    def num_dense(self) -> int:
+        return int(self.dense.sum())
+
+    def by_kind(self) -> SelectionPlan:
+        """The same rows, dense ones first, and in both kinds those of one query before the others."""
+        order = np.lexsort((self.query_len > 1, ~self.dense))
+        return SelectionPlan(**{f.name: getattr(self, f.name)[order] for f in fields(self)})
 
     @classmethod
     def build(
@@ -51,52 +58,51 @@ class SelectionPlan:
         query_start_loc: Int32,
         seq_lens: Int32,
         prompt_lens: Int32,
-        config: TokenSelectConfig,
+        method: Method,
     ) -> SelectionPlan:
         """Cut a step into rows.
 
         Args:
-            query_start_loc: int32 [S + 1], where each request's queries start.
+            query_start_loc: int32 [S + 1], where each request's queries start; a request without
+                any (padding) gets no row.
             seq_lens: int32 [S], context length of each request, this step's tokens included.
             prompt_lens: int32 [S], length of each request's prompt.
-            config: the settings.
+            method: the settings.
         """
         query_lens = np.diff(query_start_loc)
-        if (query_lens == 1).all():
+        if (query_lens <= 1).all():
             # A decoding step; no loop over requests.
-            edges = np.stack([seq_lens - 1, seq_lens], axis=1)
-            seqs = np.arange(len(seq_lens), dtype=np.int32)
+            seqs = np.flatnonzero(query_lens).astype(np.int32)
+            edges = np.stack([seq_lens[seqs] - 1, seq_lens[seqs]], axis=1)
         else:
             parts = [
-                _chunk_edges(int(end - length), int(end), config.tail_start(int(prompt)), config)
+                _chunk_edges(int(end - length), int(end), method.tail_start(int(prompt)), method)
                 for end, length, prompt in zip(seq_lens, query_lens, prompt_lens, strict=True)
             ]
             seqs = np.repeat(np.arange(len(parts), dtype=np.int32), [len(p) for p in parts])
-            edges = np.concatenate(parts) if parts else np.empty((0, 2), np.int32)
+            edges = np.concatenate(parts)
         start, end = edges[:, 0].astype(np.int32), edges[:, 1].astype(np.int32)
-        candidate_end = start - np.int32(config.n_local)
-        dense = candidate_end - config.n_init <= config.top_k
-        order = np.lexsort((np.arange(len(seqs)), end - start > 1, ~dense))
+        candidate_end = start - np.int32(method.n_local)
         first_position = seq_lens - query_lens
         query_start = query_start_loc[:-1][seqs] + start - first_position[seqs]
         return cls(
-            row_seq=seqs[order],
-            query_start=query_start[order].astype(np.int32),
-            query_len=(end - start)[order],
-            chunk_start=start[order],
-            chunk_end=end[order],
-            candidate_end=candidate_end[order],
-            num_dense=int(dense.sum()),
+            row_seq=seqs,
+            query_start=query_start.astype(np.int32),
+            query_len=end - start,
+            chunk_start=start,
+            chunk_end=end,
+            candidate_end=candidate_end,
+            dense=candidate_end - method.n_init <= method.top_k,
         )
 
-    def num_attended(self, config: TokenSelectConfig) -> npt.NDArray[np.int64]:
+    def num_attended(self, method: Method) -> npt.NDArray[np.int64]:
         """Keys read by each row, summed over its queries, int64 [R]."""
         length, start = self.query_len.astype(np.int64), self.chunk_start.astype(np.int64)
         causal = length * (length + 1) // 2
         before = np.where(
-            np.arange(self.num_rows) < self.num_dense,
+            self.dense,
             start,
-            config.n_init + config.top_k + config.n_local,
+            method.n_init + method.top_k + method.n_local,
         )
         attended: npt.NDArray[np.int64] = length * before + causal
         return attended
@@ -107,20 +113,20 @@ class SelectionPlan:
         return length * start + length * (length + 1) // 2
 
 
-def _chunk_edges(
-    start: int, end: int, tail_start: int, config: TokenSelectConfig
-) -> npt.NDArray[np.int32]:
+def _chunk_edges(start: int, end: int, tail_start: int, method: Method) -> npt.NDArray[np.int32]:
     """Rows `[a, b)` of the positions `[start, end)` of one request, int32 [rows, 2].
 
     Chunks that see their whole context are joined: whoever attends to everything attends to the same
     keys however it is cut, and one long row costs less than many short ones.
     """
-    chunk = config.query_chunk
+    if start == end:
+        return np.empty((0, 2), np.int32)
+    chunk = method.query_chunk
     chunked_end = min(end, tail_start)
     cuts = [start, *range(start // chunk * chunk + chunk, chunked_end, chunk)]
     cuts += range(max(start + 1, chunked_end), end)
     # The last chunk that is dense starts at or before this position.
-    last_dense = config.n_init + config.top_k + config.n_local
+    last_dense = method.n_init + method.top_k + method.n_local
     num_dense = sum(cut <= last_dense for cut in cuts)
     if num_dense > 1:
         cuts[1:num_dense] = []

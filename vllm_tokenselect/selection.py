@@ -13,14 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from vllm_tokenselect.config import TokenSelectConfig
 from vllm_tokenselect.kernels.operations import Operations
 from vllm_tokenselect.kernels.single_queries.reference import Layer
+from vllm_tokenselect.method import Method
 from vllm_tokenselect.plan import SelectionPlan
-
-# Scores of the rows that are voted on together: they must fit the processor's caches better than
-# they fit memory, and a million-token context must not need gigabytes of them.
-SCORE_WORKSPACE_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -48,10 +44,12 @@ class StepSelection:
         block_table: int32 [S, W], KV blocks of each request of the batch.
         block_size: tokens of a KV block.
         num_heads: query heads of a layer.
-        config: the settings.
+        method: the settings.
         operations: the implementation to use.
+        workspace_bytes: for the scores of the rows that are voted on together.
 
     Attributes:
+        plan: the rows by kind; everything below is in its order.
         slots: int32 [R, width], block table of page size 1, ascending by position.
         lengths: int32 [R], entries of each row.
         single_queries: work of a layer for the rows of one query, which select as they attend.
@@ -65,21 +63,23 @@ class StepSelection:
         block_table: torch.Tensor,
         block_size: int,
         num_heads: int,
-        config: TokenSelectConfig,
+        method: Method,
         operations: Operations,
+        workspace_bytes: int = 32 << 20,
     ) -> None:
-        self.plan = plan
+        self.plan = plan = plan.by_kind()
         self.block_table = block_table
         self.block_size = block_size
-        self.config = config
+        self.method = method
+        self.workspace_bytes = workspace_bytes
         self.operations = operations
         self.row_seq = torch.from_numpy(plan.row_seq)
         self.candidate_end = torch.from_numpy(plan.candidate_end)
         self.chunk_end = torch.from_numpy(plan.chunk_end)
         lengths = np.where(
-            np.arange(plan.num_rows) < plan.num_dense,
+            plan.dense,
             plan.chunk_end,
-            config.n_init + config.top_k + plan.chunk_end - plan.candidate_end,
+            method.n_init + method.top_k + plan.chunk_end - plan.candidate_end,
         ).astype(np.int32)
         width = int(lengths.max(initial=0))
         self.slots = torch.empty((plan.num_rows, width), dtype=torch.int32)
@@ -115,7 +115,7 @@ class StepSelection:
                 kv_cache,
                 self.block_table,
                 rows.row_seq,
-                self.config.n_init,
+                self.method.n_init,
                 rows.candidate_end,
                 scale,
             )
@@ -138,8 +138,8 @@ class StepSelection:
             votes,
             self.block_table,
             rows.row_seq,
-            self.config.n_init,
-            self.config.top_k,
+            self.method.n_init,
+            self.method.top_k,
             rows.candidate_end,
             rows.chunk_end,
             self.block_size,
@@ -167,9 +167,9 @@ class StepSelection:
         groups: list[Rows] = []
         first, most = plan.num_dense, 0
         for row in range(plan.num_dense, plan.num_rows):
-            candidates = int(plan.candidate_end[row]) - self.config.n_init
+            candidates = int(plan.candidate_end[row]) - self.method.n_init
             most = max(most, candidates)
-            too_large = 4 * num_heads * most * (row - first + 1) > SCORE_WORKSPACE_BYTES
+            too_large = 4 * num_heads * most * (row - first + 1) > self.workspace_bytes
             other_kind = (plan.query_len[row] == 1) != (plan.query_len[first] == 1)
             if row > first and (too_large or other_kind):
                 groups.append(self._rows(first, row))
@@ -183,8 +183,8 @@ class StepSelection:
             rows.query_start,
             self.block_table,
             rows.row_seq,
-            self.config.n_init,
-            self.config.top_k,
+            self.method.n_init,
+            self.method.top_k,
             rows.candidate_end,
             rows.chunk_end,
             self.block_size,

@@ -112,3 +112,9 @@ def test_the_command_line_does_not_import_vllm():
         "sys.exit('vllm' in sys.modules or 'torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_gpu_that_is_too_old_is_a_problem_and_says_what_to_do():
+    old, new = doctor._gpu("Tesla V100", (7, 0)), doctor._gpu("H200", (9, 0))
+    assert (old.state, new.state) == ("problem", "ok")
+    assert "8.0 or newer" in old.remedy

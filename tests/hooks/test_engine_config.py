@@ -113,9 +113,15 @@ def test_a_step_that_cannot_hold_a_chunk_beside_every_sequence_is_refused(select
         configure(selected, "cpu")
 
 
+def test_a_setting_for_gpus_is_refused_on_a_cpu(selected):
+    selected.additional_config = {"tokenselect": {"attention": "flash"}}
+    with pytest.raises(SettingsError, match="attention='flash' is for GPUs"):
+        configure(selected, "cpu")
+
+
 def test_a_device_without_kernels_is_refused_by_name(selected):
-    with pytest.raises(SettingsError, match="no kernels for device type 'cuda'"):
-        configure(selected, "cuda")
+    with pytest.raises(SettingsError, match="no kernels for device type 'xpu'"):
+        configure(selected, "xpu")
 
 
 def test_the_installed_hook_adds_to_what_the_platform_does(selected):

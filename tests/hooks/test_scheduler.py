@@ -92,7 +92,7 @@ class Serving:
 
     def check_prefix_cache(self) -> None:
         for request in self.scheduler.running:
-            limit = CONFIG.shareable_tokens(request.num_prompt_tokens)
+            limit = CONFIG.method.shareable_tokens(request.num_prompt_tokens)
             blocks = self.scheduler.kv_cache_manager.get_blocks(request.request_id).blocks[0]
             past_limit = blocks[limit // BLOCK_SIZE :]
             assert all(block.block_hash is None for block in past_limit), (
@@ -111,13 +111,13 @@ class Serving:
 
 def check_steps(steps) -> None:
     for request, start, end, starts_here in steps:
-        tail_start = CONFIG.tail_start(request.num_prompt_tokens)
+        tail_start = CONFIG.method.tail_start(request.num_prompt_tokens)
         assert end % QUERY_CHUNK == 0 or end >= tail_start, (
             f"a step [{start}, {end}) splits a chunk of a prompt whose tail starts at {tail_start}"
         )
         if starts_here:
             assert start % QUERY_CHUNK == 0
-            assert start <= CONFIG.shareable_tokens(request.num_prompt_tokens)
+            assert start <= CONFIG.method.shareable_tokens(request.num_prompt_tokens)
 
 
 @st.composite

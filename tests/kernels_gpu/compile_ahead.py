@@ -89,7 +89,7 @@ def compiling_for(architecture: int, compiled: list[Any]) -> Iterator[None]:
 
 def launches(architecture: int) -> Iterator[tuple[str, Callable[[], object]]]:
     """Every launcher, in the shapes of models that are served."""
-    from vllm_tokenselect.kernels.block_table.gpu import build_sparse_block_table
+    from vllm_tokenselect.kernels.block_table.gpu import TableScratch, build_sparse_block_table
     from vllm_tokenselect.kernels.gather.gpu import gather_rows
     from vllm_tokenselect.kernels.mean_query.gpu import mean_queries
     from vllm_tokenselect.kernels.score.gpu import Scores, score_paged_keys, tile_rows
@@ -105,13 +105,19 @@ def launches(architecture: int) -> Iterator[tuple[str, Callable[[], object]]]:
         name = f"D{head_size}"
         yield name, lambda q=query, m=means: mean_queries(q, ints(rows), ints(rows), m)
     for block_size in (16, 64, 128):
-        votes, slots = torch.zeros(rows, width), ints(rows, 3200)
-        yield (
-            f"B{block_size}",
-            lambda b=block_size, v=votes, s=slots: build_sparse_block_table(
-                *(v, ints(8, 256), ints(rows), 128, 2048, ints(rows), ints(rows), b, s, ints(rows))
-            ),
-        )
+        slots, scratch = ints(rows, 3200), TableScratch(rows, torch.device("cpu"))
+        for votes, parts in (
+            (None, 1),
+            (torch.zeros(rows, width), 1),
+            (torch.zeros(rows, width), 8),
+        ):
+            yield (
+                f"B{block_size}, {'dense' if votes is None else f'{parts} parts'}",
+                lambda b=block_size, v=votes, s=slots, c=scratch, p=parts: build_sparse_block_table(
+                    *(v, ints(8, 256), ints(rows), 128, 2048, ints(rows), ints(rows), b, s),
+                    *(ints(rows), c, p),
+                ),
+            )
     for heads, kv_heads, head_size in SHAPES:
         stats = torch.zeros(rows, heads, 64)
         scores = Scores(torch.zeros(rows, heads, width), stats, stats, 128, ints(rows))
@@ -124,16 +130,16 @@ def launches(architecture: int) -> Iterator[tuple[str, Callable[[], object]]]:
                 yield (
                     f"{name} {str(dtype)[6:]}, {lines} rows",
                     lambda m=means, p=pages, n=lines, h=heads: score_paged_keys(
-                        *(m, p, ints(8, 256), ints(4, 3), 128, ints(n), 0.1, scale),
+                        *(m, p, ints(8, 256), ints(4, 3), n, 128, ints(n), 0.1, scale),
                         *(torch.zeros(n, h, width), torch.zeros(n, h, 64), torch.zeros(n, h, 64)),
                     ),
                 )
             for rotated in (False, True):
-                out = torch.zeros(tokens, kv_heads, head_size, dtype=torch.bfloat16)
+                out = torch.zeros(2, tokens, kv_heads, head_size, dtype=torch.bfloat16)
                 yield (
                     f"{name} {str(dtype)[6:]}{', rotated' if rotated else ''}",
                     lambda p=pages, o=out, r=rotated, d=head_size: gather_rows(
-                        *(p, ints(2, 3200), ints(3), o, o),
+                        *(p, ints(2, 3200), ints(2), o, o),
                         *(torch.zeros(4096, d) if r else None, scale, scale),
                     ),
                 )

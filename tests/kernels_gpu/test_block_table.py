@@ -9,13 +9,16 @@ from vllm_tokenselect.kernels.block_table import gpu, reference
 UNTOUCHED = -7
 
 
-def assert_same_table(votes, block_table, row_seq, n_init, top_k, ends, context, block_size):
+def assert_same_table(
+    votes, block_table, row_seq, n_init, top_k, ends, context, block_size, parts=1
+):
     arguments = (votes, block_table, row_seq, n_init, top_k, ends, context, block_size)
     tables = []
     for operation in (gpu, reference):
         slots = torch.full((len(ends), int(context.max()) + 5), UNTOUCHED, device=DEVICE)
         slots, lengths = slots.to(torch.int32), int32(*[UNTOUCHED] * len(ends))
-        operation.build_sparse_block_table(*arguments, slots, lengths)
+        more = () if operation is reference else (gpu.TableScratch(len(ends), DEVICE), parts)
+        operation.build_sparse_block_table(*arguments, slots, lengths, *more)
         tables.append((slots, lengths))
     assert torch.equal(tables[0][1], tables[1][1])
     assert torch.equal(tables[0][0], tables[1][0])
@@ -30,7 +33,8 @@ def identity_table(rows: int, block_size: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("block_size", [16, 32, 128])
 @pytest.mark.parametrize("top_k", [1, 60, 1000])
-def test_tables_are_those_of_the_definition(block_size: int, top_k: int):
+@pytest.mark.parametrize("parts", [1, 2])
+def test_tables_are_those_of_the_definition(block_size: int, top_k: int, parts: int):
     width = -(-2200 // block_size)
     blocks = torch.randperm(4 * width, device=DEVICE)[: 3 * width]
     block_table = blocks.view(3, width).to(torch.int32)
@@ -39,24 +43,43 @@ def test_tables_are_those_of_the_definition(block_size: int, top_k: int):
     votes = torch.rand(5, 2100, device=DEVICE) ** 8
     votes[4] = (votes[4] * 50).round() / 50  # many ties
     assert_same_table(
-        votes, block_table, int32(2, 0, 1, 2, 2), 19, top_k, ends, context, block_size
+        votes, block_table, int32(2, 0, 1, 2, 2), 19, top_k, ends, context, block_size, parts
     )
 
 
-def test_more_candidates_than_a_program_reads_at_once():
+@pytest.mark.parametrize("parts", [1, 3, 64])
+def test_more_candidates_than_a_program_reads_at_once(parts: int):
     votes = torch.rand(1, 7001, device=DEVICE).round(decimals=3)
     assert_same_table(
-        votes, identity_table(1, 32), int32(0), 128, 2048, int32(7129), int32(7700), 32
+        votes, identity_table(1, 32), int32(0), 128, 2048, int32(7129), int32(7700), 32, parts
     )
 
 
+@pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("vote", [0.0, 1e-42, 0.37, float("inf")])
-def test_ties_go_to_the_lowest_positions(vote: float):
-    votes = torch.full((1, 500), vote, device=DEVICE)
+def test_ties_go_to_the_lowest_positions(vote: float, parts: int):
+    # More than a program reads at once, so that the ties lie in both parts.
+    votes = torch.full((1, 4500), vote, device=DEVICE)
     slots, lengths = assert_same_table(
-        votes, identity_table(1, 16), int32(0), 16, 50, int32(516), int32(530), 16
+        *(votes, identity_table(1, 16), int32(0), 16, 2500),
+        *(int32(4516), int32(4530), 16, parts),
     )
-    assert slots[0, : lengths[0]].tolist() == [*range(16 + 50), *range(516, 530)]
+    assert slots[0, : lengths[0]].tolist() == [*range(16 + 2500), *range(4516, 4530)]
+
+
+def test_scratch_of_an_earlier_step_does_not_matter():
+    scratch = gpu.TableScratch(1, DEVICE)
+    tables = []
+    for seed in (0, 1, 0):
+        votes = torch.rand(1, 5000, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+        slots, lengths = torch.zeros(1, 400, dtype=torch.int32, device=DEVICE), int32(0)
+        gpu.build_sparse_block_table(
+            *(votes, identity_table(1, 16), int32(0), 16, 300, int32(5016), int32(5017), 16),
+            *(slots, lengths, scratch, 3),
+        )
+        tables.append(slots)
+    assert torch.equal(tables[0], tables[2])
+    assert not torch.equal(tables[0], tables[1])
 
 
 def test_a_nan_vote_is_the_lowest():
@@ -69,9 +92,8 @@ def test_a_nan_vote_is_the_lowest():
 
 
 def test_dense_and_padded_rows_need_no_votes():
-    none = torch.empty(3, 0, device=DEVICE)
     slots, lengths = assert_same_table(
-        none,
+        None,
         identity_table(3, 16),
         int32(0, 1, 0),
         16,

@@ -26,5 +26,8 @@ def test_kernels_compile_and_fit(architecture: int):
         env=environment,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    for kernel in ("_score", "_soft_vote", "_build", "_gather", "_mean_queries"):
+    for kernel in (
+        *("_mean_queries", "_score", "_soft_vote", "_gather"),
+        *("_build", "_count_digit", "_count_kept", "_write_parts"),
+    ):
         assert kernel in done.stdout

@@ -24,7 +24,8 @@ def assert_same_scores_and_votes(
     votes = torch.full((rows, width), float("nan"), device=DEVICE)
     key_scale = torch.tensor([KEY_SCALE], device=DEVICE) if quantised else None
     scores = gpu.score_paged_keys(
-        *(query, kv_cache, block_table, tiles, start, ends, scale, key_scale),
+        *(query, kv_cache, block_table, tiles, int(tiles[:, 2].max()), start, ends, scale),
+        key_scale,
         *(logits, maxima, torch.full_like(maxima, float("nan"))),
     )
     vote_gpu.soft_vote(scores, votes)
@@ -78,7 +79,7 @@ def test_rows_without_candidates_and_padded_rows_write_nothing():
     case = Case(3, 200, 6, 2, 64, 32, "fp16")
     kv_cache, block_table = device_cache(case)
     query = torch.randn(3, 6, 64, device=DEVICE)
-    tiles = int32(0, 0, 1, 1, 1, 1, 2, 2, 1).view(3, 3)
+    tiles = int32(0, 0, 1, 1, 1, 1, 2, 2, 1, 0, 0, 0).view(4, 3)
     ends = int32(64, 150, 0)
     assert_same_scores_and_votes(
         query, kv_cache, block_table, int32(0, 1, 2), tiles, 64, ends, 0.125

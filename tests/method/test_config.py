@@ -64,4 +64,4 @@ def test_settings_that_the_engine_cannot_serve_are_refused_with_what_would_fit(e
     ("prompt", "shareable"), [(0, 0), (64, 0), (575, 0), (576, 512), (1087, 512), (1088, 1024)]
 )
 def test_only_whole_chunks_before_the_tail_are_shareable(prompt, shareable):
-    assert TokenSelectConfig().shareable_tokens(prompt) == shareable
+    assert TokenSelectConfig().method.shareable_tokens(prompt) == shareable

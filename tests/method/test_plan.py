@@ -4,10 +4,10 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_tokenselect.config import TokenSelectConfig
+from vllm_tokenselect.method import Method
 from vllm_tokenselect.plan import SelectionPlan
 
-CONFIG = TokenSelectConfig(top_k=32, n_init=8, n_local=16, query_chunk=16, tail_queries=4)
+CONFIG = Method(top_k=32, n_init=8, n_local=16, query_chunk=16, tail_queries=4)
 
 
 def build(*requests: tuple[int, int, int], config=CONFIG) -> SelectionPlan:
@@ -18,7 +18,7 @@ def build(*requests: tuple[int, int, int], config=CONFIG) -> SelectionPlan:
         np.array([end for _, end, _ in requests], np.int32),
         np.array([prompt for _, _, prompt in requests], np.int32),
         config,
-    )
+    ).by_kind()
 
 
 def selecting_chunks(plan: SelectionPlan) -> list[tuple[int, int, int]]:

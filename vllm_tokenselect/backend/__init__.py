@@ -1,15 +1,21 @@
-"""vLLM's attention interface over the project's plan, selection and attention. Computes nothing."""
+"""vLLM's attention interface over the project's plan, selection and attention. Computes nothing.
+
+`cpu_*` and `gpu_*` are the two kinds of devices; `impl` and `metadata` are what they share.
+"""
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from vllm.platforms import current_platform
+from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
-from vllm_tokenselect.backend.impl import TokenSelectImpl
-from vllm_tokenselect.backend.metadata import TokenSelectMetadataBuilder
+if TYPE_CHECKING:
+    from vllm_tokenselect.backend.impl import TokenSelectImpl
+    from vllm_tokenselect.backend.metadata import TokenSelectMetadataBuilder
 
 
 class TokenSelectBackend(AttentionBackend):
@@ -17,19 +23,37 @@ class TokenSelectBackend(AttentionBackend):
 
     forward_includes_kv_cache_update: bool = False
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float32, torch.bfloat16, torch.float16]
-    supported_kv_cache_dtypes: ClassVar = ["auto", "float32", "bfloat16", "float16"]
+    supported_kv_cache_dtypes: ClassVar = [
+        "auto",
+        "float32",
+        "bfloat16",
+        "float16",
+        *(["fp8", "fp8_e4m3", "fp8_e5m2"] if current_platform.is_cuda() else []),
+    ]
 
     @staticmethod
     def get_name() -> str:
         return "TOKENSELECT"
 
     @staticmethod
-    def get_impl_cls() -> type[TokenSelectImpl]:
-        return TokenSelectImpl
+    def get_impl_cls() -> type[TokenSelectImpl[Any]]:
+        if current_platform.is_cuda():
+            from vllm_tokenselect.backend.gpu_impl import GpuTokenSelectImpl
+
+            return GpuTokenSelectImpl
+        from vllm_tokenselect.backend.cpu_impl import CpuTokenSelectImpl
+
+        return CpuTokenSelectImpl
 
     @staticmethod
-    def get_builder_cls() -> type[TokenSelectMetadataBuilder]:
-        return TokenSelectMetadataBuilder
+    def get_builder_cls() -> type[TokenSelectMetadataBuilder[Any]]:
+        if current_platform.is_cuda():
+            from vllm_tokenselect.backend.gpu_metadata import GpuTokenSelectMetadataBuilder
+
+            return GpuTokenSelectMetadataBuilder
+        from vllm_tokenselect.backend.cpu_metadata import CpuTokenSelectMetadataBuilder
+
+        return CpuTokenSelectMetadataBuilder
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: object = None) -> list[int | MultipleOf]:
@@ -37,13 +61,41 @@ class TokenSelectBackend(AttentionBackend):
 
     @classmethod
     def get_supported_head_sizes(cls) -> list[int]:
-        # What vLLM's CPU attention, which attends the gathered tokens, is built for.
-        return [32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512]
+        # What vLLM's CPU attention, which attends the gathered tokens, is built for; FlashAttention
+        # takes them up to 256.
+        sizes = [32, 64, 80, 96, 112, 128, 160, 192, 224, 256]
+        return sizes if current_platform.is_cuda() else [*sizes, 512]
+
+    @classmethod
+    def supports_compute_capability(cls, capability: DeviceCapability | None) -> bool:
+        return capability is None or capability >= DeviceCapability(8, 0)
+
+    @classmethod
+    def supports_combination(
+        cls,
+        head_size: int,
+        dtype: torch.dtype,
+        kv_cache_dtype: str | None,
+        block_size: int | None,
+        use_mla: bool,
+        has_sink: bool,
+        use_sparse: bool,
+        use_mm_prefix: bool,
+        device_capability: DeviceCapability | None,
+    ) -> str | None:
+        e4m3 = kv_cache_dtype in ("fp8", "fp8_e4m3")
+        if e4m3 and device_capability is not None and device_capability < DeviceCapability(8, 9):
+            return "this GPU knows no fp8 e4m3 (--kv-cache-dtype fp8_e5m2 works)"
+        return None
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
-        # [num_blocks, num_kv_heads, block_size, 2 * head_size], each layer by itself: a head's keys
-        # of a block lie together, its values after them.
+        # [num_blocks, num_kv_heads, block_size, 2 * head_size], each layer by itself.
+        if current_platform.is_cuda():
+            # All heads of a token together: tokens lie at equal distances through all blocks, which
+            # is what lets FlashAttention read single tokens.
+            return (KVCacheLayout.LBNHC,)
+        # A head's keys of a block together, its values after them.
         return (KVCacheLayout.LBHNC,)
 
     @classmethod

@@ -1,14 +1,14 @@
-"""One step's plan and sparse block table, from vLLM's metadata."""
+"""What the metadata builders of all devices have in common: the plan of a step."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from vllm.config import VllmConfig
 from vllm.v1.attention.backend import (
-    AttentionCGSupport,
     AttentionMetadata,
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
@@ -16,26 +16,16 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.utils import get_num_attention_heads_from_layers
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
-from vllm_tokenselect.backend.cpu_attention import CpuAttentionRow, plan_cpu_attention
 from vllm_tokenselect.config import SettingsError, TokenSelectConfig
 from vllm_tokenselect.hooks.runner_v1 import current_requests
 from vllm_tokenselect.hooks.runner_v2 import request_table
-from vllm_tokenselect.kernels.operations import cpu_operations
 from vllm_tokenselect.plan import SelectionPlan
 from vllm_tokenselect.requests import Activity, StepRequests
-from vllm_tokenselect.selection import StepSelection
+
+M = TypeVar("M", bound=AttentionMetadata)
 
 
-@dataclass
-class TokenSelectMetadata(AttentionMetadata):
-    """What the layers of one step share."""
-
-    num_actual_tokens: int
-    step: StepSelection
-    library_rows: dict[int, CpuAttentionRow]
-
-
-class TokenSelectMetadataBuilder(AttentionMetadataBuilder[TokenSelectMetadata]):
+class TokenSelectMetadataBuilder(AttentionMetadataBuilder[M]):
     """Plans each step on the host, once for all layers of a KV cache group."""
 
     def __init__(
@@ -65,49 +55,28 @@ class TokenSelectMetadataBuilder(AttentionMetadataBuilder[TokenSelectMetadata]):
         self.num_heads = get_num_attention_heads_from_layers(
             vllm_config, layer_names
         ) or vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config)
-        self.operations = cpu_operations()
         self.model_runner_v2 = vllm_config.use_v2_model_runner
 
-    @classmethod
-    def get_cudagraph_support(
-        cls, vllm_config: object, kv_cache_spec: object
-    ) -> AttentionCGSupport:
-        return AttentionCGSupport.NEVER
+    def plan(
+        self, metadata: CommonAttentionMetadata, seq_lens: npt.NDArray[np.int32]
+    ) -> SelectionPlan:
+        """Rows of the step.
 
-    def build(
-        self,
-        common_prefix_len: int,
-        common_attn_metadata: CommonAttentionMetadata,
-        fast_build: bool = False,
-    ) -> TokenSelectMetadata:
-        query_start_loc = common_attn_metadata.query_start_loc_cpu.numpy()
-        seq_lens = common_attn_metadata.seq_lens.numpy()
-        requests = self._requests(common_attn_metadata)
-        # A dummy step belongs to no request; planned as a prompt that ends with it.
-        prompt_lens = seq_lens if requests is None else requests.table.prompt_lens[requests.slots]
-        plan = SelectionPlan.build(query_start_loc, seq_lens, prompt_lens, self.config)
+        Args:
+            metadata: of the step.
+            seq_lens: int32 [S], the contexts' lengths, or an upper bound where a request generates.
+        """
+        query_start_loc = metadata.query_start_loc_cpu.numpy()
+        requests = self._requests(metadata)
+        # A dummy step belongs to no request; planned as prompts that end with it. So is padding.
+        prompt_lens = seq_lens.copy()
+        if requests is not None:
+            slots = requests.slots[: len(seq_lens)]
+            prompt_lens[: len(slots)] = requests.table.prompt_lens[slots]
+        plan = SelectionPlan.build(query_start_loc, seq_lens, prompt_lens, self.config.method)
         if requests is not None and self.config.log_requests:
             self._record(requests, plan, prompt_lens)
-        step = StepSelection(
-            plan,
-            common_attn_metadata.block_table_tensor,
-            self.block_size,
-            self.num_heads,
-            self.config,
-            self.operations,
-        )
-        library_rows = {
-            row: plan_cpu_attention(
-                num_queries=int(plan.query_len[row]),
-                num_keys=int(step.lengths[row]),
-                num_heads=self.num_heads,
-                num_kv_heads=self.num_kv_heads,
-                head_size=self.head_size,
-                dtype=self.dtype,
-            )
-            for row in (plan.query_len > 1).nonzero()[0].tolist()
-        }
-        return TokenSelectMetadata(common_attn_metadata.num_actual_tokens, step, library_rows)
+        return plan
 
     def _requests(self, metadata: CommonAttentionMetadata) -> StepRequests | None:
         if not self.model_runner_v2:
@@ -118,7 +87,7 @@ class TokenSelectMetadataBuilder(AttentionMetadataBuilder[TokenSelectMetadata]):
         return StepRequests(table, metadata.req_idx)
 
     def _record(self, requests: StepRequests, plan: SelectionPlan, prompt_lens: np.ndarray) -> None:
-        attended, context = plan.num_attended(self.config), plan.num_in_context()
+        attended, context = plan.num_attended(self.config.method), plan.num_in_context()
         prefill = plan.chunk_start < prompt_lens[plan.row_seq]
         for seq, request_id in enumerate(requests.table.ids_of(requests.slots)):
             counts = [

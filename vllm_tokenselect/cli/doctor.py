@@ -95,20 +95,28 @@ def _torch() -> list[Row]:
         return [Row("versions", "torch", "problem", f"does not load: {error}", _INSTALL)]
     rows = [Row("versions", "torch", "ok", torch.__version__)]
     if torch.cuda.is_available() and not installed_version(CPU_DISTRIBUTION):
-        rows.append(
-            Row(
-                "versions",
-                "platform",
-                "note",
-                f"{torch.cuda.get_device_name()}: this release has kernels for CPUs only",
-                "serve without --attention-backend TOKENSELECT on this machine, or install "
-                "vllm-tokenselect[cpu] in an environment of its own",
-            )
-        )
+        rows.append(_gpu(torch.cuda.get_device_name(), torch.cuda.get_device_capability()))
+        rows.append(_triton())
     else:
         threads = torch.get_num_threads()
         rows.append(Row("versions", "platform", "ok", f"cpu, {threads} threads"))
     return rows
+
+
+def _gpu(name: str, capability: tuple[int, int]) -> Row:
+    found = f"{name}, compute capability {capability[0]}.{capability[1]}"
+    if capability < (8, 0):
+        remedy = "TOKENSELECT needs 8.0 or newer; serve without it on this machine"
+        return Row("versions", "platform", "problem", found, remedy)
+    return Row("versions", "platform", "ok", found)
+
+
+def _triton() -> Row:
+    found = installed_version("triton")
+    if found is None:
+        remedy = "install triton (it is in vllm-tokenselect[gpu])"
+        return Row("versions", "triton", "problem", "not installed", remedy)
+    return Row("versions", "triton", "ok", found)
 
 
 def _vllm() -> list[Row]:

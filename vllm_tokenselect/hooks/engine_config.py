@@ -10,7 +10,12 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from vllm_tokenselect.config import ADDITIONAL_CONFIG_KEY, SettingsError, TokenSelectConfig
+from vllm_tokenselect.config import (
+    ADDITIONAL_CONFIG_KEY,
+    DEFAULT_WORKSPACE_MB,
+    SettingsError,
+    TokenSelectConfig,
+)
 from vllm_tokenselect.hooks.log import get_logger
 from vllm_tokenselect.hooks.registration import is_selected
 from vllm_tokenselect.hooks.seam import Seam
@@ -53,10 +58,15 @@ def configure(vllm_config: Any, device_type: str) -> None:
             )
         return
     config = TokenSelectConfig.from_additional_config(additional)
-    if device_type != "cpu":
+    if device_type not in DEFAULT_WORKSPACE_MB:
         raise SettingsError(
-            f"TOKENSELECT has no kernels for device type {device_type!r} in this release; it runs "
-            "on CPUs (extra `cpu`). Leave out --attention-backend TOKENSELECT."
+            f"TOKENSELECT has no kernels for device type {device_type!r}; it runs on NVIDIA GPUs "
+            "(extra `gpu`) and CPUs (extra `cpu`). Leave out --attention-backend TOKENSELECT."
+        )
+    if device_type == "cpu" and config.attention != "auto":
+        raise SettingsError(
+            f"tokenselect attention={config.attention!r} is for GPUs; on a CPU vLLM's own attention "
+            "kernel is used. Leave it out."
         )
     _refuse_features(vllm_config)
     if vllm_config.model_config is None:
@@ -72,9 +82,10 @@ def configure(vllm_config: Any, device_type: str) -> None:
         long_prefill_token_threshold=scheduler.long_prefill_token_threshold,
     )
     _choose_scheduler(scheduler)
-    # A worker starts bound to one core, and numba, which vLLM's model runner imports, would count one.
-    # Inherited by the workers; each then takes as many threads as its PyTorch has.
-    os.environ.setdefault("NUMBA_NUM_THREADS", str(os.cpu_count()))
+    if device_type == "cpu":
+        # A worker starts bound to one core, and numba, which vLLM's model runner imports, would count
+        # one. Inherited by the workers; each then takes as many threads as its PyTorch has.
+        os.environ.setdefault("NUMBA_NUM_THREADS", str(os.cpu_count()))
 
 
 def _refuse_features(vllm_config: Any) -> None:

@@ -56,6 +56,7 @@ def choose_backend(
     """
     if getattr(selected, "name", None) != BACKEND_NAME:
         return original(selected, layer, num_heads)
+    from vllm.platforms import current_platform
     from vllm.v1.attention.backend import AttentionType
 
     logger = get_logger(__name__)
@@ -75,7 +76,8 @@ def choose_backend(
         logger.info_once("TOKENSELECT leaves layers with %s on %s.", kept, path.rsplit(".", 1)[-1])
         return path
     backend = selected.get_class()
-    reasons = backend.validate_configuration(device_capability=None, **layer._asdict())
+    capability = current_platform.get_device_capability()  # None on a CPU
+    reasons = backend.validate_configuration(device_capability=capability, **layer._asdict())
     if reasons:
         raise ValueError(
             f"TOKENSELECT cannot serve this model's attention layers: {', '.join(reasons)} "

@@ -43,7 +43,7 @@ class WholeChunks:
         find_longest_cache_hit = coordinator.find_longest_cache_hit
 
         def cache_shareable_blocks(request: Request, num_computed_tokens: int) -> None:
-            shareable = self.tokenselect.shareable_tokens(request.num_prompt_tokens)
+            shareable = self.tokenselect.method.shareable_tokens(request.num_prompt_tokens)
             cache_blocks(request, min(num_computed_tokens, shareable))
 
         def find_hit_below_limit(block_hashes: Any, max_cache_hit_length: int) -> Any:
@@ -56,7 +56,7 @@ class WholeChunks:
 
     def _get_local_prefix_cache_hit(self, request: Request, *args: Any) -> Any:
         chunk = self.tokenselect.query_chunk
-        self._hit_limit = self.tokenselect.shareable_tokens(request.num_prompt_tokens)
+        self._hit_limit = self.tokenselect.method.shareable_tokens(request.num_prompt_tokens)
         try:
             while True:
                 hit = super()._get_local_prefix_cache_hit(request, *args)  # type: ignore[misc]
@@ -81,7 +81,7 @@ class WholeChunks:
             request, num_computed_tokens, num_new_tokens
         )
         end = num_computed_tokens + num_new_tokens
-        if end >= self.tokenselect.tail_start(request.num_prompt_tokens):
+        if end >= self.tokenselect.method.tail_start(request.num_prompt_tokens):
             return num_new_tokens
         chunk = self.tokenselect.query_chunk
         return max(end // chunk * chunk - num_computed_tokens, 0)

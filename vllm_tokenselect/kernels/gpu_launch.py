@@ -1,4 +1,8 @@
-"""What the Triton kernels' launchers know of the device."""
+"""What the Triton kernels' launchers know of the device.
+
+Kernels are told which numbers and addresses not to specialise on: what changes from step to step must
+not make a running server compile.
+"""
 
 from __future__ import annotations
 

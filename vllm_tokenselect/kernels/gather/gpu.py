@@ -1,4 +1,4 @@
-"""Gather on a GPU: the tokens of all rows into one contiguous buffer, rotated on the way if asked."""
+"""Gather on a GPU: the tokens of every row into its line of a buffer, rotated on the way if asked."""
 
 # mypy: allow-untyped-defs, allow-untyped-calls, allow-incomplete-defs
 
@@ -16,7 +16,7 @@ TOKENS_PER_PROGRAM = 32
 def gather_rows(
     kv_cache: torch.Tensor,
     slots: torch.Tensor,
-    row_start: torch.Tensor,
+    lengths: torch.Tensor,
     out_keys: torch.Tensor,
     out_values: torch.Tensor,
     cos_sin: torch.Tensor | None = None,
@@ -27,7 +27,7 @@ def gather_rows(
 
     Args:
         kv_cache: of any strides whose last is 1; fp8 as well, with both scales.
-        out_keys, out_values: contiguous [N, Hkv, D]; fp32, bf16 or fp16.
+        out_keys, out_values: contiguous [R, W, Hkv, D]; fp32, bf16 or fp16.
     """
     num_rows, width = slots.shape
     num_kv_heads, block_size, head_size = kv_cache.shape[1], *kv_cache.shape[3:]
@@ -37,13 +37,14 @@ def gather_rows(
     _gather[(num_kv_heads, triton.cdiv(width, TOKENS_PER_PROGRAM), num_rows)](
         kv_cache,
         slots,
-        row_start,
+        lengths,
         out_keys,
         out_values,
         cos_sin,
         key_scale,
         value_scale,
         slots.stride(0),
+        out_keys.stride(0),
         kv_cache.stride(0),
         kv_cache.stride(1),
         kv_cache.stride(2),
@@ -58,17 +59,18 @@ def gather_rows(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["lengths"])
 def _gather(
     kv_cache,
     slots,
-    row_start,
+    lengths,
     out_keys,
     out_values,
     cos_sin,
     key_scale,
     value_scale,
     slots_stride,
+    out_stride,
     block_stride,
     head_stride,
     value_offset,
@@ -82,15 +84,14 @@ def _gather(
 ):
     kv_head, num_kv_heads = tl.program_id(0), tl.num_programs(0)
     row = tl.program_id(2).to(tl.int64)
-    start = tl.load(row_start + row)
-    length = tl.load(row_start + row + 1) - start
+    length = tl.load(lengths + row)
     entry = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     if tl.program_id(1) * TOKENS < length:
         visible = entry < length
         slot = tl.load(slots + row * slots_stride + entry, visible, 0).to(tl.int64)
         token = (slot // BLOCK_SIZE) * block_stride + (slot % BLOCK_SIZE) * token_stride
         source = kv_cache + token + kv_head * head_stride
-        target = ((start + entry).to(tl.int64) * num_kv_heads + kv_head) * HEAD_SIZE
+        target = row * out_stride + (entry * num_kv_heads + kv_head) * HEAD_SIZE
         element = tl.arange(0, PADDED_SIZE)
         mask = visible[:, None] & (element < HEAD_SIZE)[None, :]
         keys = tl.load(source[:, None] + element[None, :], mask, 0.0)

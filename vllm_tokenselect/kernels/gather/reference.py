@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
 
 
@@ -30,37 +28,36 @@ def gather_tokens(
 def gather_rows(
     kv_cache: torch.Tensor,
     slots: torch.Tensor,
-    row_start: torch.Tensor,
+    lengths: torch.Tensor,
     out_keys: torch.Tensor,
     out_values: torch.Tensor,
     cos_sin: torch.Tensor | None = None,
     key_scale: torch.Tensor | None = None,
     value_scale: torch.Tensor | None = None,
 ) -> None:
-    """Copy the tokens of every row behind each other, and rotate the keys if asked.
+    """Copy the tokens of every row into its line of a buffer, and rotate the keys if asked.
 
     Args:
         kv_cache: fp32, bf16, fp16 or fp8 [num_blocks, Hkv, 2, block_size, D].
         slots: int32 [R, width], sparse block table of page size 1.
-        row_start: int32 [R + 1]; row `r` goes to `[row_start[r], row_start[r + 1])` of the output.
-        out_keys, out_values: [N, Hkv, D], written.
+        lengths: int32 [R], entries of each row.
+        out_keys, out_values: [R, W, Hkv, D], written up to each row's length.
         cos_sin: fp32 [positions, rotated], cosines in the first half of each line and sines in the
             second. Entry `i` of a row is rotated to position `i`; elements `j` and `j + rotated / 2`
             are a pair, elements from `rotated` on stay as they are.
         key_scale, value_scale: fp32 [1], what a quantised cache is multiplied by.
     """
     block_size = kv_cache.shape[3]
-    starts = row_start.tolist()
-    for row, (start, end) in enumerate(pairwise(starts)):
-        index = slots[row, : end - start].long()
+    for row, length in enumerate(lengths.tolist()):
+        index = slots[row, :length].long()
         tokens = kv_cache.float()[index // block_size, :, :, index % block_size]  # [n, Hkv, 2, D]
         keys = tokens[:, :, 0] * (1.0 if key_scale is None else key_scale.float())
         values = tokens[:, :, 1] * (1.0 if value_scale is None else value_scale.float())
         if cos_sin is not None:
             half = cos_sin.shape[1] // 2
-            cosine, sine = cos_sin[: end - start, None].float().chunk(2, dim=-1)
+            cosine, sine = cos_sin[:length, None].float().chunk(2, dim=-1)
             first, second = keys[..., :half].clone(), keys[..., half : 2 * half].clone()
             keys[..., :half] = first * cosine - second * sine
             keys[..., half : 2 * half] = second * cosine + first * sine
-        out_keys[start:end] = keys.to(out_keys.dtype)
-        out_values[start:end] = values.to(out_values.dtype)
+        out_keys[row, :length] = keys.to(out_keys.dtype)
+        out_values[row, :length] = values.to(out_values.dtype)

@@ -35,7 +35,7 @@ def mean_queries(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["query_start", "query_len"])
 def _mean_queries(
     query,
     query_start,

@@ -62,6 +62,7 @@ def score_paged_keys(
     kv_cache: torch.Tensor,
     block_table: torch.Tensor,
     tiles: torch.Tensor,
+    rows_per_tile: int,
     start: int,
     ends: torch.Tensor,
     scale: float,
@@ -78,20 +79,21 @@ def score_paged_keys(
             strides whose last is 1.
         block_table: int32 [S, W].
         tiles: int32 [tiles, 3], the request, first row and number of rows of each tile; rows of one
-            tile follow each other. No more than `tile_rows` of them.
+            tile follow each other. A tile without rows is left out.
+        rows_per_tile: most rows of a tile; no more than `tile_rows`.
         start: first candidate, the same for all rows.
         ends: int32 [R], end of the candidates (exclusive); `<= start` for a row without any.
         scale: the attention's own scale of q . k.
         key_scale: fp32 [1] that a quantised cache's keys are multiplied by, on the device.
-        logits: fp32 [R, Hq, N], contiguous, N at least max(ends) - start; written below each end.
+        logits: fp32 [R, Hq, N], contiguous, N at least max(ends) - start; written below the end of
+            each row of a tile.
         maxima, sums: fp32 [R, Hq, splits], contiguous, written.
     """
     num_heads, head_size = query.shape[1:]
     num_kv_heads, block_size = kv_cache.shape[1], kv_cache.shape[3]
     group = num_heads // num_kv_heads
     num_splits = maxima.shape[2]
-    most_rows = min(tile_rows(num_heads, num_kv_heads), len(query))
-    lines = max(triton.next_power_of_2(most_rows * group), SMALLEST_PRODUCT)
+    lines = max(triton.next_power_of_2(rows_per_tile * group), SMALLEST_PRODUCT)
     scores = Scores(logits, maxima, sums, start, ends)
     if not len(tiles):
         return scores
@@ -130,7 +132,10 @@ def score_paged_keys(
     return scores
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["start", "num_splits"],
+    do_not_specialize_on_alignment=["tiles", "ends"],
+)
 def _score(
     query,
     kv_cache,

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from vllm_tokenselect.kernels.gpu_launch import num_programs_wanted
-from vllm_tokenselect.kernels.score.gpu import Scores
+from vllm_tokenselect.kernels.score.gpu import MAX_SPLITS, Scores
 
 SCORES_PER_STEP = 8192  # of all heads
 
@@ -37,13 +37,16 @@ def soft_vote(scores: Scores, votes: torch.Tensor) -> None:
         votes.stride(0),
         HEADS=num_heads,
         PADDED_HEADS=padded_heads,
-        SPLITS=triton.next_power_of_2(scores.maxima.shape[2]),
+        SPLITS=MAX_SPLITS,
         TOKENS=tokens,
         num_warps=8,
     )
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["start", "num_splits"],
+    do_not_specialize_on_alignment=["ends"],
+)
 def _soft_vote(
     logits,
     maxima,

@@ -1,0 +1,88 @@
+"""Ways to select: this project's radix selection, torch's top-k, and vLLM's.
+
+    python -m benchmarks.topk
+
+All of them from the same votes; the others are given no sink, local tokens or table to write, and
+neither order nor ties are asked of them, so they do less.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import torch
+
+from benchmarks.device import Stopwatch, use_interpreter_without_gpu
+
+DEVICE = use_interpreter_without_gpu()  # before Triton is imported
+
+from vllm_tokenselect.kernels.block_table.gpu import (  # noqa: E402
+    MAX_PARTS,
+    TableScratch,
+    build_sparse_block_table,
+)
+
+TOP_K, N_INIT, N_LOCAL, BLOCK_SIZE = 2048, 128, 512, 16
+SIZES = [(1, 1 << 13), (8, 1 << 15), (1, 1 << 17), (8, 1 << 17), (32, 1 << 17), (1, 1 << 20)]
+
+
+def ways(rows: int, width: int) -> dict[str, Callable[[int], object]]:
+    votes = torch.rand((rows, width), device=DEVICE) ** 6
+    blocks = torch.arange(-(-(width + N_INIT + N_LOCAL) // BLOCK_SIZE), device=DEVICE)
+    table = blocks.to(torch.int32).repeat(rows, 1)
+    sequences = torch.arange(rows, dtype=torch.int32, device=DEVICE)
+    ends = torch.full((rows,), width + N_INIT, dtype=torch.int32, device=DEVICE)
+    slots = torch.empty((rows, N_INIT + TOP_K + N_LOCAL + 1), dtype=torch.int32, device=DEVICE)
+    lengths, scratch = torch.empty_like(sequences), TableScratch(rows, DEVICE)
+    context_ends = ends + N_LOCAL + 1
+
+    def own(parts: int | None) -> Callable[[int], object]:
+        return lambda turn: build_sparse_block_table(
+            *(votes, table, sequences, N_INIT, TOP_K, ends, context_ends, BLOCK_SIZE),
+            *(slots, lengths, scratch, parts),
+        )
+
+    found: dict[str, Callable[[int], object]] = {
+        "own, as chosen": own(None),
+        "own, 1 program": own(1),
+        "own, 16 programs": own(16),
+        f"own, {MAX_PARTS} programs": own(MAX_PARTS),
+        "torch.topk": lambda turn: votes.topk(TOP_K, dim=1, sorted=False),
+    }
+    try:
+        import vllm._custom_ops as operations
+    except ImportError:
+        return found
+    indices = torch.empty((rows, TOP_K), dtype=torch.int32, device=DEVICE)
+    sizes = torch.full((rows,), width, dtype=torch.int32, device=DEVICE)
+    workspace = torch.empty(1 << 20, dtype=torch.uint8, device=DEVICE)
+    if hasattr(torch.ops._C, "persistent_topk"):
+        found["vLLM persistent_topk"] = lambda turn: torch.ops._C.persistent_topk(
+            votes, sizes, indices, workspace, TOP_K, width
+        )
+    if hasattr(torch.ops._C, "top_k_per_row_decode"):
+        found["vLLM top_k_per_row_decode"] = lambda turn: operations.top_k_per_row_decode(
+            votes, 1, sizes, indices, rows, votes.stride(0), votes.stride(1), TOP_K
+        )
+    return found
+
+
+def main() -> int:
+    on_gpu = DEVICE.type == "cuda"
+    stopwatch = Stopwatch(rounds=7 if on_gpu else 1, turns=10)
+    for rows, width in SIZES if on_gpu else [(1, 1 << 12)]:
+        print(f"{rows} rows of {width:,} votes, top {TOP_K}: microseconds, median (range)")
+        for name, call in ways(rows, width).items():
+            try:
+                call(0)
+                time = stopwatch.compare({name: call})[name]
+            except RuntimeError as error:
+                print(f"  {name:28} does not run: {str(error).splitlines()[0]}")
+                continue
+            print(f"  {name:28} {time.median_us:9.1f} ({time.min_us:.1f} to {time.max_us:.1f})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

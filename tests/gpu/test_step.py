@@ -1,0 +1,169 @@
+"""A step on a GPU is the definition of the method: eager, and as a CUDA graph would replay it."""
+
+import numpy as np
+import pytest
+import torch
+
+from tests.kernels_gpu.cases import DEVICE
+from tests.method.definition import (
+    CONFIG,
+    HEAD_SIZE,
+    REQUESTS,
+    SCALE,
+    expected_attention,
+    paged_step,
+)
+from vllm_tokenselect.gpu.attention import GatherBuffer, SdpaAttention
+from vllm_tokenselect.gpu.rows import RowBuffers, StepLimits, graph_rows, step_rows
+from vllm_tokenselect.gpu.step import GpuStep, LayerCache
+from vllm_tokenselect.gpu.workspace import Workspace
+from vllm_tokenselect.method import Method, SettingsError
+from vllm_tokenselect.plan import SelectionPlan
+
+MAX_LEN = 256
+Request = tuple[int, int, int]  # first position, end, prompt length
+
+
+class Layer:
+    """A layer's tensors on the device, and what a server allocates for it."""
+
+    def __init__(
+        self,
+        requests: list[Request],
+        heads: tuple[int, int],
+        dtype: torch.dtype = torch.float32,
+        workspace_bytes: int = 1 << 20,
+    ) -> None:
+        self.query, self.kv_cache, self.block_table = paged_step(requests, *heads, dtype)
+        # As vLLM lays it out on GPUs: all heads of a token together.
+        pages = self.kv_cache.permute(0, 3, 1, 2, 4).contiguous().permute(0, 2, 3, 1, 4)
+        self.cache = LayerCache(pages.to(DEVICE))
+        self.limits = StepLimits(CONFIG, *heads, MAX_LEN, workspace_bytes)
+        self.workspace = Workspace(self.limits, HEAD_SIZE, torch.device(DEVICE))
+        self.attention = SdpaAttention(
+            GatherBuffer(heads[1], HEAD_SIZE, dtype, CONFIG.max_attended, torch.device(DEVICE))
+        )
+
+    def run(self, groups) -> torch.Tensor:
+        out = torch.full_like(self.query, float("nan")).to(DEVICE)
+        GpuStep(groups, self.block_table.to(DEVICE)).run_layer(
+            self.query.to(DEVICE), self.cache, SCALE, self.workspace, self.attention, out
+        )
+        return out.cpu()
+
+    def expected(self, requests: list[Request]) -> torch.Tensor:
+        return expected_attention(requests, self.query, self.kv_cache, self.block_table)
+
+
+def ends_of(requests: list[Request]) -> np.ndarray:
+    return np.array([end for _, end, _ in requests], np.int32)
+
+
+def plan_of(requests: list[Request], padding: int = 0) -> SelectionPlan:
+    lens = [end - first for first, end, _ in requests] + [0] * padding
+    return SelectionPlan.build(
+        np.cumsum([0, *lens]).astype(np.int32),
+        np.append(ends_of(requests), [0] * padding).astype(np.int32),
+        np.array([prompt for _, _, prompt in requests] + [0] * padding, np.int32),
+        CONFIG,
+    )
+
+
+def on_device(lens: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(lens.astype(np.int32)).to(DEVICE)
+
+
+def groups_of(requests: list[Request], layer: Layer):
+    ends = ends_of(requests)
+    return step_rows(plan_of(requests), ends, on_device(ends), layer.limits)
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (7, 1)], ids=lambda h: f"H{h[0]}/{h[1]}")
+def test_every_query_attends_to_what_the_definition_says(name, heads):
+    requests = REQUESTS[name]
+    layer = Layer(requests, heads)
+    out = layer.run(groups_of(requests, layer))
+    torch.testing.assert_close(out, layer.expected(requests), rtol=2e-4, atol=2e-5)
+
+
+def test_half_precision_agrees_within_its_rounding():
+    requests = REQUESTS["mixed"]
+    layer = Layer(requests, (6, 2), torch.float16)
+    error = (layer.run(groups_of(requests, layer)).float() - layer.expected(requests)).abs().mean()
+    assert error < 4e-3
+
+
+def test_a_workspace_of_one_row_gives_the_same_result():
+    requests = REQUESTS["mixed"]
+    whole = Layer(requests, (6, 2))
+    row_bytes = 4 * 7 * whole.limits.max_width
+    rowwise = Layer(requests, (6, 2), workspace_bytes=row_bytes)
+    groups = groups_of(requests, rowwise)
+    assert len(groups) > len(groups_of(requests, whole))
+    torch.testing.assert_close(rowwise.run(groups), whole.run(groups_of(requests, whole)))
+
+
+class Graph:
+    """A decoding step as a CUDA graph sees it: tensors are fixed at capture, then only rewritten."""
+
+    def __init__(self, layer: Layer, num_tokens: int, queries: int) -> None:
+        self.layer, self.num_tokens, self.queries = layer, num_tokens, queries
+        self.buffers = RowBuffers(num_tokens, torch.device(DEVICE))
+        dummy = [(0, queries, queries)] * (num_tokens // queries)
+        self.captured = self.write(dummy, ends_of(dummy))
+
+    def write(self, requests: list[Request], device_ends: np.ndarray):
+        padding = self.num_tokens // self.queries - len(requests)
+        return graph_rows(
+            plan_of(requests, padding),
+            np.append(ends_of(requests), [0] * padding).astype(np.int32),
+            on_device(np.append(device_ends, [0] * padding)),
+            self.layer.limits,
+            self.buffers,
+            self.num_tokens,
+            self.queries,
+        )
+
+    def replay(self, requests: list[Request], device_ends: np.ndarray | None = None):
+        """Rewrite the buffers for a step, and run what was captured."""
+        self.write(requests, ends_of(requests) if device_ends is None else device_ends)
+        return self.layer.run(self.captured)
+
+
+@pytest.mark.parametrize("workspace_bytes", [1 << 20, 12000], ids=["one group", "several groups"])
+def test_a_captured_decoding_step_serves_any_later_one(workspace_bytes):
+    earlier = [(150, 151, 100), (30, 31, 20), (199, 200, 64), (45, 46, 45), (120, 121, 9)]
+    requests = [(30, 31, 30), (180, 181, 100), (60, 61, 10)]
+    layer = Layer(requests, (6, 2), workspace_bytes=workspace_bytes)
+    layer.query = torch.cat([layer.query, layer.query])  # queries of padded requests
+    graph = Graph(layer, num_tokens=6, queries=1)
+    assert (len(graph.captured) > 1) == (workspace_bytes < 1 << 20)
+    graph.write(earlier, ends_of(earlier))
+    out = graph.replay(requests)[: len(requests)]
+    layer.query = layer.query[: len(requests)]
+    torch.testing.assert_close(out, layer.expected(requests), rtol=2e-4, atol=2e-5)
+
+
+def test_the_device_decides_where_draft_tokens_were_rejected():
+    # The host believes that every draft was accepted; the device knows that two were not, which
+    # moves the first request's rows and lets the second's see their whole context.
+    believed = [(152, 155, 100), (46, 49, 20)]
+    real = [(150, 153, 100), (43, 46, 20)]
+    layer = Layer(real, (6, 2))
+    groups = graph_rows(
+        plan_of(believed),
+        ends_of(believed),
+        on_device(ends_of(real)),
+        layer.limits,
+        RowBuffers(6, torch.device(DEVICE)),
+        6,
+        3,
+    )
+    out = layer.run(groups)
+    torch.testing.assert_close(out, layer.expected(real), rtol=2e-4, atol=2e-5)
+
+
+def test_a_workspace_too_small_for_one_query_is_refused():
+    with pytest.raises(SettingsError, match=r"workspace_mb=1 cannot hold .* at least 15\b"):
+        StepLimits(Method(), 28, 4, 131072, 1 << 20)

@@ -1,0 +1,29 @@
+"""xformers gets the rows of the table, with a mask that says what the definition says."""
+
+import pytest
+import torch
+
+pytest.importorskip("xformers")
+
+from tests.gpu.test_attention import buffer_of
+from tests.gpu.test_step import Layer, groups_of
+from tests.method.definition import REQUESTS
+from vllm_tokenselect.gpu import xformers
+
+
+def defined_attention(query, keys, values, attn_bias, scale):
+    """Attention of [1, tokens, KV heads, group, D] under xformers' own reading of its mask."""
+    bias = attn_bias.materialize((query.shape[1], keys.shape[1]), device=query.device)
+    logits = torch.einsum("bnhgd,bmhgd->bhgnm", query * scale, keys) + bias
+    return torch.einsum("bhgnm,bmhgd->bnhgd", logits.softmax(-1), values)
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_xformers_gets_the_rows_of_the_table(name: str, monkeypatch: pytest.MonkeyPatch):
+    if not torch.cuda.is_available():  # it has no kernel for CPUs
+        monkeypatch.setattr(xformers, "memory_efficient_attention_forward", defined_attention)
+    requests = REQUESTS[name]
+    layer = Layer(requests, (6, 2), torch.float32)
+    layer.attention = xformers.XformersAttention(buffer_of(layer, lines=3))
+    out = layer.run(groups_of(requests, layer))
+    torch.testing.assert_close(out, layer.expected(requests), rtol=2e-4, atol=2e-5)

@@ -1,0 +1,82 @@
+"""The method from its definition to numbers, with no paging of the work and no batching."""
+
+import torch
+
+from vllm_tokenselect.method import Method
+
+CONFIG = Method(top_k=24, n_init=4, n_local=16, query_chunk=32, tail_queries=3)
+BLOCK_SIZE, HEAD_SIZE = 16, 32
+SCALE = HEAD_SIZE**-0.5
+
+
+def defined_attention(query, keys, values, position, chunk, mean_query):
+    """Output of one query.
+
+    query, mean_query [Hq, D]; keys, values [n, Hkv, D].
+    """
+    start = chunk[0]
+    group = len(query) // keys.shape[1]
+    k, v = (x.repeat_interleave(group, dim=1) for x in (keys, values))
+    candidates = range(CONFIG.n_init, start - CONFIG.n_local)
+    visible = set(range(position + 1))
+    if len(candidates) > CONFIG.top_k:
+        logits = torch.einsum("hd,nhd->hn", mean_query, k[CONFIG.n_init : start - CONFIG.n_local])
+        votes = (logits * SCALE).softmax(-1).sum(0)
+        order = sorted(range(len(votes)), key=lambda i: (-votes[i].item(), i))
+        selected = {CONFIG.n_init + i for i in order[: CONFIG.top_k]}
+        local = {p for p in visible if p >= start - CONFIG.n_local}
+        visible = set(range(CONFIG.n_init)) | selected | local
+    index = sorted(visible)
+    weights = (torch.einsum("hd,nhd->hn", query, k[index]) * SCALE).softmax(-1)
+    return torch.einsum("hn,nhd->hd", weights, v[index])
+
+
+def paged_step(requests, num_heads, num_kv_heads, dtype, seed=0):
+    """Random keys and values of (first, end, prompt) requests in shuffled pages."""
+    generator = torch.Generator().manual_seed(seed)
+    num_blocks = [-(-end // BLOCK_SIZE) for _, end, _ in requests]
+    kv_cache = torch.randn(
+        sum(num_blocks) + 1, num_kv_heads, 2, BLOCK_SIZE, HEAD_SIZE, generator=generator
+    ).to(dtype)
+    shuffled = (torch.randperm(sum(num_blocks), generator=generator) + 1).to(torch.int32)
+    block_table = torch.zeros(len(requests), max(num_blocks), dtype=torch.int32)
+    for row, blocks in enumerate(shuffled.split(num_blocks)):
+        block_table[row, : len(blocks)] = blocks
+    num_queries = sum(end - first for first, end, _ in requests)
+    query = torch.randn(num_queries, num_heads, HEAD_SIZE, generator=generator).to(dtype)
+    return query, kv_cache, block_table
+
+
+def expected_attention(requests, query, kv_cache, block_table):
+    outputs, first_query = [], 0
+    for row, (first, end, prompt) in enumerate(requests):
+        pages = kv_cache[block_table[row].long()].float()  # [W, Hkv, 2, block, D]
+        keys, values = (
+            pages[:, :, i].transpose(1, 2).reshape(-1, *pages.shape[1:2], HEAD_SIZE) for i in (0, 1)
+        )
+        tail = CONFIG.tail_start(prompt)
+        starts = [p for p in range(first, end) if p >= tail or p % CONFIG.query_chunk == 0]
+        for start, stop in zip(starts, [*starts[1:], end], strict=True):
+            offset = first_query - first
+            chunk = query[offset + start : offset + stop].float()
+            for position in range(start, stop):
+                outputs.append(
+                    defined_attention(
+                        chunk[position - start],
+                        keys,
+                        values,
+                        position,
+                        (start, stop),
+                        chunk.mean(0),
+                    )
+                )
+        first_query += end - first
+    return torch.stack(outputs)
+
+
+REQUESTS = {
+    "prefill": [(0, 200, 200)],
+    "chunked": [(64, 150, 300), (128, 160, 163)],
+    "decode": [(150, 151, 100), (30, 31, 20), (199, 200, 64), (45, 46, 45)],
+    "mixed": [(96, 200, 190), (99, 100, 50), (0, 40, 40), (32, 64, 500)],
+}

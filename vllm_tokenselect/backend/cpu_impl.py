@@ -1,0 +1,120 @@
+"""One attention layer on TOKENSELECT, on a CPU."""
+
+from __future__ import annotations
+
+from functools import cache, partial
+
+import torch
+from vllm.config import VllmConfig
+from vllm.v1.attention.backend import AttentionLayer
+
+from vllm_tokenselect.attention import attend
+from vllm_tokenselect.backend.cpu_attention import CpuAttention
+from vllm_tokenselect.backend.cpu_metadata import CpuTokenSelectMetadata
+from vllm_tokenselect.backend.impl import TokenSelectImpl
+from vllm_tokenselect.hooks.log import get_logger
+from vllm_tokenselect.kernels.warmup import compile_cpu_kernels
+from vllm_tokenselect.kernels.write.cpu import write_tokens
+
+logger = get_logger(__name__)
+
+
+class CpuTokenSelectImpl(TokenSelectImpl[CpuTokenSelectMetadata]):
+    """Writes keys and values into its own plain layout, selects, attends."""
+
+    def prepare(self, vllm_config: VllmConfig) -> None:
+        _compile_kernels(
+            self.dtype,
+            self.head_size,
+            self.num_heads,
+            self.num_kv_heads,
+            vllm_config.cache_config.block_size,
+        )
+        self.library, self.scratch = _shared_scratch(
+            self.num_kv_heads, self.head_size, self.dtype, self.config.method.max_attended
+        )
+
+    def do_kv_cache_update(
+        self,
+        layer: torch.nn.Module,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """Write `key`, `value` [T, Hkv, D] to the slots int64 [T]."""
+        write_tokens(key, value, self._pages(kv_cache), slot_mapping)
+
+    def forward(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: CpuTokenSelectMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attend `query` [T, Hq, D] to the cached tokens; writes and returns `output` [T, Hq, D]."""
+        if attn_metadata is None:  # profiling run
+            return output
+        step = attn_metadata.step
+        num_tokens = attn_metadata.num_actual_tokens
+        queries, out = query[:num_tokens], output[:num_tokens]
+        pages = self._pages(kv_cache)
+        step.select(queries, pages, self.scale)
+        library = partial(self._attend_row, attn_metadata)
+        attend(queries, pages, step, self.scale, library, self.scratch, out)
+        return output
+
+    def _attend_row(
+        self,
+        metadata: CpuTokenSelectMetadata,
+        row: int,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        self.library.attend(query, keys, values, out, metadata.library_rows[row], self.scale)
+
+    def _pages(self, kv_cache: torch.Tensor) -> torch.Tensor:
+        """[num_blocks, Hkv, 2, block_size, D]: a head's keys of a block, then its values."""
+        num_blocks, num_kv_heads, block_size, _ = kv_cache.shape
+        return kv_cache.view(num_blocks, num_kv_heads, 2, block_size, self.head_size)
+
+
+@cache
+def _shared_scratch(
+    num_kv_heads: int, head_size: int, dtype: torch.dtype, max_tokens: int
+) -> tuple[CpuAttention, torch.Tensor]:
+    """Layers run one after the other, so those of a shape share one scratch."""
+    library = CpuAttention(num_kv_heads, head_size, dtype, max_tokens)
+    return library, torch.empty((2, max_tokens, num_kv_heads, head_size), dtype=dtype)
+
+
+@cache
+def _compile_kernels(
+    dtype: torch.dtype, head_size: int, num_heads: int, num_kv_heads: int, block_size: int
+) -> None:
+    """Compile at start, not in the first request."""
+    logger.info("TOKENSELECT: compiling the CPU kernels (about 15 s once, then cached)")
+    threads = compile_cpu_kernels(
+        kv_dtype=dtype,
+        head_size=head_size,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        block_size=block_size,
+    )
+    wanted = torch.get_num_threads()
+    logger.info("TOKENSELECT: the CPU kernels run on %d of PyTorch's %d threads", threads, wanted)
+    if threads < wanted:
+        logger.warning(
+            "TOKENSELECT is slower than it could be: numba has %d threads, PyTorch has %d. "
+            "Set the environment variable NUMBA_NUM_THREADS=%d for the worker processes.",
+            threads,
+            wanted,
+            wanted,
+        )

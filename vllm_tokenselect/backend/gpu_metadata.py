@@ -1,0 +1,106 @@
+"""One step's rows on a GPU, from vLLM's metadata."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.config import VllmConfig
+from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadata, CommonAttentionMetadata
+from vllm.v1.kv_cache_interface import AttentionSpec
+
+from vllm_tokenselect.backend.gpu_attention import choose_library
+from vllm_tokenselect.backend.metadata import TokenSelectMetadataBuilder
+from vllm_tokenselect.config import TokenSelectConfig
+from vllm_tokenselect.gpu.rows import RowBuffers, StepLimits, graph_rows, step_rows
+from vllm_tokenselect.gpu.step import GpuStep
+
+GRAPHS = {
+    "flash": AttentionCGSupport.UNIFORM_BATCH,
+    "sdpa": AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE,
+    "xformers": AttentionCGSupport.NEVER,  # its masks are made of lists on the host
+}
+
+
+@dataclass
+class GpuTokenSelectMetadata(AttentionMetadata):
+    """What the layers of one step share."""
+
+    step: GpuStep
+
+
+def step_limits(vllm_config: VllmConfig, num_heads: int, num_kv_heads: int) -> StepLimits:
+    """What the workspace of layers with so many heads is cut for.
+
+    Raises:
+        SettingsError: when the setting `workspace_mb` is too small for the longest context.
+    """
+    config = TokenSelectConfig.from_additional_config(vllm_config.additional_config)
+    return StepLimits(
+        method=config.method,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        max_model_len=vllm_config.model_config.max_model_len,
+        workspace_bytes=config.workspace_bytes("cuda"),
+    )
+
+
+class GpuTokenSelectMetadataBuilder(TokenSelectMetadataBuilder[GpuTokenSelectMetadata]):
+    """Plans each step on the host, once for all layers of a KV cache group, without reading back."""
+
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.limits = step_limits(vllm_config, self.num_heads, self.num_kv_heads)
+        speculative = vllm_config.speculative_config
+        drafts = speculative.num_speculative_tokens if speculative is not None else 0
+        self.queries_per_request = 1 + (drafts or 0)
+        capacity = max(
+            vllm_config.scheduler_config.max_num_seqs * self.queries_per_request,
+            vllm_config.compilation_config.max_cudagraph_capture_size or 0,
+        )
+        self.buffers = RowBuffers(capacity, device)
+
+    @classmethod
+    def get_cudagraph_support(
+        cls, vllm_config: VllmConfig, kv_cache_spec: AttentionSpec
+    ) -> AttentionCGSupport:
+        config = TokenSelectConfig.from_additional_config(vllm_config.additional_config)
+        dtype = vllm_config.model_config.dtype
+        return GRAPHS[choose_library(config.attention, kv_cache_spec.head_size, dtype)]
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> GpuTokenSelectMetadata:
+        common: Any = common_attn_metadata
+        # Exact for prompts; where draft tokens may have been rejected, the device knows better.
+        bound = common.seq_lens_cpu_upper_bound.numpy()[: common.num_reqs]
+        seq_lens = np.zeros(common.num_reqs, np.int32)  # padded requests have no bound
+        seq_lens[: len(bound)] = bound
+        plan = self.plan(common, seq_lens)
+        if (
+            common.max_query_len <= self.queries_per_request
+            and common.num_actual_tokens <= self.buffers.capacity
+        ):
+            groups = graph_rows(
+                plan,
+                seq_lens,
+                common.seq_lens,
+                self.limits,
+                self.buffers,
+                common.num_actual_tokens,
+                self.queries_per_request,
+            )
+        else:
+            groups = step_rows(plan, seq_lens, common.seq_lens, self.limits)
+        return GpuTokenSelectMetadata(GpuStep(groups, common.block_table_tensor))

@@ -1,0 +1,191 @@
+"""Queries + sparse block table -> output on a GPU, by libraries.
+
+Every selected token precedes its row's own queries, so gathering a row's tokens in order of position
+and attending with a causal mask aligned to the lower right is exact. FlashAttention 3 reads the cache
+through the sparse block table itself (`flash_attention.py`); what stands here gathers first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+import torch.nn.functional as F
+
+from vllm_tokenselect.gpu.rows import RowGroup
+from vllm_tokenselect.kernels.gather.gpu import gather_rows
+
+if TYPE_CHECKING:
+    from vllm_tokenselect.gpu.step import LayerCache
+
+# Keys and values of the rows that are gathered together; at least one row's.
+GATHER_BYTES = 256 << 20
+# Lines of the gathered buffer are whole pages: FlashAttention 4 reads pages of 128 tokens best.
+PAGE_TOKENS = 128
+
+
+class RowAttention(Protocol):
+    """Attention over the sparse block table.
+
+    Attributes:
+        name: as the setting `attention` names it.
+        graph_queries: most queries of a request with which it can be captured in a CUDA graph: 0
+            none, 1 decoding, None any.
+    """
+
+    name: str
+    graph_queries: int | None
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        cache: LayerCache,
+        group: RowGroup,
+        slots: torch.Tensor,
+        lengths: torch.Tensor,
+        scale: float,
+        out: torch.Tensor,
+    ) -> None:
+        """Attend the rows of a group.
+
+        Args:
+            query: [T, Hq, D], queries of the step; those of the rows are read.
+            cache: the layer's.
+            group: rows of the step.
+            slots: int32 [R, width], sparse block table of page size 1, ascending by position.
+            lengths: int32 [R], entries of each row; 0 for a padded row.
+            scale: scale of q . k.
+            out: [T, Hq, D]; written for the rows' queries.
+        """
+
+
+class GatherBuffer:
+    """Contiguous keys and values of a few rows, a line of whole pages for each.
+
+    Args:
+        num_kv_heads, head_size: of a layer.
+        dtype: of the queries; a quantised cache is widened to it.
+        width: most tokens of a row.
+        device: where the buffer lies.
+
+    Attributes:
+        keys, values: [lines, width, Hkv, D], `width` rounded up to whole pages.
+    """
+
+    def __init__(
+        self,
+        num_kv_heads: int,
+        head_size: int,
+        dtype: torch.dtype,
+        width: int,
+        device: torch.device,
+    ) -> None:
+        width = -(-width // PAGE_TOKENS) * PAGE_TOKENS
+        line_bytes = 2 * width * num_kv_heads * head_size * dtype.itemsize
+        lines = max(GATHER_BYTES // line_bytes, 1)
+        shape = (2, lines, width, num_kv_heads, head_size)
+        # Zeros: what a row does not fill is masked, but a NaN would pass through a mask.
+        self.keys, self.values = torch.zeros(shape, dtype=dtype, device=device)
+
+    @property
+    def num_lines(self) -> int:
+        return len(self.keys)
+
+    def gather(
+        self, cache: LayerCache, slots: torch.Tensor, lengths: torch.Tensor
+    ) -> Iterator[tuple[int, int]]:
+        """Gather rows, as many at a time as there are lines; yields their first and last."""
+        for first in range(0, len(slots), self.num_lines):
+            last = min(first + self.num_lines, len(slots))
+            gather_rows(
+                cache.pages,
+                slots[first:last],
+                lengths[first:last],
+                self.keys[: last - first],
+                self.values[: last - first],
+                key_scale=cache.key_scale,
+                value_scale=cache.value_scale,
+            )
+            yield first, last
+
+
+class SdpaAttention:
+    """PyTorch's scaled_dot_product_attention; needs torch only.
+
+    Args:
+        buffer: scratch, shared by layers.
+    """
+
+    name = "sdpa"
+    graph_queries = 1
+
+    def __init__(self, buffer: GatherBuffer) -> None:
+        self.buffer = buffer
+        self.position = torch.arange(buffer.keys.shape[1], device=buffer.keys.device)
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        cache: LayerCache,
+        group: RowGroup,
+        slots: torch.Tensor,
+        lengths: torch.Tensor,
+        scale: float,
+        out: torch.Tensor,
+    ) -> None:
+        for first, last in self.buffer.gather(cache, slots, lengths):
+            if group.max_query_len == 1:
+                self._attend_single_queries(query, group, lengths, first, last, scale, out)
+                continue
+            for row in range(first, last):
+                if group.query_lens[row]:
+                    self._attend_row(query, group, lengths, row, row - first, scale, out)
+
+    def _attend_single_queries(
+        self,
+        query: torch.Tensor,
+        group: RowGroup,
+        lengths: torch.Tensor,
+        first: int,
+        last: int,
+        scale: float,
+        out: torch.Tensor,
+    ) -> None:
+        """Rows of one query each: row `r` of a step of such rows is query `r`."""
+        start = int(group.query_starts[first])
+        queries = slice(start, start + last - first)
+        visible = self.position < lengths[first:last, None]  # [rows, width]
+        attended = F.scaled_dot_product_attention(
+            query[queries, :, None],
+            self.buffer.keys[: last - first].transpose(1, 2),
+            self.buffer.values[: last - first].transpose(1, 2),
+            attn_mask=visible[:, None, None],
+            scale=scale,
+            enable_gqa=True,
+        )
+        out[queries] = attended[:, :, 0]
+
+    def _attend_row(
+        self,
+        query: torch.Tensor,
+        group: RowGroup,
+        lengths: torch.Tensor,
+        row: int,
+        line: int,
+        scale: float,
+        out: torch.Tensor,
+    ) -> None:
+        start, num_queries = int(group.query_starts[row]), int(group.query_lens[row])
+        queries = slice(start, start + num_queries)
+        # The last query sees all tokens of the row, the one before it all but the last.
+        last_visible = lengths[row] - num_queries + self.position[:num_queries, None]
+        attended = F.scaled_dot_product_attention(
+            query[queries].transpose(0, 1)[None],
+            self.buffer.keys[line].transpose(0, 1)[None],
+            self.buffer.values[line].transpose(0, 1)[None],
+            attn_mask=self.position <= last_visible,
+            scale=scale,
+            enable_gqa=True,
+        )
+        out[queries] = attended[0].transpose(0, 1)

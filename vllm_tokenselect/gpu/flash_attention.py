@@ -1,0 +1,126 @@
+"""FlashAttention over the sparse block table.
+
+Its function comes from outside (vLLM builds its own), so that nothing here imports vLLM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from vllm_tokenselect.gpu.attention import PAGE_TOKENS, GatherBuffer
+from vllm_tokenselect.gpu.rows import RowGroup
+from vllm_tokenselect.gpu.step import LayerCache
+
+VarlenFunction = Callable[..., Any]
+
+
+class PagedFlashAttention:
+    """FlashAttention 3, which takes pages of a single token: reads the cache where it lies.
+
+    Args:
+        varlen: `flash_attn_varlen_func` of vLLM's `vllm_flash_attn`.
+    """
+
+    name = "flash"
+    graph_queries = None
+
+    def __init__(self, varlen: VarlenFunction) -> None:
+        self.varlen = varlen
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        cache: LayerCache,
+        group: RowGroup,
+        slots: torch.Tensor,
+        lengths: torch.Tensor,
+        scale: float,
+        out: torch.Tensor,
+    ) -> None:
+        keys, values = single_token_pages(cache.pages)
+        self.varlen(
+            q=query,
+            k=keys,
+            v=values,
+            cu_seqlens_q=group.query_start_loc,
+            max_seqlen_q=group.max_query_len,
+            seqused_k=lengths,
+            max_seqlen_k=slots.shape[1],
+            block_table=slots,
+            softmax_scale=scale,
+            causal=True,
+            out=out,
+            fa_version=3,
+        )
+
+
+class GatheredFlashAttention:
+    """FlashAttention of any version over gathered tokens: for a quantised cache, and before Hopper.
+
+    Args:
+        varlen: `flash_attn_varlen_func` of vLLM's `vllm_flash_attn`.
+        version: of FlashAttention.
+        buffer: scratch, shared by layers.
+    """
+
+    name = "flash"
+    graph_queries = None
+
+    def __init__(self, varlen: VarlenFunction, version: int, buffer: GatherBuffer) -> None:
+        self.varlen = varlen
+        self.version = version
+        self.buffer = buffer
+        # The buffer as a paged cache, so that lengths may lie on the device.
+        self.keys = buffer.keys.unflatten(1, (-1, PAGE_TOKENS)).flatten(0, 1)
+        self.values = buffer.values.unflatten(1, (-1, PAGE_TOKENS)).flatten(0, 1)
+        pages = torch.arange(len(self.keys), dtype=torch.int32, device=self.keys.device)
+        self.block_table = pages.view(buffer.num_lines, -1)
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        cache: LayerCache,
+        group: RowGroup,
+        slots: torch.Tensor,
+        lengths: torch.Tensor,
+        scale: float,
+        out: torch.Tensor,
+    ) -> None:
+        for first, last in self.buffer.gather(cache, slots, lengths):
+            self.varlen(
+                q=query,
+                k=self.keys,
+                v=self.values,
+                cu_seqlens_q=group.query_start_loc[first : last + 1],
+                max_seqlen_q=group.max_query_len,
+                seqused_k=lengths[first:last],
+                max_seqlen_k=self.buffer.keys.shape[1],
+                block_table=self.block_table[: last - first],
+                softmax_scale=scale,
+                causal=True,
+                out=out,
+                fa_version=self.version,
+            )
+
+
+def single_token_pages(pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values [num_slots, 1, Hkv, D] of a cache [num_blocks, Hkv, 2, block_size, D].
+
+    Raises:
+        ValueError: when the tokens of all blocks do not lie at equal distances.
+    """
+    num_blocks, num_kv_heads, _, block_size, head_size = pages.shape
+    block, head, kind, token, element = pages.stride()
+    if block != block_size * token or element != 1:
+        raise ValueError(
+            f"a KV cache with strides {pages.stride()} cannot be read token by token: its blocks are "
+            f"{block} elements apart, its tokens {token}"
+        )
+    shape = (num_blocks * block_size, 1, num_kv_heads, head_size)
+    strides = (token, token, head, 1)
+    keys = pages.as_strided(shape, strides)
+    values = pages.as_strided(shape, strides, pages.storage_offset() + kind)
+    return keys, values

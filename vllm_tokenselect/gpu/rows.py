@@ -1,0 +1,318 @@
+"""The rows of one step on a GPU.
+
+The host knows how a step is cut into rows and an upper bound of every context; what a context's length
+really is only the device knows (draft tokens may have been rejected meanwhile). So the host sends how
+far each row ends before its request does, and positions are computed on the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from vllm_tokenselect.kernels.score.gpu import tile_rows
+from vllm_tokenselect.method import Method, SettingsError
+from vllm_tokenselect.plan import SelectionPlan
+
+Int32 = npt.NDArray[np.int32]
+
+# Rows that are selected and attended together at most: lines of the sparse block table.
+MAX_GROUP_ROWS = 512
+# Widths of the scores are multiples of it, so that one compiled kernel fits all of them.
+WIDTH_STEP = 64
+
+
+@dataclass(frozen=True)
+class StepLimits:
+    """What the buffers of a step are cut for.
+
+    Attributes:
+        method: the settings.
+        num_heads, num_kv_heads: of a layer.
+        max_model_len: longest context.
+        workspace_bytes: for the scores and votes of a group.
+
+    Raises:
+        SettingsError: when the workspace cannot hold one query's scores over the longest context.
+    """
+
+    method: Method
+    num_heads: int
+    num_kv_heads: int
+    max_model_len: int
+    workspace_bytes: int
+
+    def __post_init__(self) -> None:
+        if self.rows_that_fit(self.max_width) < 1:
+            needed = -(-self._row_bytes(self.max_width) // 2**20)
+            raise SettingsError(
+                f"tokenselect workspace_mb={self.workspace_bytes >> 20} cannot hold the scores of "
+                f"one query over max_model_len={self.max_model_len} tokens and {self.num_heads} "
+                f"heads. Set workspace_mb to at least {needed}, or lower --max-model-len."
+            )
+
+    @property
+    def max_width(self) -> int:
+        """Width of the scores of the row with most candidates."""
+        return self.width_of(self.max_model_len - 1 - self.method.n_local)
+
+    def width_of(self, candidate_end: int) -> int:
+        """Width of the scores of a row whose candidates end there."""
+        return -(-max(candidate_end - self.method.n_init, 0) // WIDTH_STEP) * WIDTH_STEP
+
+    def rows_that_fit(self, width: int) -> int:
+        """Rows of `width` candidates that the workspace holds."""
+        return min(self.workspace_bytes // max(self._row_bytes(width), 1), MAX_GROUP_ROWS)
+
+    def _row_bytes(self, width: int) -> int:
+        return 4 * width * (self.num_heads + 1)  # every head's scores, and the votes
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Rows that share the reading of a request's keys.
+
+    Attributes:
+        table: int32 [tiles, 3], of each the request, the first row and the number of rows.
+        rows_per_tile: most rows of one of them.
+    """
+
+    table: torch.Tensor
+    rows_per_tile: int
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """Consecutive rows of a step that are selected and attended together.
+
+    Attributes:
+        row_seq: int32 [R], the row's request.
+        query_start_loc: int32 [R + 1], where the queries of each row start in the step's.
+        query_len: int32 [R]; 0 for a padded row.
+        candidate_end: int32 [R], `a - n_local`.
+        scored_end: int32 [R], the same for a row that selects, `n_init` for one that need not.
+        context_end: int32 [R], `b`; 0 for a padded row.
+        tiles: of the rows that may select.
+        width: most candidates of a row that may select, rounded up; 0 if there is none.
+        query_starts, query_lens: `query_start_loc` without its last entry and `query_len`, on the host.
+        max_query_len: most queries of a row.
+    """
+
+    row_seq: torch.Tensor
+    query_start_loc: torch.Tensor
+    query_len: torch.Tensor
+    candidate_end: torch.Tensor
+    scored_end: torch.Tensor
+    context_end: torch.Tensor
+    tiles: tuple[Tiles, ...]
+    width: int
+    query_starts: Int32
+    query_lens: Int32
+    max_query_len: int
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.row_seq)
+
+
+class RowBuffers:
+    """Device arrays for the rows of a step.
+
+    Args:
+        capacity: most rows.
+        device: where the arrays lie.
+    """
+
+    def __init__(self, capacity: int, device: torch.device) -> None:
+        self.capacity = capacity
+        self.sent = torch.zeros(7 * _field_size(capacity), dtype=torch.int32, device=device)
+        self.ends = torch.zeros(3 * _field_size(capacity), dtype=torch.int32, device=device)
+
+
+def step_rows(
+    plan: SelectionPlan,
+    seq_lens: Int32,
+    device_seq_lens: torch.Tensor,
+    limits: StepLimits,
+) -> list[RowGroup]:
+    """Groups of a step, cut so that their scores fit the workspace.
+
+    Args:
+        plan: rows of the step in order of their queries.
+        seq_lens: int32 [S], an upper bound of every context; what the plan was built from.
+        device_seq_lens: int32 [S] on the device, the contexts' real lengths.
+        limits: of the buffers.
+    """
+    most_rows = tile_rows(limits.num_heads, limits.num_kv_heads)
+    sent = _Sent(plan.num_rows)
+    sent.write_rows(plan, seq_lens)
+    groups = []
+    for first, last in _cut_groups(plan, limits):
+        runs = _tile_runs(plan, first, last, most_rows)
+        # A tile of one row is padded to a small product, any other to a full one: two compiled
+        # kernels serve every step.
+        single, shared = runs[runs[:, 2] == 1], runs[runs[:, 2] > 1]
+        sent.tiles[first : first + len(runs)] = np.concatenate([single, shared])
+        sizes = [(len(t), size) for t, size in ((single, 1), (shared, most_rows)) if len(t)]
+        groups.append((first, last, sizes, _width(plan, first, last, limits)))
+    buffers = RowBuffers(plan.num_rows, device_seq_lens.device)
+    device = sent.send(buffers, device_seq_lens, limits.method)
+    return [device.group(sent, *group) for group in groups]
+
+
+def graph_rows(
+    plan: SelectionPlan,
+    seq_lens: Int32,
+    device_seq_lens: torch.Tensor,
+    limits: StepLimits,
+    buffers: RowBuffers,
+    num_tokens: int,
+    queries_per_request: int,
+) -> list[RowGroup]:
+    """Groups of a step that a CUDA graph may replay.
+
+    Shapes and addresses depend on `num_tokens` and `queries_per_request` alone: there is a row for
+    every token, padded ones behind those that the plan has, and groups are cut for the longest
+    context that the model may have.
+
+    Args:
+        buffers: persistent, for at least `num_tokens` rows.
+        num_tokens: tokens of the step, padding included.
+        queries_per_request: most tokens of a request.
+    """
+    most_rows = min(queries_per_request, tile_rows(limits.num_heads, limits.num_kv_heads))
+    rows_per_group = limits.rows_that_fit(limits.max_width)
+    # The rows of a request share a tile: they stay together where that is possible.
+    if rows_per_group > queries_per_request:
+        rows_per_group -= rows_per_group % queries_per_request
+    sent = _Sent(num_tokens)
+    sent.write_rows(plan, seq_lens)
+    groups = []
+    for first in range(0, num_tokens, rows_per_group):
+        last = min(first + rows_per_group, num_tokens)
+        runs = _tile_runs(plan, first, min(last, plan.num_rows), most_rows)
+        sent.tiles[first : first + len(runs)] = runs
+        sizes = [(last - first, most_rows)] if limits.max_width else []
+        groups.append((first, last, sizes, limits.max_width))
+    device = sent.send(buffers, device_seq_lens, limits.method)
+    return [device.group(sent, *group, max_query_len=queries_per_request) for group in groups]
+
+
+def _field_size(num_rows: int) -> int:
+    """Entries of a field: one more than rows, and a multiple of 16 bytes."""
+    return -(-(num_rows + 1) // 4) * 4
+
+
+class _Sent:
+    """What the host sends of a step, in one array: one copy to the device."""
+
+    def __init__(self, num_rows: int) -> None:
+        self.num_rows = num_rows
+        self.size = _field_size(num_rows)
+        self.array = np.zeros(7 * self.size, np.int32)
+        self.row_seq, self.query_len, self.after, self.query_start, tiles = (
+            self.array[: self.size],
+            self.array[self.size : 2 * self.size],
+            self.array[2 * self.size : 3 * self.size],
+            self.array[3 * self.size : 4 * self.size],
+            self.array[4 * self.size :],
+        )
+        self.tiles = tiles.reshape(-1, 3)
+
+    def write_rows(self, plan: SelectionPlan, seq_lens: Int32) -> None:
+        rows = slice(plan.num_rows)
+        self.row_seq[rows] = plan.row_seq
+        self.query_len[rows] = plan.query_len
+        self.after[rows] = seq_lens[plan.row_seq] - plan.chunk_end
+        self.query_start[rows] = plan.query_start
+        self.query_start[plan.num_rows :] = int(plan.query_len.sum())
+
+    def send(self, buffers: RowBuffers, seq_lens: torch.Tensor, method: Method) -> _OnDevice:
+        source = torch.from_numpy(self.array)
+        if buffers.sent.is_cuda:
+            source = source.pin_memory()  # a copy from pageable memory would wait for the device
+        sent = buffers.sent[: len(source)]
+        sent.copy_(source, non_blocking=True)
+        row_seq, query_len, after, query_start, *_ = sent.split(self.size)
+        context_end = (seq_lens[row_seq.long()] - after) * (query_len > 0)
+        candidate_end = context_end - query_len - method.n_local
+        selects = candidate_end - method.n_init > method.top_k
+        scored_end = torch.where(selects, candidate_end, method.n_init)
+        ends = buffers.ends[: 3 * self.size].view(3, self.size)
+        torch.stack([candidate_end, scored_end, context_end], out=ends)
+        return _OnDevice(row_seq, query_len, query_start, ends, sent[4 * self.size :].view(-1, 3))
+
+
+@dataclass(frozen=True)
+class _OnDevice:
+    row_seq: torch.Tensor
+    query_len: torch.Tensor
+    query_start: torch.Tensor
+    ends: torch.Tensor
+    tiles: torch.Tensor
+
+    def group(
+        self,
+        sent: _Sent,
+        first: int,
+        last: int,
+        tile_classes: list[tuple[int, int]],
+        width: int,
+        max_query_len: int | None = None,
+    ) -> RowGroup:
+        """Rows [first, last), with `(tiles, rows per tile)` of each class of tiles."""
+        tiles, start = [], first
+        for count, rows_per_tile in tile_classes:
+            tiles.append(Tiles(self.tiles[start : start + count], rows_per_tile))
+            start += count
+        query_lens = sent.query_len[first:last]
+        return RowGroup(
+            row_seq=self.row_seq[first:last],
+            query_start_loc=self.query_start[first : last + 1],
+            query_len=self.query_len[first:last],
+            candidate_end=self.ends[0, first:last],
+            scored_end=self.ends[1, first:last],
+            context_end=self.ends[2, first:last],
+            tiles=tuple(tiles),
+            width=width,
+            query_starts=sent.query_start[first:last],
+            query_lens=query_lens,
+            max_query_len=int(query_lens.max()) if max_query_len is None else max_query_len,
+        )
+
+
+def _cut_groups(plan: SelectionPlan, limits: StepLimits) -> list[tuple[int, int]]:
+    """First and last row of each group."""
+    if plan.num_rows <= limits.rows_that_fit(_width(plan, 0, plan.num_rows, limits)):
+        return [(0, plan.num_rows)] if plan.num_rows else []
+    groups: list[tuple[int, int]] = []
+    first, widest = 0, 0
+    for row in range(plan.num_rows):
+        width = 0 if plan.dense[row] else limits.width_of(int(plan.candidate_end[row]))
+        widest = max(widest, width)
+        if row > first and row - first + 1 > limits.rows_that_fit(widest):
+            groups.append((first, row))
+            first, widest = row, width
+    groups.append((first, plan.num_rows))
+    return groups
+
+
+def _width(plan: SelectionPlan, first: int, last: int, limits: StepLimits) -> int:
+    ends = plan.candidate_end[first:last][~plan.dense[first:last]]
+    return limits.width_of(int(ends.max())) if len(ends) else 0
+
+
+def _tile_runs(plan: SelectionPlan, first: int, last: int, most_rows: int) -> Int32:
+    """Runs of rows of one request that may select, int32 [runs, 3], rows counted from `first`."""
+    rows = np.flatnonzero(~plan.dense[first:last])
+    seqs = plan.row_seq[first:last][rows]
+    order = np.arange(len(rows))
+    breaks = np.ones(len(rows), bool)
+    breaks[1:] = (np.diff(seqs) != 0) | (np.diff(rows) != 1)
+    in_run = order - np.maximum.accumulate(np.where(breaks, order, 0))
+    starts = np.flatnonzero(in_run % most_rows == 0)
+    counts = np.diff(starts, append=len(rows))
+    return np.stack([seqs[starts], rows[starts], counts], axis=1).astype(np.int32)

@@ -1,0 +1,139 @@
+"""One layer of one step on a GPU: mean query -> score -> vote -> table -> attention.
+
+Launches the same kernels whatever the rows are; a row that sees its whole context, or a padded one, is
+left out by the kernels themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from vllm_tokenselect.gpu.attention import RowAttention
+from vllm_tokenselect.gpu.rows import RowGroup
+from vllm_tokenselect.gpu.workspace import Workspace
+from vllm_tokenselect.kernels.block_table.gpu import build_sparse_block_table
+from vllm_tokenselect.kernels.mean_query.gpu import mean_queries
+from vllm_tokenselect.kernels.score.gpu import Scores, score_paged_keys
+from vllm_tokenselect.kernels.vote.gpu import soft_vote
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """A layer's KV cache.
+
+    Attributes:
+        pages: fp32, bf16, fp16 or fp8 [num_blocks, Hkv, 2, block_size, D], any strides whose last is 1.
+        key_scale, value_scale: fp32 [1] on the device, what a quantised cache is multiplied by; None
+            for one that is not quantised.
+    """
+
+    pages: torch.Tensor
+    key_scale: torch.Tensor | None = None
+    value_scale: torch.Tensor | None = None
+
+
+class GpuStep:
+    """What the layers of one step share.
+
+    Args:
+        groups: rows of the step.
+        block_table: int32 [S, W], KV blocks of each request.
+    """
+
+    def __init__(self, groups: Sequence[RowGroup], block_table: torch.Tensor) -> None:
+        self.groups = groups
+        self.block_table = block_table
+
+    def run_layer(
+        self,
+        query: torch.Tensor,
+        cache: LayerCache,
+        scale: float,
+        workspace: Workspace,
+        attention: RowAttention,
+        out: torch.Tensor,
+    ) -> None:
+        """Select and attend.
+
+        Args:
+            query: fp32, bf16 or fp16 [T, Hq, D], the layer's queries of this step.
+            cache: of the layer, this step's keys and values written.
+            scale: scale of q . k.
+            workspace: overwritten.
+            attention: the library that attends.
+            out: [T, Hq, D], written for every query of a row.
+        """
+        for group in self.groups:
+            if group.tiles:
+                self.score(group, query, cache, scale, workspace)
+                self.vote(group, workspace)
+            self.build_table(group, cache, workspace)
+            self.attend(group, query, cache, scale, workspace, attention, out)
+
+    def score(
+        self,
+        group: RowGroup,
+        query: torch.Tensor,
+        cache: LayerCache,
+        scale: float,
+        workspace: Workspace,
+    ) -> None:
+        """Score the candidates of the group's rows with their mean queries."""
+        buffers = workspace.for_scores(group)
+        mean_queries(query, group.query_start_loc[:-1], group.query_len, buffers.mean_queries)
+        for tiles in group.tiles:
+            score_paged_keys(
+                buffers.mean_queries,
+                cache.pages,
+                self.block_table,
+                tiles.table,
+                tiles.rows_per_tile,
+                workspace.limits.method.n_init,
+                group.scored_end,
+                scale,
+                cache.key_scale,
+                buffers.logits,
+                buffers.maxima,
+                buffers.sums,
+            )
+
+    def vote(self, group: RowGroup, workspace: Workspace) -> None:
+        """Turn the group's scores into votes."""
+        buffers = workspace.for_scores(group)
+        start = workspace.limits.method.n_init
+        scores = Scores(buffers.logits, buffers.maxima, buffers.sums, start, group.scored_end)
+        soft_vote(scores, buffers.votes)
+
+    def build_table(self, group: RowGroup, cache: LayerCache, workspace: Workspace) -> None:
+        """Fill the workspace's sparse block table from the votes."""
+        method = workspace.limits.method
+        build_sparse_block_table(
+            workspace.for_scores(group).votes if group.tiles else None,
+            self.block_table,
+            group.row_seq,
+            method.n_init,
+            method.top_k,
+            group.candidate_end,
+            group.context_end,
+            cache.pages.shape[3],
+            workspace.slots[: group.num_rows],
+            workspace.lengths[: group.num_rows],
+            workspace.table_scratch,
+        )
+
+    def attend(
+        self,
+        group: RowGroup,
+        query: torch.Tensor,
+        cache: LayerCache,
+        scale: float,
+        workspace: Workspace,
+        attention: RowAttention,
+        out: torch.Tensor,
+    ) -> None:
+        """Attend to what the workspace's sparse block table names."""
+        slots, lengths = workspace.slots[: group.num_rows], workspace.lengths[: group.num_rows]
+        attention(query, cache, group, slots, lengths, scale, out)

@@ -1,0 +1,59 @@
+"""Compile the Triton kernels at server start, so that no request waits for the compiler."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from vllm_tokenselect.gpu.attention import RowAttention
+from vllm_tokenselect.gpu.rows import RowBuffers, graph_rows, step_rows
+from vllm_tokenselect.gpu.step import GpuStep, LayerCache
+from vllm_tokenselect.gpu.workspace import Workspace
+from vllm_tokenselect.plan import SelectionPlan
+
+
+def compile_gpu_kernels(
+    workspace: Workspace,
+    attention: RowAttention,
+    cache: LayerCache,
+    block_table_width: int,
+    dtype: torch.dtype,
+) -> None:
+    """Run a layer on one block of keys: a prompt's chunks, its tail, decoding, and all of it dense.
+
+    Args:
+        workspace, attention: of the layer.
+        cache: of the layer's layout and dtype, with one block at least; what lies in it does not matter.
+        block_table_width: of the server's block tables, whose strides are compiled in.
+        dtype: of the queries.
+    """
+    limits, method = workspace.limits, workspace.limits.method
+    device = cache.pages.device
+    longest = limits.max_model_len
+    chunk = min(method.query_chunk, longest)
+    tail = min(method.tail_queries, 4)
+    steps = {
+        (0, min(chunk, longest)),
+        (max(longest - chunk - tail, 0), longest),
+        (longest - 1, longest),
+    }
+    block_table = torch.zeros((1, block_table_width), dtype=torch.int32, device=device)
+    for first, end in steps:
+        length = end - first
+        seq_lens = np.array([end], np.int32)
+        plan = SelectionPlan.build(
+            np.array([0, length], np.int32),
+            seq_lens,
+            np.array([end - tail + method.tail_queries], np.int32),
+            method,
+        )
+        device_lens = torch.from_numpy(seq_lens).to(device)
+        if length == 1:
+            buffers = RowBuffers(1, device)
+            groups = graph_rows(plan, seq_lens, device_lens, limits, buffers, 1, 1)
+        else:
+            groups = step_rows(plan, seq_lens, device_lens, limits)
+        head_size = cache.pages.shape[-1]
+        query = torch.zeros((length, limits.num_heads, head_size), dtype=dtype, device=device)
+        step = GpuStep(groups, block_table)
+        step.run_layer(query, cache, 1.0, workspace, attention, torch.empty_like(query))

@@ -1,0 +1,69 @@
+"""The buffers of a step, shared by all layers of a shape, since layers run one after the other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from vllm_tokenselect.gpu.rows import MAX_GROUP_ROWS, RowGroup, StepLimits
+from vllm_tokenselect.kernels.block_table.gpu import TableScratch
+from vllm_tokenselect.kernels.score.gpu import MAX_SPLITS, choose_splits
+
+
+@dataclass(frozen=True)
+class ScoreBuffers:
+    """Views of the workspace for one group of rows; see `score_paged_keys` and `soft_vote`."""
+
+    mean_queries: torch.Tensor
+    logits: torch.Tensor
+    maxima: torch.Tensor
+    sums: torch.Tensor
+    votes: torch.Tensor
+
+
+class Workspace:
+    """Allocated once, before a server measures what memory is left for the KV cache.
+
+    Args:
+        limits: of the steps.
+        head_size: of a layer.
+        device: where the buffers lie.
+
+    Attributes:
+        slots: int32 [MAX_GROUP_ROWS, max_attended], the sparse block table of a group.
+        lengths: int32 [MAX_GROUP_ROWS], entries of each row.
+    """
+
+    def __init__(self, limits: StepLimits, head_size: int, device: torch.device) -> None:
+        def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        self.limits = limits
+        rows, heads = MAX_GROUP_ROWS, limits.num_heads
+        self.slots = empty(rows, limits.method.max_attended, dtype=torch.int32)
+        self.lengths = empty(rows, dtype=torch.int32)
+        self.mean_queries = empty(rows, heads, head_size)
+        self.parts = empty(2, rows * heads * MAX_SPLITS)
+        self.scores = empty(limits.workspace_bytes // 4)
+        self.table_scratch = TableScratch(rows, device)
+
+    @property
+    def num_bytes(self) -> int:
+        tensors = [self.slots, self.lengths, self.mean_queries, self.parts, self.scores]
+        return sum(t.nbytes for t in tensors) + self.table_scratch.num_bytes
+
+    def for_scores(self, group: RowGroup) -> ScoreBuffers:
+        """Views for the scores of a group that has candidates."""
+        rows, heads, width = group.num_rows, self.limits.num_heads, group.width
+        most_tiles = max(len(tiles.table) for tiles in group.tiles)
+        splits = choose_splits(most_tiles, self.limits.num_kv_heads, width)
+        num_scores = rows * heads * width
+        parts = self.parts[:, : rows * heads * splits].view(2, rows, heads, splits)
+        return ScoreBuffers(
+            mean_queries=self.mean_queries[:rows],
+            logits=self.scores[:num_scores].view(rows, heads, width),
+            maxima=parts[0],
+            sums=parts[1],
+            votes=self.scores[num_scores : num_scores + rows * width].view(rows, width),
+        )

@@ -1,0 +1,48 @@
+"""The numbers that define the method, and what follows from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+class SettingsError(ValueError):
+    """Settings that cannot be served. The message names the value and what is allowed."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """Which tokens the chunks of a request attend to.
+
+    The defaults follow the paper (arXiv 2411.02886) but for `tail_queries`, which is ours: averaging
+    the question with the text before it was what cost accuracy.
+
+    Attributes:
+        top_k: tokens selected by vote for each chunk, in every layer.
+        n_init: first tokens of the context, always attended (attention sinks).
+        n_local: tokens directly before a chunk, always attended.
+        query_chunk: queries of a prompt that select together.
+        tail_queries: queries at the end of the prompt that each select for themselves.
+    """
+
+    top_k: int = 2048
+    n_init: int = 128
+    n_local: int = 512
+    query_chunk: int = 512
+    tail_queries: int = 64
+
+    @property
+    def max_attended(self) -> int:
+        """Most tokens that one chunk attends to: the width of the sparse block table."""
+        return self.n_init + self.top_k + self.n_local + self.query_chunk
+
+    def tail_start(self, num_prompt_tokens: int) -> int:
+        """Position from which every query is a chunk of its own (`s` in the method)."""
+        return max(num_prompt_tokens - self.tail_queries, 0)
+
+    def shareable_tokens(self, num_prompt_tokens: int) -> int:
+        """Tokens at the start of a prompt that whole query chunks compute.
+
+        Only these may enter the prefix cache or be taken from it: what follows depends on where
+        this prompt ends.
+        """
+        return self.tail_start(num_prompt_tokens) // self.query_chunk * self.query_chunk
