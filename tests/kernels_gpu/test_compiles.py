@@ -18,7 +18,7 @@ def test_kernels_compile_and_fit(architecture: int):
             sys.executable,
             "-m",
             "tests.kernels_gpu.compile_ahead",
-            "--architectures",
+            "--architecture",
             str(architecture),
         ],
         capture_output=True,

@@ -19,7 +19,7 @@ def compile_gpu_kernels(
     block_table_width: int,
     dtype: torch.dtype,
 ) -> None:
-    """Run a layer on one block of keys: a prompt's chunks, its tail, decoding, and all of it dense.
+    """Run a layer on one block of keys, for every kind of row that a server will see.
 
     Args:
         workspace, attention: of the layer.
@@ -30,15 +30,16 @@ def compile_gpu_kernels(
     limits, method = workspace.limits, workspace.limits.method
     device = cache.pages.device
     longest = limits.max_model_len
-    chunk = min(method.query_chunk, longest)
     tail = min(method.tail_queries, 4)
-    steps = {
-        (0, min(chunk, longest)),
-        (max(longest - chunk - tail, 0), longest),
-        (longest - 1, longest),
+    first_selecting = method.n_init + method.top_k + method.n_local + 1
+    prompts = {
+        (0, min(method.query_chunk, longest)),  # dense
+        (min(first_selecting, longest - 1), min(first_selecting + 2, longest)),  # few candidates
+        (max(longest - method.query_chunk - tail, 0), longest),  # a chunk and a tail
+        (longest - 1, longest),  # decoding
     }
     block_table = torch.zeros((1, block_table_width), dtype=torch.int32, device=device)
-    for first, end in steps:
+    for first, end in prompts:
         length = end - first
         seq_lens = np.array([end], np.int32)
         plan = SelectionPlan.build(

@@ -21,7 +21,7 @@ from vllm_tokenselect.kernels.gpu_launch import INTERPRETED, num_programs_wanted
 
 DIGIT_BITS = (11, 11, 10)
 COUNTS = sum(1 << bits for bits in DIGIT_BITS)
-TOKENS_PER_STEP = 2048 if INTERPRETED else 8192
+TOKENS_PER_STEP = 2048 if INTERPRETED else 4096
 MAX_PARTS = 64
 # A kernel is compiled once, not again for every number that 16 happens to divide.
 NUMBERS = ["n_init", "top_k"]
@@ -107,7 +107,7 @@ def build_sparse_block_table(
         "BITS_2": DIGIT_BITS[2],
         "TOKENS": TOKENS_PER_STEP,
         "MAX_PARTS": MAX_PARTS,
-        "num_warps": 16,
+        "num_warps": 8,
     }
     if parts == 1:
         _build[(1, num_rows)](*arguments, **constants)
@@ -185,7 +185,7 @@ def _histogram(
     bins: tl.constexpr = 1 << BITS
     counts = tl.zeros([bins], tl.int32)
     for step in range(first, last, TOKENS):
-        _, visible, key = _load_keys(votes_line, step, last, TOKENS)
+        token, visible, key = _load_keys(votes_line, step, last, TOKENS)
         # The shift is cut in two: shifting 32 bits by 32 is undefined.
         decided = (key >> (SHIFT + BITS - 1)) >> 1
         counts += tl.histogram((key >> SHIFT) & (bins - 1), bins, visible & (decided == prefix))
@@ -364,12 +364,12 @@ def _count_kept(
     part, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     num_candidates = tl.load(candidate_ends + row) - n_init
     if num_candidates > top_k:
-        threshold, _ = _threshold(counts, row, top_k, BITS_0, BITS_1, BITS_2)
+        threshold, ties = _threshold(counts, row, top_k, BITS_0, BITS_1, BITS_2)
         first, last = _part(num_candidates, TOKENS)
         above = tl.zeros([TOKENS], tl.int32)
         equal = tl.zeros([TOKENS], tl.int32)
         for step in range(first, last, TOKENS):
-            _, visible, key = _load_keys(votes + row * votes_stride, step, last, TOKENS)
+            token, visible, key = _load_keys(votes + row * votes_stride, step, last, TOKENS)
             above += (visible & (key > threshold)).to(tl.int32)
             equal += (visible & (key == threshold)).to(tl.int32)
         tl.store(kept + row * 2 * MAX_PARTS + part, tl.sum(above, 0))
