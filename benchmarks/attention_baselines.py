@@ -57,6 +57,8 @@ def flash_attention(data: Data) -> Call:
 
 
 def triton_attention(data: Data) -> Call:
+    if not data.query.is_cuda:
+        raise Unavailable("vLLM's Triton attention is for GPUs")
     try:
         from vllm.v1.attention.ops.triton_unified_attention import unified_attention
     except ImportError as error:

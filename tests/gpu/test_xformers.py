@@ -3,8 +3,6 @@
 import pytest
 import torch
 
-pytest.importorskip("xformers")
-
 from tests.gpu.test_attention import buffer_of
 from tests.gpu.test_step import Layer, groups_of
 from tests.method.definition import REQUESTS
@@ -12,7 +10,11 @@ from vllm_tokenselect.gpu import xformers
 
 
 def defined_attention(query, keys, values, attn_bias, scale):
-    """Attention of [1, tokens, KV heads, group, D] under xformers' own reading of its mask."""
+    """Attention of [1, tokens, KV heads, group, D] under xformers' own reading of its mask.
+
+    Kernels read the lengths from the device, `materialize` reads those of the host.
+    """
+    attn_bias.k_seqinfo.seqlen_py = attn_bias.k_seqinfo.seqlen.tolist()
     bias = attn_bias.materialize((query.shape[1], keys.shape[1]), device=query.device)
     logits = torch.einsum("bnhgd,bmhgd->bhgnm", query * scale, keys) + bias
     return torch.einsum("bhgnm,bmhgd->bnhgd", logits.softmax(-1), values)

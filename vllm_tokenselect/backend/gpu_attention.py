@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from functools import cache
 from importlib.util import find_spec
 from typing import Literal
 
 import torch
 from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
 
-from vllm_tokenselect.config import SettingsError
 from vllm_tokenselect.gpu.attention import GatherBuffer, RowAttention, SdpaAttention
 from vllm_tokenselect.gpu.flash_attention import GatheredFlashAttention, PagedFlashAttention
 from vllm_tokenselect.hooks.log import get_logger
+from vllm_tokenselect.method import SettingsError
 
 Library = Literal["flash", "xformers", "sdpa"]
 
@@ -48,8 +47,7 @@ def choose_library(setting: str, head_size: int, dtype: torch.dtype) -> Library:
     raise AssertionError(setting)
 
 
-@cache
-def shared_attention(
+def make_attention(
     library: Library,
     num_kv_heads: int,
     head_size: int,
@@ -58,7 +56,7 @@ def shared_attention(
     width: int,
     device: torch.device,
 ) -> RowAttention:
-    """The library's attention; one for all layers of a shape, since it may hold scratch.
+    """The library's attention; it may hold scratch, so layers of a shape should share one.
 
     Args:
         dtype: of the queries.

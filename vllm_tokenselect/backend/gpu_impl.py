@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
 import torch
+from vllm.config import VllmConfig
 from vllm.v1.attention.backend import AttentionLayer
 from vllm.v1.attention.backends.fa_utils import reshape_and_cache_flash
 
-from vllm_tokenselect.backend.gpu_attention import choose_library, shared_attention
+from vllm_tokenselect.backend.gpu_attention import Library, choose_library, make_attention
 from vllm_tokenselect.backend.gpu_metadata import GpuTokenSelectMetadata, step_limits
 from vllm_tokenselect.backend.impl import TokenSelectImpl
 from vllm_tokenselect.gpu.attention import RowAttention
@@ -18,6 +18,8 @@ from vllm_tokenselect.gpu.step import LayerCache
 from vllm_tokenselect.gpu.warmup import compile_gpu_kernels
 from vllm_tokenselect.gpu.workspace import Workspace
 from vllm_tokenselect.hooks.log import get_logger
+
+logger = get_logger(__name__)
 
 # How vLLM's names of quantised caches are to be read; it hands them over as bytes.
 FP8_DTYPES = {
@@ -30,29 +32,17 @@ FP8_DTYPES = {
 class GpuTokenSelectImpl(TokenSelectImpl[GpuTokenSelectMetadata]):
     """Writes with vLLM's kernel, selects with Triton's, attends with a library."""
 
-    def prepare(self, vllm_config: Any) -> None:
+    def prepare(self, vllm_config: VllmConfig) -> None:
         """Allocate what the layers share, before vLLM measures the memory that is left."""
-        device = torch.device("cuda", torch.cuda.current_device())
-        limits = step_limits(vllm_config, self.num_heads, self.num_kv_heads)
         self.fp8_dtype = FP8_DTYPES.get(self.kv_cache_dtype)
-        self.workspace = shared_workspace(limits, self.head_size, device)
-        self.attention = shared_attention(
+        self.workspace, self.attention = _shared(
+            step_limits(vllm_config, self.num_heads, self.num_kv_heads),
             choose_library(self.config.attention, self.head_size, self.dtype),
-            self.num_kv_heads,
-            self.head_size,
-            self.dtype,
-            self.fp8_dtype is not None,
-            self.config.method.max_attended,
-            device,
-        )
-        _compile_kernels(
-            self.workspace,
-            self.attention,
-            self.num_kv_heads,
             self.head_size,
             self.dtype,
             self.fp8_dtype,
             vllm_config.cache_config.block_size,
+            torch.device("cuda", torch.cuda.current_device()),
         )
 
     def do_kv_cache_update(
@@ -64,7 +54,7 @@ class GpuTokenSelectImpl(TokenSelectImpl[GpuTokenSelectMetadata]):
         slot_mapping: torch.Tensor,
     ) -> None:
         """Write `key`, `value` [T, Hkv, D] to the slots int64 [T]."""
-        keys, values = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
+        keys, values = kv_cache.transpose(1, 2).chunk(2, dim=-1)
         reshape_and_cache_flash(
             key,
             value,
@@ -98,43 +88,48 @@ class GpuTokenSelectImpl(TokenSelectImpl[GpuTokenSelectMetadata]):
 
     def _cache(self, layer: AttentionLayer, kv_cache: torch.Tensor) -> LayerCache:
         """vLLM's [num_blocks, Hkv, block_size, 2 D], of any strides, as the kernels read it."""
-        quantised = self.fp8_dtype is not None
-        if quantised:
-            kv_cache = kv_cache.view(self.fp8_dtype)
-        return LayerCache(
-            kv_cache.unflatten(-1, (2, self.head_size)).permute(0, 1, 3, 2, 4),
-            layer._k_scale if quantised else None,
-            layer._v_scale if quantised else None,
-        )
+        keys_and_values = kv_cache.unfold(-1, self.head_size, self.head_size)
+        pages = keys_and_values.movedim(3, 2)
+        if self.fp8_dtype is None:
+            return LayerCache(pages)
+        return LayerCache(pages.view(self.fp8_dtype), layer._k_scale, layer._v_scale)
 
 
 @cache
-def _compile_kernels(
-    workspace: Workspace,
-    attention: RowAttention,
-    num_kv_heads: int,
+def _shared(
+    limits: StepLimits,
+    library: Library,
     head_size: int,
     dtype: torch.dtype,
     fp8_dtype: torch.dtype | None,
     block_size: int,
-) -> None:
-    """Compile at start, not in the first request; once for layers of a shape."""
-    device = workspace.slots.device
-    blocks = torch.zeros((1, block_size, num_kv_heads, 2, head_size), dtype=dtype, device=device)
-    scale = torch.ones((), device=device) if fp8_dtype is not None else None
-    cache = LayerCache(blocks.to(fp8_dtype or dtype).permute(0, 2, 3, 1, 4), scale, scale)
-    width = -(-workspace.limits.max_model_len // block_size)
-    compile_gpu_kernels(workspace, attention, cache, width, dtype)
+    device: torch.device,
+) -> tuple[Workspace, RowAttention]:
+    """Layers run one after the other, so those of a shape share their buffers.
 
-
-@cache
-def shared_workspace(limits: StepLimits, head_size: int, device: torch.device) -> Workspace:
-    """Layers run one after the other, so those of a shape share one workspace."""
+    Also compiles their kernels: at start, not in the first request.
+    """
     workspace = Workspace(limits, head_size, device)
-    get_logger(__name__).info(
+    logger.info(
         "TOKENSELECT: %d MiB of workspace, scores of %d queries at a time over %d tokens",
         workspace.num_bytes >> 20,
         limits.rows_that_fit(limits.max_width),
         limits.max_model_len,
     )
-    return workspace
+    attention = make_attention(
+        library,
+        limits.num_kv_heads,
+        head_size,
+        dtype,
+        fp8_dtype is not None,
+        limits.method.max_attended,
+        device,
+    )
+    block = torch.zeros(
+        (1, block_size, limits.num_kv_heads, 2, head_size), dtype=dtype, device=device
+    )
+    scale = None if fp8_dtype is None else torch.ones((), device=device)
+    cache = LayerCache(block.to(fp8_dtype or dtype).permute(0, 2, 3, 1, 4), scale, scale)
+    logger.info("TOKENSELECT: compiling the Triton kernels")
+    compile_gpu_kernels(workspace, attention, cache, -(-limits.max_model_len // block_size), dtype)
+    return workspace, attention

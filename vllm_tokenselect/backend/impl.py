@@ -9,8 +9,9 @@ import torch
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.v1.attention.backend import AttentionImpl, AttentionMetadata, AttentionType
 
-from vllm_tokenselect.config import SettingsError, TokenSelectConfig
+from vllm_tokenselect.config import TokenSelectConfig
 from vllm_tokenselect.hooks import install_in_worker
+from vllm_tokenselect.method import SettingsError
 
 M = TypeVar("M", bound=AttentionMetadata)
 

@@ -16,9 +16,10 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.utils import get_num_attention_heads_from_layers
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
-from vllm_tokenselect.config import SettingsError, TokenSelectConfig
+from vllm_tokenselect.config import TokenSelectConfig
 from vllm_tokenselect.hooks.runner_v1 import current_requests
 from vllm_tokenselect.hooks.runner_v2 import request_table
+from vllm_tokenselect.method import SettingsError
 from vllm_tokenselect.plan import SelectionPlan
 from vllm_tokenselect.requests import Activity, StepRequests
 

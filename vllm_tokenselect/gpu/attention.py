@@ -30,12 +30,9 @@ class RowAttention(Protocol):
 
     Attributes:
         name: as the setting `attention` names it.
-        graph_queries: most queries of a request with which it can be captured in a CUDA graph: 0
-            none, 1 decoding, None any.
     """
 
     name: str
-    graph_queries: int | None
 
     def __call__(
         self,
@@ -113,12 +110,13 @@ class GatherBuffer:
 class SdpaAttention:
     """PyTorch's scaled_dot_product_attention; needs torch only.
 
+    A CUDA graph may capture rows of one query; how long others are it asks the host.
+
     Args:
         buffer: scratch, shared by layers.
     """
 
     name = "sdpa"
-    graph_queries = 1
 
     def __init__(self, buffer: GatherBuffer) -> None:
         self.buffer = buffer

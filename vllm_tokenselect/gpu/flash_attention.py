@@ -25,7 +25,6 @@ class PagedFlashAttention:
     """
 
     name = "flash"
-    graph_queries = None
 
     def __init__(self, varlen: VarlenFunction) -> None:
         self.varlen = varlen
@@ -67,7 +66,6 @@ class GatheredFlashAttention:
     """
 
     name = "flash"
-    graph_queries = None
 
     def __init__(self, varlen: VarlenFunction, version: int, buffer: GatherBuffer) -> None:
         self.varlen = varlen

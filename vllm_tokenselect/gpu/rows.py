@@ -236,7 +236,7 @@ class _Sent:
             source = source.pin_memory()  # a copy from pageable memory would wait for the device
         sent = buffers.sent[: len(source)]
         sent.copy_(source, non_blocking=True)
-        row_seq, query_len, after, query_start, *_ = sent.split(self.size)
+        row_seq, query_len, after, query_start = sent[: 4 * self.size].view(4, self.size)
         context_end = (seq_lens[row_seq.long()] - after) * (query_len > 0)
         candidate_end = context_end - query_len - method.n_local
         selects = candidate_end - method.n_init > method.top_k

@@ -16,14 +16,13 @@ if TYPE_CHECKING:
 
 
 class XformersAttention:
-    """Attends the rows of a gathered buffer in one call.
+    """Attends the rows of a gathered buffer in one call; no CUDA graph, its mask is made on the host.
 
     Args:
         buffer: scratch, shared by layers.
     """
 
     name = "xformers"
-    graph_queries = 0  # a mask is made of lists on the host
 
     def __init__(self, buffer: GatherBuffer) -> None:
         self.buffer = buffer
@@ -44,7 +43,7 @@ class XformersAttention:
             num_queries = int(group.query_lens[first:last].sum())
             queries = slice(start, start + num_queries)
             # [1, queries, KV heads, heads that share one, head size]
-            grouped = query[queries].unflatten(1, (num_kv_heads, -1))[None]
+            grouped = query[queries].view(num_queries, num_kv_heads, -1, head_size)[None]
             shape = (1, -1, num_kv_heads, grouped.shape[3], head_size)
             keys, values = (
                 tensor[: last - first].flatten(0, 1)[None, :, :, None].expand(shape)

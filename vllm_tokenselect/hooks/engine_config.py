@@ -13,12 +13,12 @@ from typing import Any
 from vllm_tokenselect.config import (
     ADDITIONAL_CONFIG_KEY,
     DEFAULT_WORKSPACE_MB,
-    SettingsError,
     TokenSelectConfig,
 )
 from vllm_tokenselect.hooks.log import get_logger
 from vllm_tokenselect.hooks.registration import is_selected
 from vllm_tokenselect.hooks.seam import Seam
+from vllm_tokenselect.method import SettingsError
 
 _WHY = "checks the settings at start and chooses the scheduler that keeps query chunks whole"
 

@@ -131,7 +131,7 @@ def _load_keys(votes_line, first, last, TOKENS: tl.constexpr):
     token = first + tl.arange(0, TOKENS)
     visible = token < last
     bits = tl.load(votes_line + token, visible, 0).to(tl.int32, bitcast=True)
-    return token, visible, _order_key(bits)
+    return visible, _order_key(bits)
 
 
 @triton.jit
@@ -163,12 +163,12 @@ def _write_kept(
 ):
     """Write the kept candidates of [first, last): above the threshold, or of its ties the first."""
     for step in range(first, last, TOKENS):
-        token, visible, key = _load_keys(votes_line, step, last, TOKENS)
+        visible, key = _load_keys(votes_line, step, last, TOKENS)
         tie = (visible & (key == threshold)).to(tl.int32)
         kept_tie = (tie != 0) & (tl.cumsum(tie, 0) <= ties)
         kept = (visible & (key > threshold)) | kept_tie
         order = tl.cumsum(kept.to(tl.int32), 0)
-        position = n_init + token
+        position = n_init + step + tl.arange(0, TOKENS)
         block = tl.load(line + position // BLOCK_SIZE, kept, 0)
         slot = block * BLOCK_SIZE + position % BLOCK_SIZE
         tl.store(slots_line + entry + order - 1, slot, kept)
@@ -185,7 +185,7 @@ def _histogram(
     bins: tl.constexpr = 1 << BITS
     counts = tl.zeros([bins], tl.int32)
     for step in range(first, last, TOKENS):
-        token, visible, key = _load_keys(votes_line, step, last, TOKENS)
+        visible, key = _load_keys(votes_line, step, last, TOKENS)
         # The shift is cut in two: shifting 32 bits by 32 is undefined.
         decided = (key >> (SHIFT + BITS - 1)) >> 1
         counts += tl.histogram((key >> SHIFT) & (bins - 1), bins, visible & (decided == prefix))
@@ -364,12 +364,12 @@ def _count_kept(
     part, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     num_candidates = tl.load(candidate_ends + row) - n_init
     if num_candidates > top_k:
-        threshold, ties = _threshold(counts, row, top_k, BITS_0, BITS_1, BITS_2)
+        threshold = _threshold(counts, row, top_k, BITS_0, BITS_1, BITS_2)[0]
         first, last = _part(num_candidates, TOKENS)
         above = tl.zeros([TOKENS], tl.int32)
         equal = tl.zeros([TOKENS], tl.int32)
         for step in range(first, last, TOKENS):
-            token, visible, key = _load_keys(votes + row * votes_stride, step, last, TOKENS)
+            visible, key = _load_keys(votes + row * votes_stride, step, last, TOKENS)
             above += (visible & (key > threshold)).to(tl.int32)
             equal += (visible & (key == threshold)).to(tl.int32)
         tl.store(kept + row * 2 * MAX_PARTS + part, tl.sum(above, 0))
