@@ -11,7 +11,7 @@ import torch
 
 from vllm_tokenselect.gpu.attention import GatherBuffer, RowAttention, SdpaAttention
 from vllm_tokenselect.gpu.flash_attention import PagedFlashAttention
-from vllm_tokenselect.gpu.rows import RowBuffers, StepLimits, graph_rows, step_rows
+from vllm_tokenselect.gpu.rows import RowBuffers, RowGroup, StepLimits, graph_rows, step_rows
 from vllm_tokenselect.gpu.step import GpuStep, LayerCache
 from vllm_tokenselect.gpu.workspace import Workspace
 from vllm_tokenselect.method import Method
@@ -148,21 +148,27 @@ class TokenSelectLayer:
         self.cache = LayerCache(
             data.pages.unflatten(-1, (2, shape.head_size)).permute(0, 2, 3, 1, 4)
         )
-        seq_lens = np.full(work.batch, work.context, np.int32)
+        self.seq_lens = np.full(work.batch, work.context, np.int32)
         # A prefill step lies before the prompt's tail; whatever is decoded lies behind it.
         prompt_len = 1 if work.queries == 1 else work.context + method.tail_queries
         self.plan = SelectionPlan.build(
             np.arange(work.batch + 1, dtype=np.int32) * work.queries,
-            seq_lens,
+            self.seq_lens,
             np.full(work.batch, prompt_len, np.int32),
             method,
         )
-        if work.queries == 1:
-            buffers = RowBuffers(work.batch, device)
-            groups = graph_rows(self.plan, seq_lens, data.seq_lens, limits, buffers, work.batch, 1)
-        else:
-            groups = step_rows(self.plan, seq_lens, data.seq_lens, limits)
+        self.limits, self.buffers = limits, RowBuffers(work.batch, device)
+        groups = self.write_rows()
         self.steps = [GpuStep(groups, table) for table in data.block_tables]
+
+    def write_rows(self) -> list[RowGroup]:
+        """What a metadata builder does for the step: a decoding one into persistent buffers."""
+        device_lens, batch = self.data.seq_lens, self.data.work.batch
+        if self.data.work.queries > 1:
+            return step_rows(self.plan, self.seq_lens, device_lens, self.limits)
+        return graph_rows(
+            self.plan, self.seq_lens, device_lens, self.limits, self.buffers, batch, 1
+        )
 
     def run(self, turn: int) -> None:
         """A layer whose rows all select."""

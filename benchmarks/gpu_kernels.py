@@ -156,6 +156,21 @@ def check_graph() -> tuple[float, float]:
     return relative_error(layer.data.out, expected), 1e-6
 
 
+def check_no_waiting() -> tuple[float, float]:
+    """Neither cutting a decoding step into rows nor running its layers waits for the device."""
+    layer = decoding_layer()
+    layer.run(0)
+    if ON_GPU:
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        layer.write_rows()
+        layer.run(0)
+    finally:
+        if ON_GPU:
+            torch.cuda.set_sync_debug_mode("default")
+    return 0.0, 0.0
+
+
 def checks() -> Iterator[Check]:
     shapes = ALL_SHAPES if ON_GPU else ALL_SHAPES[3:4]
     capability = torch.cuda.get_device_capability() if ON_GPU else (9, 0)
@@ -178,6 +193,7 @@ def checks() -> Iterator[Check]:
                 lambda c=context, p=parts: check_table(c, p, 3),
             )
     yield Check("a CUDA graph's replay" if ON_GPU else "a second run", check_graph)
+    yield Check("a decoding step does not wait for the device", check_no_waiting)
 
 
 def main() -> int:

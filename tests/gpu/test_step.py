@@ -94,6 +94,18 @@ def test_half_precision_agrees_within_its_rounding():
     assert error < 4e-3
 
 
+def test_a_quantised_cache_is_scored_and_attended_with_its_scales():
+    requests = REQUESTS["mixed"]
+    layer = Layer(requests, (6, 2))
+    quantised = layer.cache.pages.to(torch.float8_e4m3fn)
+    scales = [torch.tensor(s, device=DEVICE) for s in (0.5, 1.5)]
+    layer.cache = LayerCache(quantised, *scales)
+    out = layer.run(groups_of(requests, layer))
+    keys_and_values = quantised.float().cpu()
+    layer.kv_cache = keys_and_values * torch.tensor([0.5, 1.5])[:, None, None]
+    torch.testing.assert_close(out, layer.expected(requests), rtol=2e-4, atol=2e-5)
+
+
 def test_a_workspace_of_one_row_gives_the_same_result():
     requests = REQUESTS["mixed"]
     whole = Layer(requests, (6, 2))

@@ -73,7 +73,9 @@ def test_a_foreign_scheduler_is_refused_by_name(selected):
 
 
 REFUSED = {
-    "speculative decoding": lambda config: setattr(config, "speculative_config", SimpleNamespace()),
+    "speculative decoding with a draft model": lambda config: setattr(
+        config, "speculative_config", SimpleNamespace(method="eagle")
+    ),
     "KV connectors": lambda config: setattr(config, "kv_transfer_config", SimpleNamespace()),
     "decode context parallelism": lambda config: setattr(
         config.parallel_config, "decode_context_parallel_size", 2
@@ -111,6 +113,11 @@ def test_a_step_that_cannot_hold_a_chunk_beside_every_sequence_is_refused(select
     selected.scheduler_config.max_num_batched_tokens = 67
     with pytest.raises(SettingsError, match="at least 68"):
         configure(selected, "cpu")
+
+
+def test_drafts_that_need_no_model_are_served(selected):
+    selected.speculative_config = SimpleNamespace(method="ngram")
+    configure(selected, "cpu")
 
 
 def test_a_setting_for_gpus_is_refused_on_a_cpu(selected):

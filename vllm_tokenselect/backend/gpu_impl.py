@@ -111,7 +111,8 @@ def _shared(
     """
     workspace = Workspace(limits, head_size, device)
     logger.info(
-        "TOKENSELECT: %d MiB of workspace, scores of %d queries at a time over %d tokens",
+        "TOKENSELECT: %d MiB of workspace, scores of %d queries at a time over %d tokens, "
+        "top-k by the own radix selection",
         workspace.num_bytes >> 20,
         limits.rows_that_fit(limits.max_width),
         limits.max_model_len,

@@ -67,6 +67,11 @@ class StepLimits:
         """Rows of `width` candidates that the workspace holds."""
         return min(self.workspace_bytes // max(self._row_bytes(width), 1), MAX_GROUP_ROWS)
 
+    @property
+    def score_bytes(self) -> int:
+        """What the largest group needs of the workspace."""
+        return min(self.workspace_bytes, MAX_GROUP_ROWS * self._row_bytes(self.max_width))
+
     def _row_bytes(self, width: int) -> int:
         return 4 * width * (self.num_heads + 1)  # every head's scores, and the votes
 

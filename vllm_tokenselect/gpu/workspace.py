@@ -45,7 +45,7 @@ class Workspace:
         self.lengths = empty(rows, dtype=torch.int32)
         self.mean_queries = empty(rows, heads, head_size)
         self.parts = empty(2, rows * heads * MAX_SPLITS)
-        self.scores = empty(limits.workspace_bytes // 4)
+        self.scores = empty(limits.score_bytes // 4)
         self.table_scratch = TableScratch(rows, device)
 
     @property

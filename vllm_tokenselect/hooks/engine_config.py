@@ -91,7 +91,8 @@ def configure(vllm_config: Any, device_type: str) -> None:
 def _refuse_features(vllm_config: Any) -> None:
     parallel = vllm_config.parallel_config
     refused = {
-        "speculative decoding (--speculative-config)": vllm_config.speculative_config is not None,
+        "speculative decoding with a draft model, whose layers would select too "
+        "(--speculative-config)": not _drafts_without_a_model(vllm_config.speculative_config),
         "KV connectors (--kv-transfer-config)": vllm_config.kv_transfer_config is not None,
         "tensor parallelism (--tensor-parallel-size)": parallel.tensor_parallel_size > 1,
         "pipeline parallelism (--pipeline-parallel-size)": parallel.pipeline_parallel_size > 1,
@@ -108,6 +109,10 @@ def _refuse_features(vllm_config: Any) -> None:
             f"TOKENSELECT does not support {' or '.join(asked)} in this release. Leave it out, or "
             "leave out --attention-backend TOKENSELECT."
         )
+
+
+def _drafts_without_a_model(speculative_config: Any) -> bool:
+    return speculative_config is None or speculative_config.method in ("ngram", "suffix")
 
 
 def _choose_scheduler(scheduler_config: Any) -> None:

@@ -1,0 +1,129 @@
+"""A whole vLLM engine with a tiny random model: run by `test_engine.py`, in a process alone.
+
+    python -m tests.gpu.engine FOLDER PATH [DRAFTS]     # PATH: cpu or gpu
+
+With PATH gpu on a machine without one, the layers, the metadata builder and the Triton kernels of the
+GPU path serve requests on the CPU, interpreted. Stand-ins are what only a GPU has: the device itself,
+vLLM's CUDA kernel that writes keys and values, and the answers to "is this a GPU?". Prints a line of
+JSON for each round of requests: tokens, log-probability and cached tokens of every answer.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+ENVIRONMENT = {
+    "TRITON_INTERPRET": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+SETTINGS = {"top_k": 24, "n_init": 4, "n_local": 16, "query_chunk": 32, "tail_queries": 3}
+MODEL = {
+    "vocab_size": 512,
+    "hidden_size": 192,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "initializer_range": 0.25,  # so large that attention matters
+}
+
+
+def save_model(folder: Path) -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**MODEL)).float().save_pretrained(folder)
+
+
+def serve_gpu_path_on_cpu() -> None:
+    """Put the GPU path in the backend's place, with stand-ins for what only a GPU has."""
+    import torch
+    from vllm.v1.attention.backends import fa_utils
+    from vllm.v1.kv_cache_interface import KVCacheLayout
+
+    def write(key, value, keys, values, slots, *ignored: Any) -> None:
+        written = slots >= 0
+        block, offset = slots[written] // keys.shape[1], slots[written] % keys.shape[1]
+        keys[block, offset] = key[: len(slots)][written]
+        values[block, offset] = value[: len(slots)][written]
+
+    fa_utils.reshape_and_cache_flash = write
+    from vllm_tokenselect import backend
+    from vllm_tokenselect.backend import gpu_impl, gpu_metadata
+    from vllm_tokenselect.gpu import attention
+
+    attention.GATHER_BYTES = 1 << 20
+    gpu_impl.choose_library = lambda *arguments: "sdpa"
+    gpu_impl.torch = SimpleNamespace(**vars(torch) | {"device": lambda *name: torch.device("cpu")})
+    gpu_impl.torch.cuda = SimpleNamespace(current_device=lambda: 0)
+    served = backend.TokenSelectBackend
+    served.get_impl_cls = staticmethod(lambda: gpu_impl.GpuTokenSelectImpl)
+    served.get_builder_cls = staticmethod(lambda: gpu_metadata.GpuTokenSelectMetadataBuilder)
+    served.supported_kv_cache_layouts = classmethod(lambda cls: (KVCacheLayout.LBNHC,))
+
+
+def main(folder: str, path: str, drafts: int = 0) -> None:
+    os.environ.update(ENVIRONMENT)
+    if not (Path(folder) / "config.json").exists():
+        save_model(Path(folder))
+    if path == "gpu":
+        serve_gpu_path_on_cpu()
+    from vllm import LLM, SamplingParams
+
+    options: dict[str, Any] = {}
+    if drafts:
+        options["speculative_config"] = {
+            "method": "ngram",
+            "num_speculative_tokens": drafts,
+            "prompt_lookup_min": 1,
+            "prompt_lookup_max": 3,
+        }
+    engine = LLM(
+        model=folder,
+        dtype="float32",
+        skip_tokenizer_init=True,
+        max_model_len=512,
+        max_num_batched_tokens=128,
+        max_num_seqs=4,
+        block_size=16,
+        enforce_eager=True,
+        attention_backend="TOKENSELECT",
+        additional_config={"tokenselect": SETTINGS},
+        distributed_executor_backend="uni",
+        **options,
+    )
+    rng = random.Random(0)
+    text = [rng.randrange(512) for _ in range(300)]
+    prompts = [text[:200], text[:130] + text[10:50], text[100:140], text]  # they share prefixes
+    sampling = SamplingParams(
+        temperature=0, max_tokens=8, logprobs=1, detokenize=False, ignore_eos=True
+    )
+    for _ in range(2):  # the second round finds the first in the prefix cache
+        outputs = engine.generate(
+            [{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False
+        )
+        answers = [
+            {
+                "tokens": list(output.outputs[0].token_ids),
+                "logprob": output.outputs[0].cumulative_logprob,
+                "cached": output.num_cached_tokens,
+            }
+            for output in outputs
+        ]
+        print(json.dumps(answers), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:]))

@@ -1,0 +1,48 @@
+"""A vLLM engine on the GPU path says what it says on the CPU path, which the oracle model checks."""
+
+import json
+import subprocess
+import sys
+from itertools import chain
+
+import pytest
+
+pytest.importorskip("vllm")
+
+pytestmark = pytest.mark.server
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("model")
+
+
+def answers(folder, *arguments: str) -> list:
+    command = [sys.executable, "-m", "tests.gpu.engine", str(folder), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    rounds = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[{")]
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert len(rounds) == 2
+    return rounds
+
+
+@pytest.fixture(scope="module")
+def expected(folder):
+    return answers(folder, "cpu")
+
+
+def assert_same(actual, expected):
+    for ours, theirs in zip(chain(*actual), chain(*expected), strict=True):
+        assert ours["tokens"] == theirs["tokens"]
+        assert ours["logprob"] == pytest.approx(theirs["logprob"], abs=1e-3)
+
+
+def test_the_gpu_path_says_what_the_cpu_path_says(folder, expected):
+    actual = answers(folder, "gpu")
+    assert_same(actual, expected)
+    assert [a["cached"] for a in actual[1]] == [a["cached"] for a in expected[1]] != [0] * 4
+
+
+@pytest.mark.parametrize("path", ["cpu", "gpu"])
+def test_drafts_by_n_gram_change_nothing_that_is_said(folder, expected, path):
+    assert_same(answers(folder, path, "3"), expected)
