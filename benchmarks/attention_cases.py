@@ -9,10 +9,10 @@ from functools import partial
 import numpy as np
 import torch
 
-from vllm_tokenselect.gpu.attention import GatherBuffer, RowAttention, SdpaAttention
+from vllm_tokenselect.gpu.attention import GatherBuffer, LayerCache, RowAttention, SdpaAttention
 from vllm_tokenselect.gpu.flash_attention import PagedFlashAttention
 from vllm_tokenselect.gpu.rows import RowBuffers, RowGroup, StepLimits, graph_rows, step_rows
-from vllm_tokenselect.gpu.step import GpuStep, LayerCache
+from vllm_tokenselect.gpu.step import GpuStep
 from vllm_tokenselect.gpu.workspace import Workspace
 from vllm_tokenselect.method import Method
 from vllm_tokenselect.plan import SelectionPlan

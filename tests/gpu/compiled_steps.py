@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from tests.kernels_gpu.compile_ahead import compiling_for
+from vllm_tokenselect.gpu.attention import LayerCache
 from vllm_tokenselect.gpu.rows import RowBuffers, StepLimits, graph_rows, step_rows
-from vllm_tokenselect.gpu.step import GpuStep, LayerCache
+from vllm_tokenselect.gpu.step import GpuStep
 from vllm_tokenselect.gpu.warmup import compile_gpu_kernels
 from vllm_tokenselect.gpu.workspace import Workspace
 from vllm_tokenselect.method import Method

@@ -13,9 +13,9 @@ from tests.method.definition import (
     expected_attention,
     paged_step,
 )
-from vllm_tokenselect.gpu.attention import GatherBuffer, SdpaAttention
+from vllm_tokenselect.gpu.attention import GatherBuffer, LayerCache, SdpaAttention
 from vllm_tokenselect.gpu.rows import RowBuffers, StepLimits, graph_rows, step_rows
-from vllm_tokenselect.gpu.step import GpuStep, LayerCache
+from vllm_tokenselect.gpu.step import GpuStep
 from vllm_tokenselect.gpu.workspace import Workspace
 from vllm_tokenselect.method import Method, SettingsError
 from vllm_tokenselect.plan import SelectionPlan

@@ -12,9 +12,8 @@ from vllm.v1.attention.backends.fa_utils import reshape_and_cache_flash
 from vllm_tokenselect.backend.gpu_attention import Library, choose_library, make_attention
 from vllm_tokenselect.backend.gpu_metadata import GpuTokenSelectMetadata, step_limits
 from vllm_tokenselect.backend.impl import TokenSelectImpl
-from vllm_tokenselect.gpu.attention import RowAttention
+from vllm_tokenselect.gpu.attention import LayerCache, RowAttention
 from vllm_tokenselect.gpu.rows import StepLimits
-from vllm_tokenselect.gpu.step import LayerCache
 from vllm_tokenselect.gpu.warmup import compile_gpu_kernels
 from vllm_tokenselect.gpu.workspace import Workspace
 from vllm_tokenselect.hooks.log import get_logger

@@ -8,7 +8,8 @@ through the sparse block table itself (`flash_attention.py`); what stands here g
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +17,25 @@ import torch.nn.functional as F
 from vllm_tokenselect.gpu.rows import RowGroup
 from vllm_tokenselect.kernels.gather.gpu import gather_rows
 
-if TYPE_CHECKING:
-    from vllm_tokenselect.gpu.step import LayerCache
-
 # Keys and values of the rows that are gathered together; at least one row's.
 GATHER_BYTES = 256 << 20
 # Lines of the gathered buffer are whole pages: FlashAttention 4 reads pages of 128 tokens best.
 PAGE_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """A layer's KV cache.
+
+    Attributes:
+        pages: fp32, bf16, fp16 or fp8 [num_blocks, Hkv, 2, block_size, D], any strides whose last is 1.
+        key_scale, value_scale: fp32 [1] on the device, what a quantised cache is multiplied by; None
+            for one that is not quantised.
+    """
+
+    pages: torch.Tensor
+    key_scale: torch.Tensor | None = None
+    value_scale: torch.Tensor | None = None
 
 
 class RowAttention(Protocol):

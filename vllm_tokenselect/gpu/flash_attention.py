@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 
-from vllm_tokenselect.gpu.attention import PAGE_TOKENS, GatherBuffer
+from vllm_tokenselect.gpu.attention import PAGE_TOKENS, GatherBuffer, LayerCache
 from vllm_tokenselect.gpu.rows import RowGroup
-from vllm_tokenselect.gpu.step import LayerCache
 
 VarlenFunction = Callable[..., Any]
 

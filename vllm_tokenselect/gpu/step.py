@@ -7,32 +7,16 @@ left out by the kernels themselves.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
-from vllm_tokenselect.gpu.attention import RowAttention
+from vllm_tokenselect.gpu.attention import LayerCache, RowAttention
 from vllm_tokenselect.gpu.rows import RowGroup
 from vllm_tokenselect.gpu.workspace import Workspace
 from vllm_tokenselect.kernels.block_table.gpu import build_sparse_block_table
 from vllm_tokenselect.kernels.mean_query.gpu import mean_queries
 from vllm_tokenselect.kernels.score.gpu import Scores, score_paged_keys
 from vllm_tokenselect.kernels.vote.gpu import soft_vote
-
-
-@dataclass(frozen=True)
-class LayerCache:
-    """A layer's KV cache.
-
-    Attributes:
-        pages: fp32, bf16, fp16 or fp8 [num_blocks, Hkv, 2, block_size, D], any strides whose last is 1.
-        key_scale, value_scale: fp32 [1] on the device, what a quantised cache is multiplied by; None
-            for one that is not quantised.
-    """
-
-    pages: torch.Tensor
-    key_scale: torch.Tensor | None = None
-    value_scale: torch.Tensor | None = None
 
 
 class GpuStep:

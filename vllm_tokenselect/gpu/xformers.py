@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from xformers.ops import memory_efficient_attention_forward
 from xformers.ops.fmha.attn_bias import BlockDiagonalCausalWithOffsetPaddedKeysMask
 
-from vllm_tokenselect.gpu.attention import GatherBuffer
+from vllm_tokenselect.gpu.attention import GatherBuffer, LayerCache
 from vllm_tokenselect.gpu.rows import RowGroup
-
-if TYPE_CHECKING:
-    from vllm_tokenselect.gpu.step import LayerCache
 
 
 class XformersAttention:

@@ -1,0 +1,78 @@
+"""Rows on a GPU: tiles hold every selecting row once, groups fit the workspace, padding costs nothing."""
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.gpu.test_step import ends_of, on_device, plan_of
+from tests.kernels_gpu.cases import DEVICE
+from tests.method.definition import CONFIG
+from vllm_tokenselect.gpu.rows import RowBuffers, StepLimits, graph_rows, step_rows
+from vllm_tokenselect.kernels.score.gpu import tile_rows
+
+MAX_LEN = 2000
+
+
+@st.composite
+def requests(draw):
+    """(first position, end, prompt length): whole prompts, ends of prompts, decoding."""
+    found = []
+    for _ in range(draw(st.integers(1, 4))):
+        first = draw(st.integers(0, MAX_LEN // 32 - 8)) * 32
+        end = draw(st.integers(first + 1, min(first + 200, MAX_LEN)))
+        found.append((first, end, draw(st.sampled_from([end, end + 100, max(first - 20, 1)]))))
+    return found
+
+
+def tiled_rows(group) -> list[tuple[int, int]]:
+    """(request, row) of every row of every tile, and that no tile is too large."""
+    rows = []
+    for tiles in group.tiles:
+        for seq, first, count in tiles.table.tolist():
+            assert count <= tiles.rows_per_tile
+            rows += [(seq, row) for row in range(first, first + count)]
+    return rows
+
+
+@given(requests(), st.sampled_from([(7, 1), (6, 2), (8, 8)]), st.integers(15, 22))
+@settings(max_examples=60, deadline=None)
+def test_every_row_that_selects_is_in_one_tile_of_its_request(step, heads, log_bytes):
+    limits = StepLimits(CONFIG, *heads, MAX_LEN, max(1 << log_bytes, 4 * 9 * MAX_LEN))
+    plan, ends = plan_of(step), ends_of(step)
+    first = 0
+    for group in step_rows(plan, ends, on_device(ends), limits):
+        rows = slice(first, first + group.num_rows)
+        selecting = np.flatnonzero(~plan.dense[rows])
+        expected = [(int(plan.row_seq[rows][row]), int(row)) for row in selecting]
+        assert sorted(tiled_rows(group), key=lambda found: found[1]) == expected
+        assert all(tiles.rows_per_tile <= tile_rows(*heads) for tiles in group.tiles)
+        assert 4 * (heads[0] + 1) * group.num_rows * group.width <= limits.workspace_bytes
+        if len(selecting):
+            widest = plan.candidate_end[rows][selecting].max() - CONFIG.n_init
+            assert widest <= group.width
+        assert group.context_end.tolist() == plan.chunk_end[rows].tolist()
+        assert group.candidate_end.tolist() == plan.candidate_end[rows].tolist()
+        first += group.num_rows
+    assert first == plan.num_rows
+
+
+def test_a_padded_row_of_a_captured_step_has_no_context_and_is_in_no_tile():
+    step = [(1500, 1501, 20), (1400, 1401, 20)]
+    limits = StepLimits(CONFIG, 6, 2, MAX_LEN, 1 << 20)
+    buffers = RowBuffers(5, torch.device(DEVICE))
+    ends = np.append(ends_of(step), [0, 0, 0]).astype(np.int32)
+    (group,) = graph_rows(plan_of(step, 3), ends, on_device(ends), limits, buffers, 5, 1)
+    assert group.context_end.tolist() == [1501, 1401, 0, 0, 0]
+    assert group.scored_end.tolist()[2:] == [CONFIG.n_init] * 3
+    assert group.query_start_loc.tolist() == [0, 1, 2, 2, 2, 2]
+    assert group.tiles[0].table.tolist() == [[0, 0, 1], [1, 1, 1], [0, 0, 0], [0, 0, 0], [0, 0, 0]]
+
+
+def test_the_tokens_of_a_request_share_a_tile_in_a_captured_step():
+    step = [(1500, 1503, 20), (1400, 1403, 20)]
+    limits = StepLimits(CONFIG, 6, 2, MAX_LEN, 4 * 7 * 5 * 2048)  # holds five rows
+    buffers = RowBuffers(6, torch.device(DEVICE))
+    ends = ends_of(step)
+    groups = graph_rows(plan_of(step), ends, on_device(ends), limits, buffers, 6, 3)
+    assert [group.tiles[0].table[0].tolist() for group in groups] == [[0, 0, 3], [1, 0, 3]]
