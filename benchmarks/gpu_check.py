@@ -18,6 +18,8 @@ from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
+
 from benchmarks.device import environment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -105,6 +107,9 @@ def main() -> int:
     parser.add_argument("--json", type=Path, default=ROOT / "benchmarks/results/gpu-check.json")
     parser.add_argument("--limit", type=float, default=590, help="seconds in all")
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("no GPU here. Without one, `make test` runs the kernels in Triton's interpreter.")
+        return 1
     found = environment()
     print("\n".join(f"{name}: {value}" for name, value in found.items()))
     args.json.parent.mkdir(parents=True, exist_ok=True)

@@ -85,6 +85,8 @@ def test_one_command_runs_every_step_and_sums_up(tmp_path, monkeypatch, capsys):
         gpu_check.Step("absent", ("-c", ""), 30, needs="no_such_module"),
     ]
     monkeypatch.setattr(gpu_check, "steps", lambda results: steps)
+    monkeypatch.setattr(gpu_check, "environment", lambda: {"gpu": "a GPU"})
+    monkeypatch.setattr(gpu_check.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(sys, "argv", ["gpu_check", "--json", str(tmp_path / "check.json")])
     assert gpu_check.main() == 1
     verdicts = {

@@ -1,0 +1,110 @@
+"""The metadata of a GPU's steps, built from what vLLM's model runners hand over."""
+
+import numpy as np
+import pytest
+
+pytest.importorskip("vllm")
+
+import torch
+from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from tests.hooks.conftest import BLOCK_SIZE, MAX_NUM_SEQS
+from tests.kernels_gpu.cases import DEVICE
+from vllm_tokenselect.backend import gpu_metadata
+from vllm_tokenselect.backend.gpu_attention import choose_library
+from vllm_tokenselect.backend.gpu_metadata import GpuTokenSelectMetadataBuilder
+from vllm_tokenselect.hooks import runner_v2
+from vllm_tokenselect.method import SettingsError
+from vllm_tokenselect.requests import RequestTable
+
+SPEC = FullAttentionSpec(block_size=BLOCK_SIZE, num_kv_heads=1, head_size=32, dtype=torch.float32)
+
+
+@pytest.fixture
+def builder(make_vllm_config, monkeypatch):
+    config = make_vllm_config()
+    built = GpuTokenSelectMetadataBuilder(SPEC, ["layer"], config, torch.device(DEVICE))
+    built.model_runner_v2 = True
+    monkeypatch.setattr(runner_v2, "_table", RequestTable(MAX_NUM_SEQS))
+    return built
+
+
+def metadata(
+    queries: list[int], lens: list[int], slots: list[int] | None, padding: int = 0
+) -> CommonAttentionMetadata:
+    """As Model Runner V2 builds it; padded requests have no queries, no bound and no slot."""
+    starts = np.cumsum([0, *queries, *[0] * padding]).astype(np.int32)
+    real = torch.tensor(lens + [0] * padding, dtype=torch.int32, device=DEVICE)
+    num_reqs = len(queries) + padding
+    return CommonAttentionMetadata(
+        query_start_loc=torch.from_numpy(starts).to(DEVICE),
+        query_start_loc_cpu=torch.from_numpy(starts),
+        seq_lens=real,
+        seq_lens_cpu_upper_bound=torch.tensor(lens, dtype=torch.int32),
+        num_reqs=num_reqs,
+        num_actual_tokens=sum(queries) + padding,
+        max_query_len=max(queries),
+        max_seq_len=max(lens),
+        block_table_tensor=torch.zeros((num_reqs, 256), dtype=torch.int32, device=DEVICE),
+        slot_mapping=torch.zeros(sum(queries) + padding, dtype=torch.int64, device=DEVICE),
+        req_idx=None if slots is None else np.array(slots),
+    )
+
+
+def addresses(built) -> list[tuple]:
+    return [
+        (tensor.data_ptr(), tuple(tensor.shape))
+        for group in built.step.groups
+        for tensor in (
+            *(group.row_seq, group.query_start_loc, group.query_len, group.candidate_end),
+            *(group.scored_end, group.context_end, *(tiles.table for tiles in group.tiles)),
+        )
+    ]
+
+
+def test_a_decoding_step_is_written_where_the_captured_one_was(builder):
+    captured = builder.build_for_cudagraph_capture(metadata([1] * 4, [1] * 4, None))
+    later = builder.build(0, metadata([1, 1], [3000, 40], [2, 0], padding=2))
+    assert addresses(later) == addresses(captured)
+    (group,) = captured.step.groups
+    assert group.context_end.tolist() == [3000, 40, 0, 0]
+    assert group.query_len.tolist() == [1, 1, 0, 0]
+
+
+def test_a_prompt_is_cut_by_its_own_length_which_its_slot_knows(builder):
+    runner_v2._table.add("long", 3000, slot=3)
+    runner_v2._table.add("short", 2900, slot=1)
+    step = metadata([64, 64], [2880, 2880], [3, 1])
+    built = builder.build(0, step)
+    # 2880 is before the tail of the first; the second's begins at 2890.
+    lens = [length for group in built.step.groups for length in group.query_lens.tolist()]
+    assert lens == [64, 64]
+    runner_v2._table.add("shorter", 2880, slot=0)
+    built = builder.build(0, metadata([64], [2880], [0]))
+    lens = [length for group in built.step.groups for length in group.query_lens.tolist()]
+    assert lens == [54] + [1] * 10
+
+
+def test_dummy_steps_belong_to_no_request(builder):
+    built = builder.build(0, metadata([40], [40], None))
+    assert [group.query_lens.tolist() for group in built.step.groups] == [[40]]
+
+
+@pytest.mark.parametrize(
+    ("library", "support"),
+    [("flash", "UNIFORM_BATCH"), ("sdpa", "UNIFORM_SINGLE_TOKEN_DECODE"), ("xformers", "NEVER")],
+)
+def test_cuda_graphs_are_promised_as_far_as_the_library_takes_them(
+    library, support, make_vllm_config, monkeypatch
+):
+    monkeypatch.setattr(gpu_metadata, "choose_library", lambda *arguments: library)
+    found = GpuTokenSelectMetadataBuilder.get_cudagraph_support(make_vllm_config(), SPEC)
+    assert found is AttentionCGSupport[support]
+
+
+def test_a_library_that_cannot_attend_is_refused_by_name():
+    assert choose_library("sdpa", 128, torch.bfloat16) == "sdpa"
+    assert choose_library("auto", 128, torch.float32) == "sdpa"
+    with pytest.raises(SettingsError, match="attention='flash' cannot be used: flash has no kern"):
+        choose_library("flash", 128, torch.float32)
