@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import torch
 
-from tests.kernels.cases import DTYPES, Case, paged_cache
+from tests.kernels.cases import DTYPES as CPU_DTYPES
+from tests.kernels.cases import Case, paged_cache
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the interpreter's
-DTYPES.setdefault("fp8", torch.float8_e4m3fn)
+DTYPES = {**CPU_DTYPES, "fp8": torch.float8_e4m3fn}
 
 SHAPES = [
     Case(3, 513, 9, 3, 64, 16, "fp16"),
