@@ -47,6 +47,16 @@ class TokenSelectConfig(BaseModel):
         ge=0,
         description="queries at the end of the prompt that each select for themselves",
     )
+    similarity_threshold: float = Field(
+        default=Method.similarity_threshold,
+        ge=0,
+        description="cosine of queries from which a selection is reused in decoding; 1 for never",
+    )
+    refresh_interval: int = Field(
+        default=Method.refresh_interval,
+        ge=0,
+        description="most tokens by which a reused selection may be out of date",
+    )
     workspace_mb: int = Field(
         default=0,
         ge=0,
@@ -108,7 +118,7 @@ class TokenSelectConfig(BaseModel):
                 kind = " or ".join(f'"{value}"' for value in get_args(field.annotation))
             else:
                 low = next(m.ge for m in field.metadata if hasattr(m, "ge"))
-                kind = f"integer >= {low}"
+                kind = f"{'number' if field.annotation is float else 'integer'} >= {low}"
             default = str(field.default).lower()
             lines.append(f"  {name}: {kind}, default {default}; {field.description}")
         return "\n".join(lines)

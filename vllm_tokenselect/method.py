@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# The `top_k` of a request that attends to its whole context: more candidates than any context has.
+FULL_ATTENTION = 1 << 30
+
 
 class SettingsError(ValueError):
     """Settings that cannot be served. The message names the value and what is allowed."""
@@ -22,6 +25,9 @@ class Method:
         n_local: tokens directly before a chunk, always attended.
         query_chunk: queries of a prompt that select together.
         tail_queries: queries at the end of the prompt that each select for themselves.
+        similarity_threshold: cosine of a generated token's query with that of the last selection
+            from which on the selection is reused; at 1 or above none is.
+        refresh_interval: most tokens that may have left the local window since a reused selection.
     """
 
     top_k: int = 2048
@@ -29,11 +35,19 @@ class Method:
     n_local: int = 512
     query_chunk: int = 512
     tail_queries: int = 64
+    similarity_threshold: float = 0.9
+    refresh_interval: int = 64
+
+    @property
+    def reuses_selections(self) -> bool:
+        """Whether there is a Selection Cache."""
+        return self.similarity_threshold < 1
 
     @property
     def max_attended(self) -> int:
         """Most tokens that one chunk attends to: the width of the sparse block table."""
-        return self.n_init + self.top_k + self.n_local + self.query_chunk
+        generated = 1 + (self.refresh_interval if self.reuses_selections else 0)
+        return self.n_init + self.top_k + self.n_local + max(self.query_chunk, generated)
 
     def tail_start(self, num_prompt_tokens: int) -> int:
         """Position from which every query is a chunk of its own (`s` in the method)."""

@@ -7,12 +7,13 @@ rows of the same plan; they differ in their number of queries only.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from vllm_tokenselect.method import Method
+from vllm_tokenselect.requests import NO_SLOT, BatchRequests
 
 Int32 = npt.NDArray[np.int32]
 
@@ -28,7 +29,11 @@ class SelectionPlan:
         chunk_start: int32 [R], position `a` of the first query.
         chunk_end: int32 [R], position `b` one past the last query: the row's context length.
         candidate_end: int32 [R], `a - n_local`; candidates are `[n_init, candidate_end)`.
+        top_k: int32 [R], candidates that the row selects.
         dense: bool [R], the row attends to its whole context.
+        slot: int32 [R], of the row's request; -1 if the row belongs to none.
+        owner: int32 [R], which owner of the slot that is.
+        caches: bool [R], the row takes part in the Selection Cache: a generated token that selects.
     """
 
     row_seq: Int32
@@ -37,7 +42,11 @@ class SelectionPlan:
     chunk_start: Int32
     chunk_end: Int32
     candidate_end: Int32
+    top_k: Int32
     dense: npt.NDArray[np.bool_]
+    slot: Int32
+    owner: Int32
+    caches: npt.NDArray[np.bool_]
 
     @property
     def num_rows(self) -> int:
@@ -57,7 +66,7 @@ class SelectionPlan:
         cls,
         query_start_loc: Int32,
         seq_lens: Int32,
-        prompt_lens: Int32,
+        requests: BatchRequests,
         method: Method,
     ) -> SelectionPlan:
         """Cut a step into rows.
@@ -66,8 +75,8 @@ class SelectionPlan:
             query_start_loc: int32 [S + 1], where each request's queries start; a request without
                 any (padding) gets no row.
             seq_lens: int32 [S], context length of each request, this step's tokens included.
-            prompt_lens: int32 [S], length of each request's prompt.
-            method: the settings.
+            requests: of the batch.
+            method: the settings, but for `top_k`, which is each request's own.
         """
         query_lens = np.diff(query_start_loc)
         if (query_lens <= 1).all():
@@ -76,8 +85,15 @@ class SelectionPlan:
             edges = np.stack([seq_lens[seqs] - 1, seq_lens[seqs]], axis=1)
         else:
             parts = [
-                _chunk_edges(int(end - length), int(end), method.tail_start(int(prompt)), method)
-                for end, length, prompt in zip(seq_lens, query_lens, prompt_lens, strict=True)
+                _chunk_edges(
+                    int(end - length),
+                    int(end),
+                    method.tail_start(int(prompt_len)),
+                    replace(method, top_k=int(top_k)),
+                )
+                for end, length, prompt_len, top_k in zip(
+                    seq_lens, query_lens, requests.prompt_lens, requests.top_k, strict=True
+                )
             ]
             seqs = np.repeat(np.arange(len(parts), dtype=np.int32), [len(p) for p in parts])
             edges = np.concatenate(parts)
@@ -85,6 +101,9 @@ class SelectionPlan:
         candidate_end = start - np.int32(method.n_local)
         first_position = seq_lens - query_lens
         query_start = query_start_loc[:-1][seqs] + start - first_position[seqs]
+        top_k, slot = requests.top_k[seqs], requests.slots[seqs]
+        dense = candidate_end - method.n_init <= top_k
+        generated = (start >= requests.prompt_lens[seqs]) & (slot != NO_SLOT)
         return cls(
             row_seq=seqs,
             query_start=query_start.astype(np.int32),
@@ -92,17 +111,21 @@ class SelectionPlan:
             chunk_start=start,
             chunk_end=end,
             candidate_end=candidate_end,
-            dense=candidate_end - method.n_init <= method.top_k,
+            top_k=top_k,
+            dense=dense,
+            slot=slot,
+            owner=requests.owners[seqs],
+            caches=generated & ~dense & method.reuses_selections,
         )
 
     def num_attended(self, method: Method) -> npt.NDArray[np.int64]:
-        """Keys read by each row, summed over its queries, int64 [R]."""
+        """Keys read by each row if it selects anew, summed over its queries, int64 [R]."""
         length, start = self.query_len.astype(np.int64), self.chunk_start.astype(np.int64)
         causal = length * (length + 1) // 2
         before = np.where(
             self.dense,
             start,
-            method.n_init + method.top_k + method.n_local,
+            method.n_init + self.top_k + method.n_local,
         )
         attended: npt.NDArray[np.int64] = length * before + causal
         return attended

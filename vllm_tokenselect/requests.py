@@ -1,17 +1,23 @@
 """Which request owns which slot: the one place where per-request state is keyed.
 
 Everything that follows a request through continuous batching is an array with one entry per slot.
-A request owns its slot from its first step until it ends or is preempted; a slot is reset whenever a
-request is added to it, also when the same request comes back.
+A request owns its slot from its first step until it ends or is preempted. Each time a slot is given
+away, its owner is a new number: state that was kept for another owner, also for the same request
+before it was preempted, is known by that and never read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 import numpy as np
 import numpy.typing as npt
+
+Int32 = npt.NDArray[np.int32]
+
+NO_SLOT = -1
+NO_OWNER = 0
 
 
 @dataclass
@@ -42,15 +48,22 @@ class RequestTable:
 
     Args:
         capacity: number of slots: `max_num_seqs`.
+
+    Attributes:
+        prompt_lens: int32 [capacity], tokens of the prompt of each slot's request.
+        top_k: int32 [capacity], tokens that its chunks select.
+        owners: int32 [capacity], which of all owners so far a slot has; 0 if it never had one.
     """
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self.prompt_lens: npt.NDArray[np.int32] = np.zeros(capacity, dtype=np.int32)
+        self.prompt_lens: Int32 = np.zeros(capacity, dtype=np.int32)
+        self.top_k: Int32 = np.zeros(capacity, dtype=np.int32)
+        self.owners: Int32 = np.full(capacity, NO_OWNER, dtype=np.int32)
+        self._num_owners = 0
         self._slots: dict[str, int] = {}
         self._free = list(range(capacity - 1, -1, -1))
         self._activity: dict[str, Activity] = {}
-        self._reset_callbacks: list[Callable[[int], None]] = []
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -58,16 +71,13 @@ class RequestTable:
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._slots
 
-    def on_reset(self, callback: Callable[[int], None]) -> None:
-        """Call `callback(slot)` whenever a slot gets a new owner."""
-        self._reset_callbacks.append(callback)
-
-    def add(self, request_id: str, prompt_len: int, slot: int | None = None) -> int:
+    def add(self, request_id: str, prompt_len: int, top_k: int, slot: int | None = None) -> int:
         """Give the request a fresh slot and return it.
 
         Args:
             request_id: the request; one that already has a slot is replaced.
             prompt_len: tokens of its prompt.
+            top_k: tokens that its chunks select; `FULL_ATTENTION` for the whole context.
             slot: the slot to use where the model runner keeps stable rows itself (Model Runner V2).
 
         Raises:
@@ -84,8 +94,9 @@ class RequestTable:
             raise RuntimeError(f"slot {slot} for request {request_id} is taken or out of range")
         self._slots[request_id] = slot
         self.prompt_lens[slot] = prompt_len
-        for callback in self._reset_callbacks:
-            callback(slot)
+        self.top_k[slot] = top_k
+        self._num_owners = self._num_owners % np.iinfo(np.int32).max + 1
+        self.owners[slot] = self._num_owners
         return slot
 
     def remove(self, request_id: str) -> None:
@@ -122,4 +133,48 @@ class StepRequests:
     """The requests of the step whose attention metadata is being built."""
 
     table: RequestTable
-    slots: npt.NDArray[np.int32]
+    slots: Int32
+
+
+@dataclass(frozen=True)
+class BatchRequests:
+    """What a plan needs to know of the requests of a step, in order of the batch.
+
+    Attributes:
+        slots: int32 [S]; -1 for padding and for dummy steps, which belong to no request.
+        owners: int32 [S]; 0 where there is no slot.
+        prompt_lens: int32 [S].
+        top_k: int32 [S].
+    """
+
+    slots: Int32
+    owners: Int32
+    prompt_lens: Int32
+    top_k: Int32
+
+    @classmethod
+    def without_slots(cls, prompt_lens: Int32, top_k: int) -> BatchRequests:
+        """Prompts of nobody's, for which nothing is kept."""
+        size = len(prompt_lens)
+        return cls(
+            slots=np.full(size, NO_SLOT, np.int32),
+            owners=np.full(size, NO_OWNER, np.int32),
+            prompt_lens=prompt_lens.copy(),
+            top_k=np.full(size, top_k, np.int32),
+        )
+
+    @classmethod
+    def of_step(
+        cls, requests: StepRequests | None, seq_lens: Int32, default_top_k: int
+    ) -> BatchRequests:
+        """The requests of a step with contexts `seq_lens`; what is no request is a prompt that ends."""
+        size = len(seq_lens)
+        batch = cls.without_slots(seq_lens, default_top_k)
+        if requests is not None:
+            slots, table = requests.slots[:size], requests.table
+            known = slice(len(slots))
+            batch.slots[known] = slots
+            batch.owners[known] = table.owners[slots]
+            batch.prompt_lens[known] = table.prompt_lens[slots]
+            batch.top_k[known] = table.top_k[slots]
+        return batch

@@ -18,6 +18,7 @@ from vllm_tokenselect.gpu.warmup import compile_gpu_kernels
 from vllm_tokenselect.gpu.workspace import Workspace
 from vllm_tokenselect.method import Method
 from vllm_tokenselect.plan import SelectionPlan
+from vllm_tokenselect.requests import BatchRequests
 
 HEADS, KV_HEADS, HEAD_SIZE, BLOCK_SIZE, MAX_LEN = 28, 4, 128, 16, 131072
 CPU = torch.device("cpu")
@@ -44,7 +45,9 @@ def run_steps(workspace: Workspace, cache: LayerCache) -> None:
         plan = SelectionPlan.build(
             np.cumsum([0, *lens]).astype(np.int32),
             ends,
-            np.array([prompt for _, _, prompt in requests], np.int32),
+            BatchRequests.without_slots(
+                np.array([prompt for _, _, prompt in requests], np.int32), limits.method.top_k
+            ),
             limits.method,
         )
         groups = step_rows(plan, ends, torch.from_numpy(ends), limits)
@@ -53,7 +56,12 @@ def run_steps(workspace: Workspace, cache: LayerCache) -> None:
     for contexts in DECODING:
         ends = np.array(contexts, np.int32)
         starts = np.arange(len(ends) + 1, dtype=np.int32)
-        plan = SelectionPlan.build(starts, ends, np.ones_like(ends), limits.method)
+        plan = SelectionPlan.build(
+            starts,
+            ends,
+            BatchRequests.without_slots(np.ones_like(ends), limits.method.top_k),
+            limits.method,
+        )
         groups = graph_rows(plan, ends, torch.from_numpy(ends), limits, buffers, len(ends), 1)
         run(GpuStep(groups, block_table(len(ends))), len(ends), workspace, cache)
 

@@ -19,6 +19,7 @@ from vllm_tokenselect.gpu.step import GpuStep
 from vllm_tokenselect.gpu.workspace import Workspace
 from vllm_tokenselect.method import Method, SettingsError
 from vllm_tokenselect.plan import SelectionPlan
+from vllm_tokenselect.requests import BatchRequests
 
 MAX_LEN = 256
 Request = tuple[int, int, int]  # first position, end, prompt length
@@ -64,7 +65,9 @@ def plan_of(requests: list[Request], padding: int = 0) -> SelectionPlan:
     return SelectionPlan.build(
         np.cumsum([0, *lens]).astype(np.int32),
         np.append(ends_of(requests), [0] * padding).astype(np.int32),
-        np.array([prompt for _, _, prompt in requests] + [0] * padding, np.int32),
+        BatchRequests.without_slots(
+            np.array([prompt for _, _, prompt in requests] + [0] * padding, np.int32), CONFIG.top_k
+        ),
         CONFIG,
     )
 

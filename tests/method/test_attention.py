@@ -16,6 +16,7 @@ from tests.method.definition import (
 from vllm_tokenselect.attention import SdpaAttention, attend
 from vllm_tokenselect.kernels.operations import cpu_operations, reference_operations
 from vllm_tokenselect.plan import SelectionPlan
+from vllm_tokenselect.requests import BatchRequests
 from vllm_tokenselect.selection import StepSelection
 
 
@@ -24,7 +25,9 @@ def served_attention(requests, query, kv_cache, block_table, operations, workspa
     plan = SelectionPlan.build(
         np.cumsum([0, *lens]).astype(np.int32),
         np.array([end for _, end, _ in requests], np.int32),
-        np.array([prompt for _, _, prompt in requests], np.int32),
+        BatchRequests.without_slots(
+            np.array([prompt for _, _, prompt in requests], np.int32), CONFIG.top_k
+        ),
         CONFIG,
     )
     step = StepSelection(

@@ -21,7 +21,7 @@ from vllm_tokenselect.hooks.runner_v1 import current_requests
 from vllm_tokenselect.hooks.runner_v2 import request_table
 from vllm_tokenselect.method import SettingsError
 from vllm_tokenselect.plan import SelectionPlan
-from vllm_tokenselect.requests import Activity, StepRequests
+from vllm_tokenselect.requests import Activity, BatchRequests, StepRequests
 
 M = TypeVar("M", bound=AttentionMetadata)
 
@@ -69,14 +69,11 @@ class TokenSelectMetadataBuilder(AttentionMetadataBuilder[M]):
         """
         query_start_loc = metadata.query_start_loc_cpu.numpy()
         requests = self._requests(metadata)
-        # A dummy step belongs to no request; planned as prompts that end with it. So is padding.
-        prompt_lens = seq_lens.copy()
-        if requests is not None:
-            slots = requests.slots[: len(seq_lens)]
-            prompt_lens[: len(slots)] = requests.table.prompt_lens[slots]
-        plan = SelectionPlan.build(query_start_loc, seq_lens, prompt_lens, self.config.method)
+        method = self.config.method
+        batch = BatchRequests.of_step(requests, seq_lens, method.top_k)
+        plan = SelectionPlan.build(query_start_loc, seq_lens, batch, method)
         if requests is not None and self.config.log_requests:
-            self._record(requests, plan, prompt_lens)
+            self._record(requests, plan, batch.prompt_lens)
         return plan
 
     def _requests(self, metadata: CommonAttentionMetadata) -> StepRequests | None:

@@ -10,6 +10,7 @@ from vllm_tokenselect.gpu.rows import RowBuffers, graph_rows, step_rows
 from vllm_tokenselect.gpu.step import GpuStep
 from vllm_tokenselect.gpu.workspace import Workspace
 from vllm_tokenselect.plan import SelectionPlan
+from vllm_tokenselect.requests import BatchRequests
 
 
 def compile_gpu_kernels(
@@ -45,7 +46,9 @@ def compile_gpu_kernels(
         plan = SelectionPlan.build(
             np.array([0, length], np.int32),
             seq_lens,
-            np.array([end - tail + method.tail_queries], np.int32),
+            BatchRequests.without_slots(
+                np.array([end - tail + method.tail_queries], np.int32), method.top_k
+            ),
             method,
         )
         device_lens = torch.from_numpy(seq_lens).to(device)

@@ -49,7 +49,7 @@ def add_to_slot(state: Any, request_id: str, prompt_len: int) -> None:
     global _table
     if _table is None or _table.capacity != state.max_num_reqs:
         _table = RequestTable(state.max_num_reqs)
-    _table.add(request_id, prompt_len, slot=state.req_id_to_index[request_id])
+    _table.add(request_id, prompt_len, 2048, slot=state.req_id_to_index[request_id])
 
 
 def remove_from_slot(request_id: str) -> None:
