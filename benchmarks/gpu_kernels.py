@@ -98,7 +98,8 @@ def check_table(context: int, parts: int | None, rows: int) -> tuple[float, floa
     table = torch.randperm(width, device=DEVICE).to(torch.int32)[None].expand(rows, -1)
     sequences = torch.arange(rows, dtype=torch.int32, device=DEVICE)
     ends = (context - 512 - 3 * sequences).to(torch.int32)
-    arguments = (votes, table, sequences, n_init, top_k, ends, ends + 513, BLOCK_SIZE)
+    wanted = torch.full_like(ends, top_k)
+    arguments = (votes, table, sequences, n_init, wanted, ends, ends + 513, BLOCK_SIZE)
     results = []
     for operation in (table_gpu, table_reference):
         slots = torch.zeros((rows, top_k + n_init + 600), dtype=torch.int32, device=DEVICE)

@@ -39,7 +39,16 @@ def ways(rows: int, width: int) -> dict[str, Callable[[int], object]]:
 
     def own(parts: int | None) -> Callable[[int], object]:
         return lambda turn: build_sparse_block_table(
-            *(votes, table, sequences, N_INIT, TOP_K, ends, context_ends, BLOCK_SIZE),
+            *(
+                votes,
+                table,
+                sequences,
+                N_INIT,
+                torch.full_like(ends, TOP_K),
+                ends,
+                context_ends,
+                BLOCK_SIZE,
+            ),
             *(slots, lengths, scratch, parts),
         )
 

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
+from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
 from vllm_tokenselect.selection import StepSelection
 
 
@@ -67,6 +68,7 @@ def attend(
     query: torch.Tensor,
     kv_cache: torch.Tensor,
     step: StepSelection,
+    state: SelectionCacheState | None,
     scale: float,
     library: LibraryAttention,
     scratch: torch.Tensor,
@@ -78,14 +80,16 @@ def attend(
         query: [T, Hq, D].
         kv_cache: [num_blocks, Hkv, 2, block_size, D].
         step: the step's sparse block table, filled for this layer.
+        state: the layer's part of the Selection Cache, if there is one.
         scale: scale of q . k.
         library: attention for rows of several queries.
-        scratch: [2, max_attended, Hkv, D] of the cache's dtype, overwritten.
+        scratch: [2, m, Hkv, D] of the cache's dtype, overwritten; m is the longest row's length.
         out: [T, Hq, D], written.
     """
     plan = step.plan
+    step.counts += step.fixed_counts
     for single_queries in step.single_queries:
-        single_queries(query, kv_cache, scale, out)
+        single_queries(query, kv_cache, scale, out, state)
     for row in step.several_queries:
         length = int(step.lengths[row])
         keys, values = scratch[0, :length], scratch[1, :length]

@@ -50,7 +50,8 @@ class TokenSelectConfig(BaseModel):
     similarity_threshold: float = Field(
         default=Method.similarity_threshold,
         ge=0,
-        description="cosine of queries from which a selection is reused in decoding; 1 for never",
+        description="cosine of queries, in every KV head, from which a generated token reuses the last "
+        "selection; 1 for never",
     )
     refresh_interval: int = Field(
         default=Method.refresh_interval,

@@ -25,8 +25,8 @@ class Method:
         n_local: tokens directly before a chunk, always attended.
         query_chunk: queries of a prompt that select together.
         tail_queries: queries at the end of the prompt that each select for themselves.
-        similarity_threshold: cosine of a generated token's query with that of the last selection
-            from which on the selection is reused; at 1 or above none is.
+        similarity_threshold: cosine of a generated token's query with that of the last selection,
+            in every KV head, from which on the selection is reused; at 1 or above none is.
         refresh_interval: most tokens that may have left the local window since a reused selection.
     """
 
@@ -42,6 +42,11 @@ class Method:
     def reuses_selections(self) -> bool:
         """Whether there is a Selection Cache."""
         return self.similarity_threshold < 1
+
+    @property
+    def selection_size(self) -> int:
+        """Tokens that every query of a chunk attends to: the sink and what was selected."""
+        return self.n_init + self.top_k
 
     @property
     def max_attended(self) -> int:

@@ -2,6 +2,8 @@
 
 `{"tokenselect": "off"}` attends to the whole context; `{"tokenselect_top_k": 1024}` selects fewer tokens
 than the server's `top_k`, never more: the server's buffers are cut for its own.
+
+What a block of the KV cache holds depends on them, so blocks are told apart by a fingerprint.
 """
 
 from __future__ import annotations
@@ -9,11 +11,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vllm_tokenselect.method import FULL_ATTENTION, SettingsError
+from vllm_tokenselect.method import FULL_ATTENTION, Method, SettingsError
 
 PREFIX = "tokenselect"
 SWITCH = "tokenselect"
 TOP_K = "tokenselect_top_k"
+
+# Of the method, not of the package: to be raised when the same settings select other tokens, since a KV
+# store may outlive the server.
+METHOD_VERSION = 1
 
 
 def requested_top_k(extra_args: Mapping[str, Any] | None, server_top_k: int) -> int:
@@ -48,6 +54,27 @@ def requested_top_k(extra_args: Mapping[str, Any] | None, server_top_k: int) -> 
             )
         return FULL_ATTENTION
     return server_top_k if top_k is None else top_k
+
+
+def fingerprint(method: Method, top_k: int) -> str:
+    """Every setting that the keys and values of a shared block depend on, readable and stable.
+
+    The others do not count: `tail_queries`, the Selection Cache and what follows from them act on
+    positions that are never shared.
+
+    Args:
+        method: the server's settings.
+        top_k: of the request; `FULL_ATTENTION` depends on no other setting.
+    """
+    if top_k == FULL_ATTENTION:
+        return f"v{METHOD_VERSION}:off"
+    settings = {
+        "top_k": top_k,
+        "n_init": method.n_init,
+        "n_local": method.n_local,
+        "query_chunk": method.query_chunk,
+    }
+    return f"v{METHOD_VERSION}:" + ",".join(f"{name}={value}" for name, value in settings.items())
 
 
 def _allowed(server_top_k: int) -> str:

@@ -11,12 +11,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from vllm_tokenselect.kernels.operations import Operations
-from vllm_tokenselect.kernels.single_queries.reference import Layer
+from vllm_tokenselect.kernels.single_queries.rows import CachingRows, Layer, SingleQueryRows
 from vllm_tokenselect.method import Method
 from vllm_tokenselect.plan import SelectionPlan
+from vllm_tokenselect.requests import NO_SLOT
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Rows:
     query_start: torch.Tensor
     candidate_end: torch.Tensor
     chunk_end: torch.Tensor
+    top_k: torch.Tensor
     slots: torch.Tensor
     lengths: torch.Tensor
 
@@ -46,6 +49,7 @@ class StepSelection:
         num_heads: query heads of a layer.
         method: the settings.
         operations: the implementation to use.
+        counts: int64 [5], the counters that rows add to; see `vllm_tokenselect.counters`.
         workspace_bytes: for the scores of the rows that are voted on together.
 
     Attributes:
@@ -55,6 +59,8 @@ class StepSelection:
         single_queries: work of a layer for the rows of one query, which select as they attend.
         groups: rows of several queries that select, cut so that their scores fit the workspace.
         several_queries: all rows of several queries.
+        fixed_counts: int64 [5], what a layer adds to the counters for the rows that do not take part
+            in the Selection Cache.
     """
 
     def __init__(
@@ -65,6 +71,7 @@ class StepSelection:
         num_heads: int,
         method: Method,
         operations: Operations,
+        counts: torch.Tensor,
         workspace_bytes: int = 32 << 20,
     ) -> None:
         self.plan = plan = plan.by_kind()
@@ -73,15 +80,19 @@ class StepSelection:
         self.method = method
         self.workspace_bytes = workspace_bytes
         self.operations = operations
+        self.counts = counts
+        self.fixed_counts = torch.from_numpy(_fixed_counts(plan, method))
         self.row_seq = torch.from_numpy(plan.row_seq)
         self.candidate_end = torch.from_numpy(plan.candidate_end)
         self.chunk_end = torch.from_numpy(plan.chunk_end)
+        self.top_k = torch.from_numpy(plan.top_k)
         lengths = np.where(
             plan.dense,
             plan.chunk_end,
-            method.n_init + method.top_k + plan.chunk_end - plan.candidate_end,
+            method.n_init + plan.top_k + plan.chunk_end - plan.candidate_end,
         ).astype(np.int32)
-        width = int(lengths.max(initial=0))
+        # A reused selection attends to what has left the local window since, besides.
+        width = int((lengths + method.refresh_interval * plan.caches).max(initial=0))
         self.slots = torch.empty((plan.num_rows, width), dtype=torch.int32)
         self.lengths = torch.from_numpy(lengths)
         self.query_start = torch.from_numpy(plan.query_start)
@@ -129,6 +140,7 @@ class StepSelection:
             self.query_start[first:last],
             self.candidate_end[first:last],
             self.chunk_end[first:last],
+            self.top_k[first:last],
             self.slots[first:last],
             self.lengths[first:last],
         )
@@ -139,7 +151,7 @@ class StepSelection:
             self.block_table,
             rows.row_seq,
             self.method.n_init,
-            self.method.top_k,
+            rows.top_k,
             rows.candidate_end,
             rows.chunk_end,
             self.block_size,
@@ -180,15 +192,45 @@ class StepSelection:
 
     def _prepare_single_queries(self, rows: Rows, selects: bool) -> Layer:
         return self.operations.single_queries(
-            rows.query_start,
-            self.block_table,
-            rows.row_seq,
-            self.method.n_init,
-            self.method.top_k,
-            rows.candidate_end,
-            rows.chunk_end,
-            self.block_size,
-            rows.slots,
-            rows.lengths,
-            selects,
+            SingleQueryRows(
+                rows.query_start,
+                self.block_table,
+                rows.row_seq,
+                self.method.n_init,
+                rows.top_k,
+                rows.candidate_end,
+                rows.chunk_end,
+                self.block_size,
+                rows.slots,
+                rows.lengths,
+                selects,
+                self._caching(slice(rows.first, rows.last)),
+            )
         )
+
+    def _caching(self, rows: slice) -> CachingRows | None:
+        plan = self.plan
+        if not plan.caches[rows].any():
+            return None
+        return CachingRows(
+            caches=torch.from_numpy(plan.caches[rows]),
+            slot=torch.from_numpy(plan.slot[rows]),
+            owner=torch.from_numpy(plan.owner[rows]),
+            similarity_threshold=self.method.similarity_threshold,
+            refresh_interval=self.method.refresh_interval,
+            counts=self.counts,
+        )
+
+
+def _fixed_counts(plan: SelectionPlan, method: Method) -> npt.NDArray[np.int64]:
+    counted = (plan.slot != NO_SLOT) & ~plan.caches
+    return np.array(
+        [
+            (counted & ~plan.dense).sum(),
+            0,
+            (counted & plan.dense).sum(),
+            plan.num_attended(method)[counted].sum(),
+            plan.num_in_context()[counted].sum(),
+        ],
+        np.int64,
+    )

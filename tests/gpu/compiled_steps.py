@@ -1,6 +1,7 @@
 """Steps of a server, compiled for a GPU that is not here: run by `test_warmup.py`, in a process alone.
 
-Prints how many kernels the warm-up compiled, and the names of those that a later step added.
+Prints how many kernels the warm-up compiled, and the names of those that a later step added, with and
+without the Selection Cache.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from vllm_tokenselect.gpu.rows import RowBuffers, StepLimits, graph_rows, step_r
 from vllm_tokenselect.gpu.step import GpuStep
 from vllm_tokenselect.gpu.warmup import compile_gpu_kernels
 from vllm_tokenselect.gpu.workspace import Workspace
-from vllm_tokenselect.method import Method
+from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
+from vllm_tokenselect.method import FULL_ATTENTION, Method
 from vllm_tokenselect.plan import SelectionPlan
 from vllm_tokenselect.requests import BatchRequests
 
@@ -45,9 +47,7 @@ def run_steps(workspace: Workspace, cache: LayerCache) -> None:
         plan = SelectionPlan.build(
             np.cumsum([0, *lens]).astype(np.int32),
             ends,
-            BatchRequests.without_slots(
-                np.array([prompt for _, _, prompt in requests], np.int32), limits.method.top_k
-            ),
+            of_requests([prompt for _, _, prompt in requests], limits.method.top_k),
             limits.method,
         )
         groups = step_rows(plan, ends, torch.from_numpy(ends), limits)
@@ -59,11 +59,21 @@ def run_steps(workspace: Workspace, cache: LayerCache) -> None:
         plan = SelectionPlan.build(
             starts,
             ends,
-            BatchRequests.without_slots(np.ones_like(ends), limits.method.top_k),
+            of_requests([1] * len(ends), limits.method.top_k),
             limits.method,
         )
         groups = graph_rows(plan, ends, torch.from_numpy(ends), limits, buffers, len(ends), 1)
         run(GpuStep(groups, block_table(len(ends))), len(ends), workspace, cache)
+
+
+def of_requests(prompt_lens: list[int], top_k: int) -> BatchRequests:
+    """Requests with slots; the first of several selects less than the others, the second nothing."""
+    batch = BatchRequests.without_slots(np.array(prompt_lens, np.int32), top_k)
+    batch.slots[:] = np.arange(len(prompt_lens))
+    batch.owners[:] = 1 + batch.slots
+    if len(prompt_lens) > 1:
+        batch.top_k[:2] = top_k // 3, FULL_ATTENTION
+    return batch
 
 
 def block_table(requests: int) -> torch.Tensor:
@@ -76,11 +86,17 @@ def run(step: GpuStep, tokens: int, workspace: Workspace, cache: LayerCache) -> 
     step.run_layer(query, cache, 0.09, workspace, attention, torch.empty_like(query))
 
 
-def main() -> int:
-    limits = StepLimits(Method(), HEADS, KV_HEADS, MAX_LEN, 512 << 20)
+def compiled_later(method: Method) -> tuple[int, list[str]]:
+    """How many kernels the warm-up compiles, and the names of those that steps add."""
+    limits = StepLimits(method, HEADS, KV_HEADS, MAX_LEN, 512 << 20, full_attention=True)
     workspace = Workspace(limits, HEAD_SIZE, CPU)
     pages = torch.zeros(2, BLOCK_SIZE, KV_HEADS, 2, HEAD_SIZE, dtype=torch.bfloat16)
-    cache = LayerCache(pages.permute(0, 2, 3, 1, 4))
+    selections = None
+    if method.reuses_selections:
+        selections = SelectionCacheState.allocate(
+            256, method.selection_size, HEADS, HEAD_SIZE, torch.bfloat16, CPU
+        )
+    cache = LayerCache(pages.permute(0, 2, 3, 1, 4), selections=selections)
     compiled: list = []
     with compiling_for(90, compiled):
         compile_gpu_kernels(workspace, attention, cache, MAX_LEN // BLOCK_SIZE, torch.bfloat16)
@@ -88,8 +104,17 @@ def main() -> int:
         compiled.clear()
         run_steps(workspace, cache)
     late = {kernel.hash: kernel.metadata.name for kernel in compiled if kernel.hash not in ready}
-    print(f"{len(ready)} kernels ready at start; compiled later: {sorted(late.values())}")
-    return 1 if late or not ready else 0
+    return len(ready), sorted(late.values())
+
+
+def main() -> int:
+    failed = 0
+    for method in (Method(), Method(similarity_threshold=1)):
+        ready, late = compiled_later(method)
+        cached = "with" if method.reuses_selections else "without"
+        print(f"{cached} Selection Cache: {ready} kernels ready at start; compiled later: {late}")
+        failed += bool(late) or not ready
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
     python -m tests.gpu.engine FOLDER PATH [DRAFTS]     # PATH: cpu or gpu
 
+The Selection Cache is on where DRAFTS is not given: they exclude each other.
+
 With PATH gpu on a machine without one, the layers, the metadata builder and the Triton kernels of the
 GPU path serve requests on the CPU, interpreted. Stand-ins are what only a GPU has: the device itself,
 vLLM's CUDA kernel that writes keys and values, and the answers to "is this a GPU?". Prints a line of
@@ -74,7 +76,7 @@ def serve_gpu_path_on_cpu() -> None:
     served.supported_kv_cache_layouts = classmethod(lambda cls: (KVCacheLayout.LBNHC,))
 
 
-def main(folder: str, path: str, drafts: int = 0) -> None:
+def main(folder: str, path: str, drafts: int | None = None) -> None:
     os.environ.update(ENVIRONMENT)
     if not (Path(folder) / "config.json").exists():
         save_model(Path(folder))
@@ -83,6 +85,7 @@ def main(folder: str, path: str, drafts: int = 0) -> None:
     from vllm import LLM, SamplingParams
 
     options: dict[str, Any] = {}
+    settings = SETTINGS if drafts is None else SETTINGS | {"similarity_threshold": 1}
     if drafts:
         options["speculative_config"] = {
             "method": "ngram",
@@ -100,7 +103,7 @@ def main(folder: str, path: str, drafts: int = 0) -> None:
         block_size=16,
         enforce_eager=True,
         attention_backend="TOKENSELECT",
-        additional_config={"tokenselect": SETTINGS},
+        additional_config={"tokenselect": settings},
         distributed_executor_backend="uni",
         **options,
     )

@@ -43,6 +43,11 @@ def test_the_gpu_path_says_what_the_cpu_path_says(folder, expected):
     assert [a["cached"] for a in actual[1]] == [a["cached"] for a in expected[1]] != [0] * 4
 
 
+@pytest.fixture(scope="module")
+def without_cache(folder):
+    return answers(folder, "cpu", "0")
+
+
 @pytest.mark.parametrize("path", ["cpu", "gpu"])
-def test_drafts_by_n_gram_change_nothing_that_is_said(folder, expected, path):
-    assert_same(answers(folder, path, "3"), expected)
+def test_drafts_by_n_gram_change_nothing_that_is_said(folder, without_cache, path):
+    assert_same(answers(folder, path, "3"), without_cache)

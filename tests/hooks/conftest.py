@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,7 @@ def load_patched(tmp_path_factory):
         package, _, stem = name.removesuffix(".py").replace("/", ".").rpartition(".")
         spec = importlib.util.spec_from_file_location(f"{package}.patched_{stem}", tree / name)
         module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # where dataclasses look for their module
         spec.loader.exec_module(module)
         return module
 

@@ -1,6 +1,7 @@
 """What cannot be served is refused at start; what is not TOKENSELECT's is left alone."""
 
 import copy
+import logging
 import os
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ pytest.importorskip("vllm")
 
 from vllm.platforms.cpu import CpuPlatform
 
-from vllm_tokenselect.config import SettingsError
+from vllm_tokenselect.config import SettingsError, TokenSelectConfig
 from vllm_tokenselect.hooks.engine_config import configure, install
 from vllm_tokenselect.hooks.registration import backend_member
 
@@ -18,6 +19,14 @@ from vllm_tokenselect.hooks.registration import backend_member
 @pytest.fixture
 def vllm_config(make_vllm_config):
     return make_vllm_config()
+
+
+@pytest.fixture
+def caplog_vllm(caplog, monkeypatch):
+    """vLLM's loggers do not hand their records on to the root."""
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    caplog.set_level(logging.INFO, "vllm")
+    return caplog
 
 
 @pytest.fixture
@@ -47,7 +56,9 @@ def test_our_scheduler_takes_the_place_of_the_one_vllm_would_choose(
     configure(selected, "cpu")
     scheduler = selected.scheduler_config.get_scheduler_cls()
     assert scheduler.__name__ == chosen
-    assert scheduler.__mro__[2].__name__ == chosen.removeprefix("TokenSelect")
+    bases = [base.__name__ for base in scheduler.__mro__]
+    assert chosen.removeprefix("TokenSelect") in bases
+    assert ("AsyncScheduler" in bases) == async_scheduling
 
 
 def test_configuring_again_keeps_our_scheduler(selected):
@@ -115,9 +126,42 @@ def test_a_step_that_cannot_hold_a_chunk_beside_every_sequence_is_refused(select
         configure(selected, "cpu")
 
 
-def test_drafts_that_need_no_model_are_served(selected):
+def test_drafts_that_need_no_model_are_served_without_the_selection_cache(selected, caplog_vllm):
+    selected.additional_config = {"theirs": 1, "tokenselect": {"query_chunk": 64, "top_k": 7}}
+    given = copy.deepcopy(selected.additional_config)
     selected.speculative_config = SimpleNamespace(method="ngram")
     configure(selected, "cpu")
+    settings = {**given["tokenselect"], "similarity_threshold": 1.0}
+    assert selected.additional_config == {"theirs": 1, "tokenselect": settings}
+    read_by_workers = TokenSelectConfig.from_additional_config(selected.additional_config)
+    assert not read_by_workers.method.reuses_selections
+    assert "similarity_threshold 1" in caplog_vllm.text
+    configure(selected, "cpu")
+    assert selected.additional_config == {"theirs": 1, "tokenselect": settings}
+
+
+def test_a_selection_cache_that_was_asked_for_is_refused_beside_drafts(selected):
+    selected.speculative_config = SimpleNamespace(method="ngram")
+    selected.additional_config = {"tokenselect": {"similarity_threshold": 0.9}}
+    with pytest.raises(
+        SettingsError, match=r"similarity_threshold=0\.9 .*Set .* to 1 .*or leave out"
+    ):
+        configure(selected, "cpu")
+    selected.additional_config = {"tokenselect": {"similarity_threshold": 1, "query_chunk": 64}}
+    configure(selected, "cpu")
+
+
+def test_settings_that_cannot_be_written_back_are_refused_beside_drafts(selected):
+    selected.speculative_config = SimpleNamespace(method="ngram")
+    selected.additional_config = SimpleNamespace(compute_hash=lambda: "an object of the user's")
+    with pytest.raises(SettingsError, match="similarity_threshold"):
+        configure(selected, "cpu")
+
+
+def test_without_drafts_the_settings_stay_as_they_were_given(selected):
+    given = copy.deepcopy(selected.additional_config)
+    configure(selected, "cpu")
+    assert selected.additional_config == given
 
 
 def test_a_setting_for_gpus_is_refused_on_a_cpu(selected):

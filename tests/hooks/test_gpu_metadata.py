@@ -1,5 +1,7 @@
 """The metadata of a GPU's steps, built from what vLLM's model runners hand over."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -11,11 +13,11 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from tests.hooks.conftest import BLOCK_SIZE, MAX_NUM_SEQS
 from tests.kernels_gpu.cases import DEVICE
-from vllm_tokenselect.backend import gpu_metadata
-from vllm_tokenselect.backend.gpu_attention import choose_library
+from vllm_tokenselect.backend import gpu_attention, gpu_metadata
+from vllm_tokenselect.backend.gpu_attention import choose_library, serves_full_attention
 from vllm_tokenselect.backend.gpu_metadata import GpuTokenSelectMetadataBuilder
 from vllm_tokenselect.hooks import runner_v2
-from vllm_tokenselect.method import SettingsError
+from vllm_tokenselect.method import FULL_ATTENTION, Method, SettingsError
 from vllm_tokenselect.requests import RequestTable
 
 SPEC = FullAttentionSpec(block_size=BLOCK_SIZE, num_kv_heads=1, head_size=32, dtype=torch.float32)
@@ -58,7 +60,8 @@ def addresses(built) -> list[tuple]:
         for group in built.step.groups
         for tensor in (
             *(group.row_seq, group.query_start_loc, group.query_len, group.candidate_end),
-            *(group.scored_end, group.context_end, *(tiles.table for tiles in group.tiles)),
+            *(group.scored_end, group.context_end, group.table_end, group.reused_end),
+            *(group.top_k, group.slot, group.chains, *(tiles.table for tiles in group.tiles)),
         )
     ]
 
@@ -73,14 +76,14 @@ def test_a_decoding_step_is_written_where_the_captured_one_was(builder):
 
 
 def test_a_prompt_is_cut_by_its_own_length_which_its_slot_knows(builder):
-    runner_v2._table.add("long", 3000, slot=3)
-    runner_v2._table.add("short", 2900, slot=1)
+    runner_v2._table.add("long", 3000, 2048, slot=3)
+    runner_v2._table.add("short", 2900, 2048, slot=1)
     step = metadata([64, 64], [2880, 2880], [3, 1])
     built = builder.build(0, step)
     # 2880 is before the tail of the first; the second's begins at 2890.
     lens = [length for group in built.step.groups for length in group.query_lens.tolist()]
     assert lens == [64, 64]
-    runner_v2._table.add("shorter", 2880, slot=0)
+    runner_v2._table.add("shorter", 2880, 2048, slot=0)
     built = builder.build(0, metadata([64], [2880], [0]))
     lens = [length for group in built.step.groups for length in group.query_lens.tolist()]
     assert lens == [54] + [1] * 10
@@ -108,3 +111,42 @@ def test_a_library_that_cannot_attend_is_refused_by_name():
     assert choose_library("auto", 128, torch.float32) == "sdpa"
     with pytest.raises(SettingsError, match="attention='flash' cannot be used: flash has no kern"):
         choose_library("flash", 128, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("library", "version", "cache_dtype", "reason"),
+    [
+        ("flash", 3, "auto", None),
+        ("flash", 3, "fp8_e4m3", "a KV cache of fp8_e4m3 .* --kv-cache-dtype auto"),
+        ("flash", 2, "auto", "FlashAttention 2 attends over gathered tokens .* Hopper"),
+        ("sdpa", 3, "auto", "sdpa attends over gathered tokens"),
+        ("xformers", 3, "auto", "xformers attends over gathered tokens"),
+    ],
+)
+def test_full_attention_is_served_where_the_cache_is_read_in_place(
+    library, version, cache_dtype, reason, make_vllm_config, monkeypatch
+):
+    config = make_vllm_config()
+    config.cache_config.cache_dtype = cache_dtype
+    monkeypatch.setattr(gpu_attention, "choose_library", lambda *arguments: library)
+    monkeypatch.setattr(gpu_attention, "get_flash_attn_version", lambda head_size: version)
+    answer = serves_full_attention(config)
+    if reason is None:
+        assert answer is None
+    else:
+        assert re.match(reason, answer)
+    limits = gpu_metadata.step_limits(config, 2, 1)
+    longest = config.model_config.max_model_len
+    assert (limits.table_width == longest) == (reason is None)
+
+
+def test_requests_carry_their_top_k_slot_and_owner_to_the_rows(builder):
+    table = runner_v2._table
+    table.add("first", 100, 300, slot=3)
+    table.add("off", 100, FULL_ATTENTION, slot=1)
+    built = builder.build(0, metadata([1, 1], [3000, 3001], [3, 1], padding=2))
+    (group,) = built.step.groups
+    assert group.top_k.tolist() == [300, FULL_ATTENTION, 0, 0]
+    assert group.slot.tolist() == [3, 1, -1, -1]
+    assert group.chains.tolist() == [[0, 1, 3, table.owners[3]], *[[0] * 4] * 3]
+    assert group.scored_end.tolist()[1] == Method().n_init

@@ -1,4 +1,4 @@
-"""Request slots: one owner each, reset for every owner, none lost."""
+"""Request slots: one owner each, a new number for every owner, none lost."""
 
 import numpy as np
 import pytest
@@ -8,33 +8,40 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from vllm_tokenselect.requests import Activity, RequestTable
 
-CAPACITY = 4
+CAPACITY, TOP_K = 4, 64
 request_ids = st.sampled_from([f"request-{index}" for index in range(CAPACITY + 2)])
 
 
 class Slots(RuleBasedStateMachine):
-    """Requests come, come back, are preempted and end in any order, beside a model of it."""
+    """Requests come, come back, are preempted and end in any order, beside a model of it.
+
+    Each step of a request writes into its slot who it is, as a layer's state does, and reads what is
+    there first: it is its own or nothing.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.table = RequestTable(CAPACITY)
-        self.resets: list[int] = []
-        self.table.on_reset(self.resets.append)
         self.prompt_lens: dict[str, int] = {}
         self.recorded: dict[str, int] = {}
+        self.occupancy = 0
+        self.occupancies: dict[str, int] = {}
+        self.state_owner = np.zeros(CAPACITY, np.int32)
+        self.state_occupancy = np.zeros(CAPACITY, np.int64)
 
-    def added(self, request_id: str, prompt_len: int, slot: int) -> None:
-        assert self.resets == [slot], "a slot was given out without one reset of it"
-        self.resets.clear()
+    def added(self, request_id: str, prompt_len: int) -> None:
         self.prompt_lens[request_id] = prompt_len
+        self.occupancy += 1
+        self.occupancies[request_id] = self.occupancy
 
     @rule(request_id=request_ids, prompt_len=st.integers(1, 10**6))
     def add(self, request_id: str, prompt_len: int) -> None:
         if request_id not in self.prompt_lens and len(self.prompt_lens) == CAPACITY:
             with pytest.raises(RuntimeError, match="no free slot"):
-                self.table.add(request_id, prompt_len)
+                self.table.add(request_id, prompt_len, TOP_K)
             return
-        self.added(request_id, prompt_len, self.table.add(request_id, prompt_len))
+        self.table.add(request_id, prompt_len, prompt_len % TOP_K)
+        self.added(request_id, prompt_len)
 
     @rule(request_id=request_ids, prompt_len=st.integers(1, 10**6), slot=st.integers(0, CAPACITY))
     def add_in_slot(self, request_id: str, prompt_len: int, slot: int) -> None:
@@ -42,15 +49,27 @@ class Slots(RuleBasedStateMachine):
         if slot == CAPACITY or slot in self.table.slots_of(others):
             self.prompt_lens.pop(request_id, None)
             with pytest.raises(RuntimeError, match=f"slot {slot} .* taken or out of range"):
-                self.table.add(request_id, prompt_len, slot=slot)
+                self.table.add(request_id, prompt_len, TOP_K, slot=slot)
             return
-        assert self.table.add(request_id, prompt_len, slot=slot) == slot
-        self.added(request_id, prompt_len, slot)
+        assert self.table.add(request_id, prompt_len, prompt_len % TOP_K, slot=slot) == slot
+        self.added(request_id, prompt_len)
 
     @rule(request_id=request_ids)
     def preempt(self, request_id: str) -> None:
         self.table.remove(request_id)
         self.prompt_lens.pop(request_id, None)
+
+    @precondition(lambda self: self.prompt_lens)
+    @rule(data=st.data())
+    def step(self, data: st.DataObject) -> None:
+        batch = data.draw(st.lists(st.sampled_from(sorted(self.prompt_lens)), unique=True))
+        slots = self.table.slots_of(batch)
+        for request_id, slot, owner in zip(batch, slots, self.table.owners[slots], strict=True):
+            assert owner != 0, "a running request owns its slot"
+            if self.state_owner[slot] == owner:
+                assert self.state_occupancy[slot] == self.occupancies[request_id]
+            self.state_owner[slot] = owner
+            self.state_occupancy[slot] = self.occupancies[request_id]
 
     @precondition(lambda self: self.prompt_lens)
     @rule(data=st.data(), queries=st.integers(1, 100))
@@ -75,21 +94,28 @@ class Slots(RuleBasedStateMachine):
         assert self.table.ids_of(slots) == owners
         expected = [self.prompt_lens[owner] for owner in owners]
         np.testing.assert_array_equal(self.table.prompt_lens[slots], expected)
-
-    @invariant()
-    def no_reset_without_a_new_owner(self) -> None:
-        assert self.resets == []
+        np.testing.assert_array_equal(self.table.top_k[slots], [n % TOP_K for n in expected])
 
     def teardown(self) -> None:
         for request_id in sorted(self.prompt_lens):
             self.table.finish(request_id)
-        assert sorted(self.table.add(f"new-{index}", 1) for index in range(CAPACITY)) == list(
-            range(CAPACITY)
-        ), "a slot leaked"
+        assert sorted(
+            self.table.add(f"new-{index}", 1, TOP_K) for index in range(CAPACITY)
+        ) == list(range(CAPACITY)), "a slot leaked"
 
 
-Slots.TestCase.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
+Slots.TestCase.settings = settings(deadline=None)
 test_slots = Slots.TestCase
+
+
+def test_owners_stay_unique_to_their_slot_when_their_numbers_start_again():
+    table = RequestTable(1)
+    table._num_owners = np.iinfo(np.int32).max - 1
+    owners = []
+    for _ in range(3):
+        table.add("request", 1, TOP_K)
+        owners.append(int(table.owners[0]))
+    assert owners == [np.iinfo(np.int32).max, 1, 2]
 
 
 def test_a_request_that_was_never_added_has_no_slot():

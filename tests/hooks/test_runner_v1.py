@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from vllm_tokenselect.hooks.runner_v1 import current_requests, requests_of_step, update_slots
+from vllm_tokenselect.method import FULL_ATTENTION
 from vllm_tokenselect.requests import RequestTable
 
 
@@ -18,15 +19,20 @@ def step(new=(), resumed=(), preempted=None, finished=()):
     )
 
 
+def state(num_prompt_tokens: int, **extra_args):
+    """The part of vLLM's `CachedRequestState` that the hook reads."""
+    return SimpleNamespace(
+        num_prompt_tokens=num_prompt_tokens,
+        sampling_params=SimpleNamespace(extra_args=extra_args or None),
+    )
+
+
 @pytest.fixture
 def runner():
-    prompts = {"a": 100, "b": 200, "c": 300}
     return SimpleNamespace(
-        requests={
-            request_id: SimpleNamespace(num_prompt_tokens=length)
-            for request_id, length in prompts.items()
-        },
+        requests={"a": state(100), "b": state(200), "c": state(300)},
         input_batch=SimpleNamespace(req_ids=[]),
+        vllm_config=SimpleNamespace(additional_config={"tokenselect": {"top_k": 1000}}),
     )
 
 
@@ -35,11 +41,9 @@ def table():
     return RequestTable(2)
 
 
-@pytest.fixture
-def resets(table):
-    slots = []
-    table.on_reset(slots.append)
-    return slots
+def owner(table, request_id: str) -> int:
+    """A number that no owner of any slot had before."""
+    return table.owners[table.slots_of([request_id])[0]]
 
 
 def test_a_finished_request_makes_room_for_one_that_is_new_in_the_same_step(table, runner):
@@ -50,28 +54,61 @@ def test_a_finished_request_makes_room_for_one_that_is_new_in_the_same_step(tabl
     assert table.prompt_lens[table.slots_of(["c"])] == [300]
 
 
-def test_a_preempted_request_makes_room_and_its_slot_is_reset_when_it_is_resumed(
-    table, runner, resets
-):
+def test_a_preempted_request_makes_room_and_is_another_owner_when_it_is_resumed(table, runner):
     update_slots(table, runner, step(new=["a", "b"]))
+    owners = {owner(table, "a"), owner(table, "b")}
     update_slots(table, runner, step(new=["c"], preempted={"b"}))
+    owners.add(owner(table, "c"))
     update_slots(table, runner, step(resumed=["b"], finished=["c"], preempted=set()))
-    assert len(resets) == 4
-    assert resets[-1] == table.slots_of(["b"])[0]
+    assert owner(table, "b") not in owners
+    assert len(owners) == 3
 
 
-def test_a_request_that_is_preempted_and_resumed_in_one_step_is_reset(table, runner, resets):
+def test_a_request_that_is_preempted_and_resumed_in_one_step_is_another_owner(table, runner):
     update_slots(table, runner, step(new=["a"]))
+    before = owner(table, "a")
     update_slots(table, runner, step(resumed=["a"], preempted={"a"}))
-    assert len(resets) == 2
-    assert "a" in table
+    assert owner(table, "a") != before
 
 
-def test_a_request_id_that_is_used_again_is_another_request(table, runner, resets):
+def test_a_request_id_that_is_used_again_is_another_request(table, runner):
     update_slots(table, runner, step(new=["a"]))
+    before = owner(table, "a")
     update_slots(table, runner, step(new=["a"], finished=["a"]))
-    assert len(resets) == 2
-    assert "a" in table
+    assert owner(table, "a") != before
+
+
+def test_each_request_selects_by_its_own_settings(table, runner):
+    runner.requests["a"] = state(100, tokenselect="off")
+    update_slots(table, runner, step(new=["a", "b"]))
+    assert table.top_k[table.slots_of(["a", "b"])].tolist() == [FULL_ATTENTION, 1000]
+    runner.requests["c"] = state(300, tokenselect_top_k=7)
+    update_slots(table, runner, step(new=["c"], finished=["a"]))
+    assert table.top_k[table.slots_of(["c"])] == [7]
+
+
+def test_a_resumed_request_keeps_its_settings(table, runner):
+    runner.requests["a"] = state(100, tokenselect_top_k=7)
+    update_slots(table, runner, step(new=["a"]))
+    update_slots(table, runner, step(new=["b", "c"], preempted={"a"}))
+    update_slots(table, runner, step(resumed=["a"], finished=["b"], preempted=set()))
+    assert table.top_k[table.slots_of(["a"])] == [7]
+
+
+def test_a_stream_that_is_continued_has_its_new_prompt_and_settings(table, runner):
+    update_slots(table, runner, step(new=["a"]))
+    before = owner(table, "a")
+    runner.requests["a"] = state(150, tokenselect_top_k=7)
+    update_slots(table, runner, step(new=["a"]))
+    slot = table.slots_of(["a"])[0]
+    assert (table.prompt_lens[slot], table.top_k[slot]) == (150, 7)
+    assert owner(table, "a") != before
+
+
+def test_a_request_that_samples_nothing_selects_as_the_server_does(table, runner):
+    runner.requests["a"].sampling_params = None
+    update_slots(table, runner, step(new=["a"]))
+    assert table.top_k[table.slots_of(["a"])] == [1000]
 
 
 def test_the_builder_learns_the_slots_in_the_order_of_the_rows(table, runner):

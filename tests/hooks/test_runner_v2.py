@@ -1,15 +1,22 @@
 """Slots on Model Runner V2 are the rows of its own request table."""
 
-from functools import partial
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 
 pytest.importorskip("vllm")
 
 import torch
-from vllm.v1.worker.gpu import states
+from vllm.sampling_params import SamplingParams
+from vllm.v1.worker.gpu import model_runner, states
 
 from vllm_tokenselect.hooks import runner_v2
+from vllm_tokenselect.method import FULL_ATTENTION
+from vllm_tokenselect.requests import Activity
+
+SERVER_TOP_K = 1000
+METHODS = ("add_requests", "_remove_request", "finish_requests")
 
 
 class HostTensor:
@@ -21,94 +28,200 @@ class HostTensor:
     def stage_write(self, *args):
         pass
 
-    def stage_write_elem(self, *args):
-        pass
+    stage_write_elem = apply_write = copy_to_uva = stage_write
 
 
-def request_state(module, rows: int):
-    return module.RequestState(
-        max_num_reqs=rows,
-        max_model_len=16,
-        max_num_batched_tokens=16,
-        num_speculative_steps=0,
-        vocab_size=8,
-        device=torch.device("cpu"),
-    )
-
-
-def add(state, request_id: str, prompt_len: int = 2) -> int:
-    state.add_request(
-        request_id,
+def new_request(request_id: str, prompt_len: int = 2, **extra_args):
+    """The part of vLLM's `NewRequestData` that a runner reads."""
+    return SimpleNamespace(
+        req_id=request_id,
         prompt_len=prompt_len,
-        all_token_ids=[1] * prompt_len,
+        prefill_token_ids=[1] * prompt_len,
+        prompt_token_ids=[1] * prompt_len,
         num_computed_tokens=0,
-        max_tokens=4,
+        sampling_params=SamplingParams(max_tokens=4, extra_args=extra_args or None),
+        mm_features=[],
+        block_ids=([],),
+        lora_request=None,
     )
-    return state.req_id_to_index[request_id]
+
+
+class Runner:
+    """vLLM's real bookkeeping of requests, of `rows` rows, without what computes."""
+
+    def __init__(self, module, rows: int) -> None:
+        self.vllm = runner = object.__new__(module.GPUModelRunner)
+        runner.req_states = states.RequestState(
+            max_num_reqs=rows,
+            max_model_len=16,
+            max_num_batched_tokens=16,
+            num_speculative_steps=0,
+            vocab_size=8,
+            device=torch.device("cpu"),
+        )
+        runner.vllm_config = SimpleNamespace(
+            additional_config={"tokenselect": {"top_k": SERVER_TOP_K}}
+        )
+        for part in ("model_state", "block_tables", "lora_state"):
+            setattr(runner, part, MagicMock())
+        for part in (
+            *("adaptive_verification", "pooling_runner", "encoder_cache"),
+            *("prompt_logprobs_worker", "pp_handler", "sampler"),
+        ):
+            setattr(runner, part, None)
+        runner.is_last_pp_rank = False
+
+    def step(self, *new, finished=(), preempted=()) -> None:
+        output = SimpleNamespace(
+            scheduled_new_reqs=list(new),
+            finished_req_ids=set(finished),
+            preempted_req_ids=set(preempted),
+        )
+        self.vllm.finish_requests(output)
+        self.vllm.add_requests(output)
+
+    def row(self, request_id: str) -> int:
+        return self.vllm.req_states.req_id_to_index[request_id]
 
 
 @pytest.fixture(params=["hook", "diff"])
-def new_state(request, monkeypatch):
-    """Make vLLM's real bookkeeping, once with the hook installed and once with our diff applied."""
+def new_runner(request, monkeypatch):
+    """Make runners, once with the hook installed and once with our diff applied."""
     monkeypatch.setattr(runner_v2, "_table", None)
+    monkeypatch.setattr(states, "StagedWriteTensor", HostTensor)
+    monkeypatch.setattr(states, "UvaBackedTensor", HostTensor)
     if request.param == "diff":
         import vllm_tokenselect.backend  # noqa: F401 - marks a process that runs our layers
 
-        module = request.getfixturevalue("load_patched")("vllm/v1/worker/gpu/states.py")
+        module = request.getfixturevalue("load_patched")("vllm/v1/worker/gpu/model_runner.py")
     else:
-        module = states
-        for name in ("add_request", "remove_request"):
-            monkeypatch.setattr(states.RequestState, name, getattr(states.RequestState, name))
+        module = model_runner
+        for name in METHODS:
+            monkeypatch.setattr(module.GPUModelRunner, name, getattr(module.GPUModelRunner, name))
         runner_v2.install()
         runner_v2.install()
-    monkeypatch.setattr(module, "StagedWriteTensor", HostTensor)
-    monkeypatch.setattr(module, "UvaBackedTensor", HostTensor)
-    yield partial(request_state, module)
-    if module is states:
-        del states.RequestState._tokenselect_add_request
+    yield lambda rows: Runner(module, rows)
+    if module is model_runner:
+        del model_runner.GPUModelRunner._tokenselect_add_requests
 
 
 @pytest.fixture
-def state(new_state):
-    return new_state(3)
+def runner(new_runner):
+    return new_runner(3)
 
 
-def test_a_request_has_the_slot_of_its_row_and_its_prompt_length(state):
+@pytest.fixture
+def logged(monkeypatch):
+    """Requests whose activity was logged, with the number of queries."""
+    lines = []
+    monkeypatch.setattr(
+        runner_v2,
+        "log_activity",
+        lambda id_, activity: activity and lines.append((id_, activity.decode_queries)),
+    )
+    return lines
+
+
+def test_a_request_has_the_slot_of_its_row_and_its_prompt_length(runner):
     assert runner_v2.request_table() is None
-    rows = [add(state, request_id, length) for request_id, length in (("a", 5), ("b", 7))]
+    runner.step(new_request("a", 5), new_request("b", 7))
+    rows = [runner.row("a"), runner.row("b")]
     table = runner_v2.request_table()
     assert table.slots_of(["a", "b"]).tolist() == rows
     assert table.prompt_lens[rows].tolist() == [5, 7]
 
 
-def test_a_row_that_is_given_to_another_request_is_reset(state):
-    row = add(state, "a")
-    resets = []
-    runner_v2.request_table().on_reset(resets.append)
-    assert state.remove_request("a") == row
-    assert "a" not in runner_v2.request_table()
-    assert add(state, "b") == row
-    assert resets == [row]
+def test_each_request_selects_by_its_own_settings(runner):
+    runner.step(
+        new_request("a"),
+        new_request("b", tokenselect="off"),
+        new_request("c", tokenselect_top_k=7),
+    )
+    table = runner_v2.request_table()
+    selected = table.top_k[table.slots_of(["a", "b", "c"])]
+    assert selected.tolist() == [SERVER_TOP_K, FULL_ATTENTION, 7]
 
 
-def test_rows_come_and_go_without_a_leak(state):
+def test_a_request_that_samples_nothing_selects_as_the_server_does(runner):
+    pooling = new_request("a")
+    pooling.sampling_params = None
+    runner.step(pooling)
+    assert runner_v2.request_table().top_k[runner.row("a")] == SERVER_TOP_K
+
+
+def test_a_row_that_is_given_to_another_request_has_another_owner(runner):
+    runner.step(new_request("a", tokenselect_top_k=7))
+    row, table = runner.row("a"), runner_v2.request_table()
+    owner = table.owners[row]
+    runner.step(new_request("b"), finished=["a"])
+    assert "a" not in table
+    assert runner.row("b") == row
+    assert table.owners[row] != owner
+    assert table.top_k[row] == SERVER_TOP_K
+
+
+def test_a_resumed_request_is_another_owner_with_the_same_settings(runner):
+    runner.step(new_request("a", tokenselect_top_k=7))
+    table = runner_v2.request_table()
+    owner = table.owners[runner.row("a")]
+    runner.step(new_request("b"), preempted=["a"])
+    assert "a" not in table
+    runner.step(new_request("a", tokenselect_top_k=7))
+    row = runner.row("a")
+    assert table.slots_of(["a"]) == [row]
+    assert table.owners[row] != owner
+    assert table.top_k[row] == 7
+
+
+def test_streams_that_are_continued_have_their_new_prompts_and_settings(runner):
+    runner.step(new_request("a", 5), new_request("b", 6))
+    table = runner_v2.request_table()
+    owners = table.owners.tolist()
+    runner.step(new_request("c"), new_request("b", 9, tokenselect="off"), new_request("a", 8))
+    rows = [runner.row(request_id) for request_id in "abc"]
+    assert table.slots_of("abc").tolist() == rows
+    assert table.prompt_lens[rows].tolist() == [8, 9, 2]
+    assert table.top_k[rows].tolist() == [SERVER_TOP_K, FULL_ATTENTION, SERVER_TOP_K]
+    assert not set(table.owners[rows].tolist()) & set(owners)
+
+
+def test_rows_come_and_go_without_a_leak(runner):
     for round_ in range(10):
         names = [f"{round_}-{index}" for index in range(3)]
-        for name in names:
-            add(state, name)
+        runner.step(*map(new_request, names))
         assert sorted(runner_v2.request_table().slots_of(names)) == [0, 1, 2]
-        for name in names:
-            state.remove_request(name)
+        runner.step(finished=names[:2], preempted=names[2:])
     assert len(runner_v2.request_table()) == 0
 
 
-def test_removing_an_unknown_request_is_left_to_vllm(state):
-    assert state.remove_request("never added") is None
+def test_a_row_that_is_freed_without_a_step_can_be_used_again(runner):
+    """As vLLM does with the requests that it makes up to warm up."""
+    runner.step(new_request("warmup"))
+    assert runner.vllm._remove_request("warmup")
+    runner.step(new_request("a"))
+    assert runner_v2.request_table().slots_of(["a"]) == [runner.row("a")]
 
 
-def test_a_runner_of_another_size_starts_a_table_of_its_own(new_state):
-    add(new_state(3), "a")
-    add(new_state(5), "b")
+def test_a_request_is_logged_once_at_its_end_with_what_it_did_before_a_preemption(runner, logged):
+    runner.step(new_request("a"))
+    table = runner_v2.request_table()
+    table.record("a", Activity(decode_queries=3))
+    runner.step(preempted=["a"])
+    assert logged == []
+    runner.step(new_request("a"))
+    table.record("a", Activity(decode_queries=4))
+    runner.step(finished=["a"])
+    assert logged == [("a", 7)]
+
+
+def test_removing_an_unknown_request_is_left_to_vllm(runner):
+    assert runner.vllm._remove_request("never added") is False
+    runner.step(finished=["never added"])
+
+
+def test_a_runner_of_another_size_starts_a_table_of_its_own(new_runner):
+    new_runner(3).step(new_request("a"))
+    new_runner(5).step(new_request("b"))
     table = runner_v2.request_table()
     assert table.capacity == 5
     assert "a" not in table

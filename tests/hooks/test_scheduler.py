@@ -9,23 +9,13 @@ import pytest
 
 pytest.importorskip("vllm")
 
-import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from vllm.sampling_params import SamplingParams
-from vllm.utils.hashing import sha256
-from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
-from vllm.v1.outputs import ModelRunnerOutput
-from vllm.v1.request import Request
-from vllm.v1.structured_output import StructuredOutputManager
 
-from tests.hooks.conftest import BLOCK_SIZE, MAX_NUM_SEQS, QUERY_CHUNK, TAIL_QUERIES
-from vllm_tokenselect.config import TokenSelectConfig
+from tests.hooks.conftest import MAX_NUM_SEQS, QUERY_CHUNK
+from tests.hooks.serving import CONFIG, Serving
 from vllm_tokenselect.hooks.scheduler import TokenSelectAsyncScheduler, TokenSelectScheduler
 
-CONFIG = TokenSelectConfig(query_chunk=QUERY_CHUNK, tail_queries=TAIL_QUERIES)
-NUM_BLOCKS = 41  # one of them is vLLM's null block
 MIN_BUDGET = QUERY_CHUNK + MAX_NUM_SEQS
 
 
@@ -33,80 +23,6 @@ MIN_BUDGET = QUERY_CHUNK + MAX_NUM_SEQS
 def seams_are_checked_elsewhere(monkeypatch):
     """Reading vLLM's source for each scheduler would take most of the time of these tests."""
     monkeypatch.setattr("vllm_tokenselect.hooks.scheduler.SEAMS", ())
-
-
-class Serving:
-    """vLLM's scheduler with a model that always answers the same token."""
-
-    def __init__(self, vllm_config, scheduler_cls=TokenSelectScheduler):
-        spec = FullAttentionSpec(
-            block_size=BLOCK_SIZE, num_kv_heads=1, head_size=32, dtype=torch.float32
-        )
-        vllm_config.cache_config.num_gpu_blocks = NUM_BLOCKS
-        init_none_hash(sha256)
-        self.block_hasher = get_request_block_hasher(BLOCK_SIZE, sha256)
-        self.scheduler = scheduler_cls(
-            vllm_config=vllm_config,
-            kv_cache_config=KVCacheConfig(
-                num_blocks=NUM_BLOCKS,
-                kv_cache_tensors=[],
-                kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)],
-            ),
-            structured_output_manager=StructuredOutputManager(vllm_config),
-            block_size=BLOCK_SIZE,
-        )
-        self.requests: dict[str, Request] = {}
-
-    def add(self, prompt: list[int], max_tokens: int = 3) -> Request:
-        request = Request(
-            request_id=str(len(self.requests)),
-            prompt_token_ids=prompt,
-            sampling_params=SamplingParams(max_tokens=max_tokens, ignore_eos=True),
-            pooling_params=None,
-            block_hasher=self.block_hasher,
-        )
-        self.requests[request.request_id] = request
-        self.scheduler.add_request(request)
-        return request
-
-    def step(self) -> list[tuple[Request, int, int, bool]]:
-        """Run one step; returns for each request [start, end) and whether it starts here."""
-        output = self.scheduler.schedule()
-        cached = output.scheduled_cached_reqs
-        starts = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
-        starting = {*starts, *cached.resumed_req_ids}
-        starts |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
-        ids = list(output.num_scheduled_tokens)
-        ends = {id_: starts[id_] + output.num_scheduled_tokens[id_] for id_ in ids}
-        complete = {id_: ends[id_] >= self.requests[id_].num_tokens for id_ in ids}
-        self.check_prefix_cache()
-        self.scheduler.update_from_output(
-            output,
-            ModelRunnerOutput(
-                req_ids=ids,
-                req_id_to_index={id_: index for index, id_ in enumerate(ids)},
-                sampled_token_ids=[[7] if complete[id_] else [] for id_ in ids],
-            ),
-        )
-        return [(self.requests[id_], starts[id_], ends[id_], id_ in starting) for id_ in ids]
-
-    def check_prefix_cache(self) -> None:
-        for request in self.scheduler.running:
-            limit = CONFIG.method.shareable_tokens(request.num_prompt_tokens)
-            blocks = self.scheduler.kv_cache_manager.get_blocks(request.request_id).blocks[0]
-            past_limit = blocks[limit // BLOCK_SIZE :]
-            assert all(block.block_hash is None for block in past_limit), (
-                f"tokens past {limit} of a prompt of {request.num_prompt_tokens} can be shared"
-            )
-
-    def run(self) -> list[tuple[Request, int, int, bool]]:
-        """Run until every request has ended; each step must compute something."""
-        steps = []
-        while not all(request.is_finished() for request in self.requests.values()):
-            computed = self.step()
-            assert computed, "nothing was computed although requests are waiting"
-            steps += computed
-        return steps
 
 
 def check_steps(steps) -> None:

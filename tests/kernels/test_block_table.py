@@ -5,6 +5,7 @@ import torch
 
 from tests.kernels.cases import int32
 from vllm_tokenselect.kernels.block_table import cpu, reference
+from vllm_tokenselect.method import FULL_ATTENTION
 
 UNTOUCHED = -7
 
@@ -12,6 +13,7 @@ UNTOUCHED = -7
 def _build(operation, votes, block_table, row_seq, n_init, top_k, ends, context, block_size):
     slots = torch.full((len(ends), int(context.max()) + 5), UNTOUCHED, dtype=torch.int32)
     lengths = torch.full((len(ends),), UNTOUCHED, dtype=torch.int32)
+    top_k = torch.as_tensor(top_k, dtype=torch.int32).expand(len(ends)).contiguous()
     operation.build_sparse_block_table(
         votes, block_table, row_seq, n_init, top_k, ends, context, block_size, slots, lengths
     )
@@ -55,6 +57,22 @@ def test_a_row_with_exactly_top_k_candidates_is_dense_and_one_more_leaves_the_wo
     )
     assert lengths.tolist() == [300, 299]
     assert 128 + 40 not in slots[1, :299].tolist()
+
+
+def test_each_row_keeps_as_many_as_its_own_top_k_says():
+    votes = torch.rand(3, 200) + 0.1
+    ends, context = int32(216, 216, 216), int32(230, 230, 230)
+    _, lengths = _assert_same_table(
+        votes,
+        _identity_table(3, 16),
+        int32(0, 1, 2),
+        16,
+        int32(7, 199, FULL_ATTENTION),
+        ends,
+        context,
+        16,
+    )
+    assert lengths.tolist() == [16 + 7 + 14, 16 + 199 + 14, 230]
 
 
 @pytest.mark.parametrize("vote", [0.0, 1e-42, 0.37, float("inf")])

@@ -24,6 +24,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from vllm_tokenselect.method import Method
+
 ARCHITECTURES = (80, 90, 100)
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a program may have
 # An A100 knows no e4m3.
@@ -32,8 +34,8 @@ KV_DTYPES = {
     90: [torch.bfloat16, torch.float8_e4m3fn],
     100: [torch.bfloat16, torch.float8_e4m3fn],
 }
-# Query heads, KV heads, head size: no grouping, SmolLM2, a rank of Gemma, Qwen2-7B, Qwen3-32B.
-SHAPES = [(8, 8, 80), (9, 3, 64), (8, 2, 256), (28, 4, 128), (64, 8, 128)]
+# Query heads, KV heads, head size: no grouping, SmolLM2, a rank of Gemma, Qwen2-7B, Qwen3-32B, Llama-405B.
+SHAPES = [(8, 8, 80), (9, 3, 64), (8, 2, 256), (28, 4, 128), (64, 8, 128), (128, 8, 128)]
 
 
 @dataclass(frozen=True)
@@ -93,10 +95,17 @@ def launches(architecture: int) -> Iterator[tuple[str, Callable[[], object]]]:
     from vllm_tokenselect.kernels.gather.gpu import gather_rows
     from vllm_tokenselect.kernels.mean_query.gpu import mean_queries
     from vllm_tokenselect.kernels.score.gpu import Scores, score_paged_keys, tile_rows
+    from vllm_tokenselect.kernels.selection_cache.gpu import decide_rows, finish_rows
+    from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
     from vllm_tokenselect.kernels.vote.gpu import soft_vote
 
     def ints(*shape: int) -> torch.Tensor:
         return torch.zeros(shape, dtype=torch.int32)
+
+    def selections(heads: int, head_size: int) -> SelectionCacheState:
+        return SelectionCacheState.allocate(
+            8, Method().selection_size, heads, head_size, torch.bfloat16, torch.device("cpu")
+        )
 
     rows, width, tokens, scale = 64, 4096, 512, torch.ones(1)
     for head_size in (64, 80, 128, 256):
@@ -108,17 +117,47 @@ def launches(architecture: int) -> Iterator[tuple[str, Callable[[], object]]]:
         slots, scratch = ints(rows, 3200), TableScratch(rows, torch.device("cpu"))
         for votes, parts in (
             (None, 1),
+            (None, 8),
             (torch.zeros(rows, width), 1),
             (torch.zeros(rows, width), 8),
         ):
             yield (
-                f"B{block_size}, {'dense' if votes is None else f'{parts} parts'}",
+                f"B{block_size}, {'dense, ' if votes is None else ''}{parts} parts",
                 lambda b=block_size, v=votes, s=slots, c=scratch, p=parts: build_sparse_block_table(
-                    *(v, ints(8, 256), ints(rows), 128, 2048, ints(rows), ints(rows), b, s),
+                    *(v, ints(8, 256), ints(rows), 128, ints(rows), ints(rows), ints(rows), b, s),
                     *(ints(rows), c, p),
                 ),
             )
+        for state in (None, selections(28, 128)):
+            yield (
+                f"B{block_size}{', counts only' if state is None else ''}",
+                lambda b=block_size, s=state, t=slots: finish_rows(
+                    *(ints(rows, 4), ints(8, 256), ints(rows), ints(rows), ints(rows), 128),
+                    *(ints(rows), ints(rows), ints(rows), ints(rows), ints(rows), b, s),
+                    *(t, ints(rows), torch.zeros(5, dtype=torch.int64)),
+                ),
+            )
     for heads, kv_heads, head_size in SHAPES:
+        query = torch.zeros(rows, heads, head_size, dtype=torch.bfloat16)
+        state = selections(heads, head_size)
+        yield (
+            f"H{heads}/{kv_heads} D{head_size}",
+            lambda q=query, s=state, k=kv_heads: decide_rows(
+                *(
+                    q,
+                    k,
+                    ints(rows),
+                    ints(rows, 4),
+                    128,
+                    ints(rows),
+                    ints(rows),
+                    ints(rows),
+                    0.9,
+                    64,
+                ),
+                *(s, ints(rows), ints(rows), ints(rows)),
+            ),
+        )
         stats = torch.zeros(rows, heads, 64)
         scores = Scores(torch.zeros(rows, heads, width), stats, stats, 128, ints(rows))
         name = f"H{heads}/{kv_heads} D{head_size}"

@@ -5,6 +5,7 @@ import torch
 
 from tests.kernels_gpu.cases import DEVICE, int32
 from vllm_tokenselect.kernels.block_table import gpu, reference
+from vllm_tokenselect.method import FULL_ATTENTION
 
 UNTOUCHED = -7
 
@@ -12,6 +13,8 @@ UNTOUCHED = -7
 def assert_same_table(
     votes, block_table, row_seq, n_init, top_k, ends, context, block_size, parts=1
 ):
+    if isinstance(top_k, int):
+        top_k = torch.full_like(ends, top_k)
     arguments = (votes, block_table, row_seq, n_init, top_k, ends, context, block_size)
     tables = []
     for operation in (gpu, reference):
@@ -74,7 +77,7 @@ def test_scratch_of_an_earlier_step_does_not_matter():
         votes = torch.rand(1, 5000, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
         slots, lengths = torch.zeros(1, 400, dtype=torch.int32, device=DEVICE), int32(0)
         gpu.build_sparse_block_table(
-            *(votes, identity_table(1, 16), int32(0), 16, 300, int32(5016), int32(5017), 16),
+            *(votes, identity_table(1, 16), int32(0), 16, int32(300), int32(5016), int32(5017), 16),
             *(slots, lengths, scratch, 3),
         )
         tables.append(slots)
@@ -104,3 +107,26 @@ def test_dense_and_padded_rows_need_no_votes():
     )
     assert lengths.tolist() == [112, 70, 0]
     assert (slots[2] == UNTOUCHED).all()
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_every_row_selects_as_many_as_its_own_top_k(parts: int):
+    votes = torch.rand(5, 5000, device=DEVICE).round(decimals=2)
+    top_k = int32(1, 4999, 5000, FULL_ATTENTION, 700)
+    ends, context = int32(*[5016] * 5), int32(*[5030] * 4, 5100)
+    slots, lengths = assert_same_table(
+        votes, identity_table(5, 16), int32(0, 1, 2, 3, 4), 16, top_k, ends, context, 16, parts
+    )
+    assert lengths.tolist() == [16 + 1 + 14, 16 + 4999 + 14, 5030, 5030, 16 + 700 + 84]
+    assert slots[3, :5030].tolist() == [*range(5030)]
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+@pytest.mark.parametrize("context", [0, 1, 2049, 8000])
+def test_a_whole_context_is_written_by_all_parts_of_a_row(context: int, parts: int):
+    slots, lengths = assert_same_table(
+        *(None, identity_table(1, 32), int32(0), 128, FULL_ATTENTION),
+        *(int32(context - 513), int32(context), 32, parts),
+    )
+    assert lengths.tolist() == [context]
+    assert slots[0, :context].tolist() == [*range(context)]

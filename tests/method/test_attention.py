@@ -30,13 +30,15 @@ def served_attention(requests, query, kv_cache, block_table, operations, workspa
         ),
         CONFIG,
     )
+    counts = torch.zeros(5, dtype=torch.int64)
     step = StepSelection(
-        plan, block_table, BLOCK_SIZE, query.shape[1], CONFIG, operations, workspace_bytes
+        plan, block_table, BLOCK_SIZE, query.shape[1], CONFIG, operations, counts, workspace_bytes
     )
     step.select(query, kv_cache, SCALE)
     out = torch.full_like(query, float("nan"))
     scratch = kv_cache.new_empty(2, CONFIG.max_attended, kv_cache.shape[1], HEAD_SIZE)
-    attend(query, kv_cache, step, SCALE, SdpaAttention(SCALE), scratch, out)
+    attend(query, kv_cache, step, None, SCALE, SdpaAttention(SCALE), scratch, out)
+    assert not counts.any(), "these requests are nobody's"
     return out
 
 

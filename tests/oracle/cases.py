@@ -8,7 +8,17 @@ from tests.oracle.model import Selection
 from tests.oracle.prompts import prompt_tokens
 
 # Sparse from about 600 tokens on: a token attends to 16 + 368 + 128 = 512 others.
-SETTINGS = Selection(top_k=368, n_init=16, n_local=128, query_chunk=256, tail_queries=32)
+# Of 12 or 24 generated tokens some reuse a selection because they resemble the one that made it, some may
+# not, and none may once more than 8 tokens have left its local window.
+SETTINGS = Selection(
+    top_k=368,
+    n_init=16,
+    n_local=128,
+    query_chunk=256,
+    tail_queries=32,
+    similarity_threshold=0.75,
+    refresh_interval=8,
+)
 
 LENGTHS = [1000 + 37 * i for i in range(12)] + [1600, 1900, 2300, 2700, 3300, 4000, 4900, 6000]
 # A few tokens short of nine blocks of 128: each needs a tenth block while it generates.

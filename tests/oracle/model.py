@@ -24,6 +24,27 @@ class Selection:
     n_local: int
     query_chunk: int
     tail_queries: int
+    similarity_threshold: float
+    refresh_interval: int
+
+
+@dataclass(frozen=True)
+class LastSelection:
+    """What a layer keeps of the last generated token that selected."""
+
+    query: torch.Tensor
+    candidates: range
+    chosen: torch.Tensor
+
+    def serves(
+        self, query: torch.Tensor, candidates: range, num_kv_heads: int, settings: Selection
+    ) -> bool:
+        """Whether a later token may attend to what was chosen then."""
+        if candidates.stop - self.candidates.stop > settings.refresh_interval:
+            return False
+        heads = (x.reshape(num_kv_heads, -1) for x in (query, self.query))
+        similarities = F.cosine_similarity(*heads, dim=1)
+        return bool((similarities >= settings.similarity_threshold).all())
 
 
 def query_chunks(first: int, end: int, prompt_len: int, settings: Selection) -> list[range]:
@@ -35,29 +56,46 @@ def query_chunks(first: int, end: int, prompt_len: int, settings: Selection) -> 
 
 
 def attended_positions(
-    queries: torch.Tensor, keys: torch.Tensor, chunk: range, scale: float, settings: Selection
-) -> torch.Tensor:
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    chunk: range,
+    scale: float,
+    settings: Selection,
+    last: LastSelection | None,
+) -> tuple[torch.Tensor, LastSelection | None]:
     """Positions that a chunk attends to, ascending; its own queries see them causally.
 
     Args:
         queries: [n, Hq, D], the chunk's, rotated.
         keys: [Hkv, T, D], every cached key, rotated.
+        last: the selection that may be reused; None if there is none.
+
+    Returns:
+        the positions, and the selection that they are from, None if the chunk sees everything.
     """
     candidates = range(settings.n_init, chunk.start - settings.n_local)
     everything = torch.arange(chunk.stop)
     if len(candidates) <= settings.top_k:
-        return everything
+        return everything, None
     mean = queries.mean(dim=0)  # [Hq, D]
+    if last is None or not last.serves(mean, candidates, len(keys), settings):
+        last = LastSelection(mean, candidates, vote(mean, keys, candidates, scale, settings.top_k))
+    attended = torch.zeros(chunk.stop, dtype=torch.bool)
+    attended[: settings.n_init] = True
+    attended[last.chosen] = True
+    attended[last.candidates.stop :] = True
+    return everything[attended], last
+
+
+def vote(
+    mean: torch.Tensor, keys: torch.Tensor, candidates: range, scale: float, top_k: int
+) -> torch.Tensor:
+    """The candidates with the most votes of a mean query [Hq, D]."""
     grouped = mean.view(keys.shape[0], -1, mean.shape[1])  # query heads by the KV head they read
     logits = grouped @ keys[:, candidates.start : candidates.stop].transpose(1, 2) * scale
     votes = logits.softmax(dim=-1).sum(dim=(0, 1))
     # A stable descending sort leaves the lower position first among equal votes.
-    chosen = votes.sort(descending=True, stable=True).indices[: settings.top_k] + candidates.start
-    attended = torch.zeros(chunk.stop, dtype=torch.bool)
-    attended[: settings.n_init] = True
-    attended[chosen] = True
-    attended[chunk.start - settings.n_local :] = True
-    return everything[attended]
+    return votes.sort(descending=True, stable=True).indices[:top_k] + candidates.start
 
 
 class OracleModel:
@@ -72,7 +110,7 @@ class OracleModel:
         self.config = json.loads((folder / "config.json").read_text())
         weights = load_file(folder / "model.safetensors")
         self.weights = {name.removeprefix("model."): w.float() for name, w in weights.items()}
-        self.settings = settings or Selection(10**9, 0, 1, 512, 0)
+        self.settings = settings or Selection(10**9, 0, 1, 512, 0, 1.0, 0)
         self.num_layers = self.config["num_hidden_layers"]
         self.num_heads = self.config["num_attention_heads"]
         self.num_kv_heads = self.config["num_key_value_heads"]
@@ -82,7 +120,18 @@ class OracleModel:
         angles = torch.outer(torch.arange(16384).float(), 1 / theta**exponent)
         self.cos, self.sin = (torch.cat([f(angles)] * 2, dim=-1) for f in (torch.cos, torch.sin))
         self.cache: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.last: list[LastSelection | None] = []
         self.prompt_len = 0
+        self.num_reused = 0  # selections, over layers and generated tokens
+
+    @torch.inference_mode()
+    def start(self, prompt: list[int]) -> torch.Tensor:
+        """Compute a prompt; log-probabilities [vocabulary] of what follows it."""
+        empty = torch.empty(self.num_kv_heads, 0, self.head_size)
+        self.cache = [(empty, empty)] * self.num_layers
+        self.last = [None] * self.num_layers
+        self.prompt_len = len(prompt)
+        return self.next_logprobs(prompt, 0)
 
     @torch.inference_mode()
     def generate(
@@ -93,18 +142,15 @@ class OracleModel:
         Returns:
             tokens, their log-probabilities, and how far each was ahead of the second (nats).
         """
-        empty = torch.empty(self.num_kv_heads, 0, self.head_size)
-        self.cache = [(empty, empty)] * self.num_layers
-        self.prompt_len = len(prompt)
         tokens, logprobs, leads = [], [], []
-        step, first = prompt, 0
-        for _ in range(max_tokens):
-            best = self.next_logprobs(step, first).topk(2)
+        following = self.start(prompt)
+        for position in range(len(prompt), len(prompt) + max_tokens):
+            best = following.topk(2)
             tokens.append(int(best.indices[0]))
             logprobs.append(float(best.values[0]))
             leads.append(float(best.values[0] - best.values[1]))
-            first += len(step)
-            step = tokens[-1:]
+            if len(tokens) < max_tokens:
+                following = self.next_logprobs(tokens[-1:], position)
         return tokens, logprobs, leads
 
     def next_logprobs(self, tokens: list[int], first: int) -> torch.Tensor:
@@ -133,7 +179,14 @@ class OracleModel:
         outputs = []
         for chunk in query_chunks(first, end, self.prompt_len, self.settings):
             queries = q[chunk.start - first : chunk.stop - first]
-            seen = attended_positions(queries, keys[:, : chunk.stop], chunk, scale, self.settings)
+            # Only generated tokens reuse a selection and leave one.
+            generated = chunk.start >= self.prompt_len
+            before = self.last[layer] if generated else None
+            seen, last = attended_positions(
+                queries, keys[:, : chunk.stop], chunk, scale, self.settings, before
+            )
+            self.num_reused += last is not None and last is before
+            self.last[layer] = last if generated else None
             causal = seen[None] <= torch.arange(chunk.start, chunk.stop)[:, None]
             outputs.append(
                 F.scaled_dot_product_attention(

@@ -6,7 +6,15 @@ from transformers import AutoModelForCausalLM
 from tests.oracle.model import OracleModel, Selection, attended_positions, query_chunks
 from tests.oracle.prompts import prompt_tokens
 
-SMALL = Selection(top_k=3, n_init=1, n_local=2, query_chunk=4, tail_queries=2)
+SMALL = Selection(
+    top_k=3,
+    n_init=1,
+    n_local=2,
+    query_chunk=4,
+    tail_queries=2,
+    similarity_threshold=0.9,
+    refresh_interval=2,
+)
 
 
 def test_with_a_budget_that_covers_the_context_it_is_transformers_llama(smollm2, tokenizer):
@@ -23,7 +31,7 @@ def test_with_a_budget_that_covers_the_context_it_is_transformers_llama(smollm2,
 def test_a_small_budget_changes_what_is_said_with_what_certainty(smollm2, tokenizer):
     prompt = prompt_tokens(tokenizer, seed=2, length=600)
     full = OracleModel(smollm2, None).generate(prompt, 4)
-    sparse = OracleModel(smollm2, Selection(64, 16, 64, 64, 16)).generate(prompt, 4)
+    sparse = OracleModel(smollm2, Selection(64, 16, 64, 64, 16, 1.0, 0)).generate(prompt, 4)
     assert max(abs(a - b) for a, b in zip(full[1], sparse[1], strict=True)) > 1e-2
 
 
@@ -43,12 +51,27 @@ def test_sink_selected_and_local_tokens_are_attended_and_ties_go_to_the_lower_po
     keys = torch.zeros(1, 12, 4)
     keys[0, 5, 0] = 1.0  # the one key that the query likes; all others tie
     query = torch.tensor([[[1.0, 0, 0, 0]]])
-    seen = attended_positions(query, keys, range(11, 12), 1.0, SMALL)
+    seen, _ = attended_positions(query, keys, range(11, 12), 1.0, SMALL, None)
     assert seen.tolist() == [0, 1, 2, 5, 9, 10, 11]
 
 
 def test_candidates_that_fit_the_budget_make_a_chunk_dense():
-    keys = torch.randn(1, 7, 4)
-    assert len(attended_positions(torch.randn(1, 1, 4), keys, range(6, 7), 1.0, SMALL)) == 7
-    keys = torch.randn(1, 8, 4)
-    assert len(attended_positions(torch.randn(1, 1, 4), keys, range(7, 8), 1.0, SMALL)) == 7
+    for tokens, dense in ((7, True), (8, False)):
+        keys, query = torch.randn(1, tokens, 4), torch.randn(1, 1, 4)
+        seen, last = attended_positions(query, keys, range(tokens - 1, tokens), 1.0, SMALL, None)
+        assert len(seen) == 7
+        assert (last is None) == dense
+
+
+def test_a_selection_is_reused_while_queries_resemble_each_other_and_it_is_not_too_old():
+    keys, query = torch.randn(2, 30, 4), torch.randn(1, 4, 4)
+    first, last = attended_positions(query, keys[:, :20], range(19, 20), 1.0, SMALL, None)
+    for position, other, reused in (
+        (21, query, True),
+        (22, query, False),  # three tokens have left the local window
+        (20, -query, False),
+        (20, torch.cat([query[:, :2], -query[:, 2:]], dim=1), False),  # one KV head of two
+    ):
+        chunk = range(position, position + 1)
+        seen, _ = attended_positions(other, keys[:, : position + 1], chunk, 1.0, SMALL, last)
+        assert (seen.tolist() == [*first.tolist(), *range(20, position + 1)]) == reused

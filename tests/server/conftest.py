@@ -39,15 +39,19 @@ class Client:
             base_url=f"{server.base_url}/v1", api_key="none", timeout=600, max_retries=0
         )
 
-    def complete(self, prompt: list[int], max_tokens: int) -> Completion:
-        """Greedy completion of a prompt of tokens."""
+    def complete(self, prompt: list[int], max_tokens: int, **xargs: object) -> Completion:
+        """Greedy completion of a prompt of tokens, with the request's own settings."""
         choice = self.openai.completions.create(
             model=self.model,
             prompt=prompt,
             max_tokens=max_tokens,
             temperature=0,
             logprobs=1,
-            extra_body={"ignore_eos": True, "return_tokens_as_token_ids": True},
+            extra_body={
+                "ignore_eos": True,
+                "return_tokens_as_token_ids": True,
+                "vllm_xargs": xargs or None,
+            },
         ).choices[0]
         tokens = [int(token.removeprefix("token_id:")) for token in choice.logprobs.tokens]
         return Completion(tokens, list(choice.logprobs.token_logprobs))

@@ -7,9 +7,11 @@ the few thousand that were selected.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from vllm import _custom_ops as ops
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
@@ -75,7 +77,9 @@ class CpuAttention:
 
     @cached_property
     def pages(self) -> torch.Tensor:
-        return torch.zeros(self.shape, dtype=self.dtype)
+        # numpy's zeros take no memory before they are written, and few rows are as long as allowed.
+        size = math.prod(self.shape) * self.dtype.itemsize
+        return torch.from_numpy(np.zeros(size, np.uint8)).view(self.dtype).view(self.shape)
 
     def attend(
         self,

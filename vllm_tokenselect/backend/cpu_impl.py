@@ -30,9 +30,14 @@ class CpuTokenSelectImpl(TokenSelectImpl[CpuTokenSelectMetadata]):
             self.num_kv_heads,
             vllm_config.cache_config.block_size,
         )
+        method = self.config.method
+        # A request may ask for full attention: its rows are as long as its context. Memory that no
+        # such request has touched is only reserved.
+        longest = max(method.max_attended, vllm_config.model_config.max_model_len)
         self.library, self.scratch = _shared_scratch(
-            self.num_kv_heads, self.head_size, self.dtype, self.config.method.max_attended
+            self.num_kv_heads, self.head_size, self.dtype, longest
         )
+        self.state = self.selection_cache(vllm_config, torch.device("cpu"))
 
     def do_kv_cache_update(
         self,
@@ -66,7 +71,7 @@ class CpuTokenSelectImpl(TokenSelectImpl[CpuTokenSelectMetadata]):
         pages = self._pages(kv_cache)
         step.select(queries, pages, self.scale)
         library = partial(self._attend_row, attn_metadata)
-        attend(queries, pages, step, self.scale, library, self.scratch, out)
+        attend(queries, pages, step, self.state, self.scale, library, self.scratch, out)
         return output
 
     def _attend_row(

@@ -11,6 +11,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_tokenselect.backend.cpu_attention import CpuAttentionRow, plan_cpu_attention
 from vllm_tokenselect.backend.metadata import TokenSelectMetadataBuilder
+from vllm_tokenselect.counters import worker_counters
 from vllm_tokenselect.kernels.operations import cpu_operations
 from vllm_tokenselect.selection import StepSelection
 
@@ -56,6 +57,7 @@ class CpuTokenSelectMetadataBuilder(TokenSelectMetadataBuilder[CpuTokenSelectMet
             self.num_heads,
             self.config.method,
             self.operations,
+            worker_counters(torch.device("cpu")),
             self.config.workspace_bytes("cpu"),
         )
         plan = step.plan

@@ -6,8 +6,11 @@ from importlib.util import find_spec
 from typing import Literal
 
 import torch
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.utils.torch_utils import is_quantized_kv_cache
 from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
 
+from vllm_tokenselect.config import TokenSelectConfig
 from vllm_tokenselect.gpu.attention import GatherBuffer, RowAttention, SdpaAttention
 from vllm_tokenselect.gpu.flash_attention import GatheredFlashAttention, PagedFlashAttention
 from vllm_tokenselect.hooks.log import get_logger
@@ -47,6 +50,48 @@ def choose_library(setting: str, head_size: int, dtype: torch.dtype) -> Library:
     raise AssertionError(setting)
 
 
+def serves_full_attention(vllm_config: VllmConfig) -> str | None:
+    """Why a GPU cannot serve requests that ask for full attention; None if it can.
+
+    Tokens that are gathered before they are attended lie in a buffer that is cut for those that are
+    selected; only what reads the cache through the sparse block table can read a whole context. Asks
+    the driver for the kind of GPU, without making a CUDA context: any process may call it.
+
+    Raises:
+        SettingsError: when the library that the setting `attention` names cannot attend.
+    """
+    cache_dtype = vllm_config.cache_config.cache_dtype
+    if is_quantized_kv_cache(cache_dtype):
+        return f"a KV cache of {cache_dtype} is read token by token; it takes --kv-cache-dtype auto"
+    settings = TokenSelectConfig.from_additional_config(vllm_config.additional_config)
+    head_size, dtype = vllm_config.model_config.get_head_size(), vllm_config.model_config.dtype
+    with set_current_vllm_config(vllm_config):  # which may name the version
+        library = choose_library(settings.attention, head_size, dtype)
+        version = _flash_version(library, head_size)
+    if reads_in_place(version, quantised=False):
+        return None
+    return (
+        f"{library_name(library, version)} attends over gathered tokens here; it takes FlashAttention 3, "
+        "which is for Hopper GPUs (H100, H200)"
+    )
+
+
+def reads_in_place(version: int | None, quantised: bool) -> bool:
+    """Whether this version of FlashAttention reads the cache through the sparse block table."""
+    return version == 3 and not quantised
+
+
+def library_name(library: Library, version: int | None) -> str:
+    return library if version is None else f"FlashAttention {version}"
+
+
+def _flash_version(library: Library, head_size: int) -> int | None:
+    version: int | None = None
+    if library == "flash":
+        version = get_flash_attn_version(head_size=head_size)
+    return version
+
+
 def make_attention(
     library: Library,
     num_kv_heads: int,
@@ -64,12 +109,11 @@ def make_attention(
         width: most tokens of a row.
     """
     log = get_logger(__name__)
-    version = get_flash_attn_version(head_size=head_size) if library == "flash" else None
-    name = f"FlashAttention {version}" if version else library
-    in_place = version == 3 and not quantised
+    version = _flash_version(library, head_size)
+    in_place = reads_in_place(version, quantised)
     log.info(
         "TOKENSELECT attends with %s, %s",
-        name,
+        library_name(library, version),
         "through the sparse block table" if in_place else "over gathered tokens",
     )
     if version is not None:

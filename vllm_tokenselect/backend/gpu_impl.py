@@ -12,11 +12,13 @@ from vllm.v1.attention.backends.fa_utils import reshape_and_cache_flash
 from vllm_tokenselect.backend.gpu_attention import Library, choose_library, make_attention
 from vllm_tokenselect.backend.gpu_metadata import GpuTokenSelectMetadata, step_limits
 from vllm_tokenselect.backend.impl import TokenSelectImpl
+from vllm_tokenselect.counters import worker_counters
 from vllm_tokenselect.gpu.attention import LayerCache, RowAttention
 from vllm_tokenselect.gpu.rows import StepLimits
 from vllm_tokenselect.gpu.warmup import compile_gpu_kernels
 from vllm_tokenselect.gpu.workspace import Workspace
 from vllm_tokenselect.hooks.log import get_logger
+from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
 
 logger = get_logger(__name__)
 
@@ -33,7 +35,9 @@ class GpuTokenSelectImpl(TokenSelectImpl[GpuTokenSelectMetadata]):
 
     def prepare(self, vllm_config: VllmConfig) -> None:
         """Allocate what the layers share, before vLLM measures the memory that is left."""
+        device = torch.device("cuda", torch.cuda.current_device())
         self.fp8_dtype = FP8_DTYPES.get(self.kv_cache_dtype)
+        self.selections = self.selection_cache(vllm_config, device)
         self.workspace, self.attention = _shared(
             step_limits(vllm_config, self.num_heads, self.num_kv_heads),
             choose_library(self.config.attention, self.head_size, self.dtype),
@@ -41,7 +45,7 @@ class GpuTokenSelectImpl(TokenSelectImpl[GpuTokenSelectMetadata]):
             self.dtype,
             self.fp8_dtype,
             vllm_config.cache_config.block_size,
-            torch.device("cuda", torch.cuda.current_device()),
+            device,
         )
 
     def do_kv_cache_update(
@@ -90,8 +94,10 @@ class GpuTokenSelectImpl(TokenSelectImpl[GpuTokenSelectMetadata]):
         keys_and_values = kv_cache.unfold(-1, self.head_size, self.head_size)
         pages = keys_and_values.movedim(3, 2)
         if self.fp8_dtype is None:
-            return LayerCache(pages)
-        return LayerCache(pages.view(self.fp8_dtype), layer._k_scale, layer._v_scale)
+            return LayerCache(pages, selections=self.selections)
+        return LayerCache(
+            pages.view(self.fp8_dtype), layer._k_scale, layer._v_scale, self.selections
+        )
 
 
 @cache
@@ -108,7 +114,7 @@ def _shared(
 
     Also compiles their kernels: at start, not in the first request.
     """
-    workspace = Workspace(limits, head_size, device)
+    workspace = Workspace(limits, head_size, device, worker_counters(device))
     logger.info(
         "TOKENSELECT: %d MiB of workspace, scores of %d queries at a time over %d tokens, "
         "top-k by the own radix selection",
@@ -122,14 +128,20 @@ def _shared(
         head_size,
         dtype,
         fp8_dtype is not None,
-        limits.method.max_attended,
+        limits.table_width,
         device,
     )
     block = torch.zeros(
         (1, block_size, limits.num_kv_heads, 2, head_size), dtype=dtype, device=device
     )
     scale = None if fp8_dtype is None else torch.ones((), device=device)
-    cache = LayerCache(block.to(fp8_dtype or dtype).permute(0, 2, 3, 1, 4), scale, scale)
+    selections = None
+    if limits.method.reuses_selections:
+        selections = SelectionCacheState.allocate(
+            1, limits.method.selection_size, limits.num_heads, head_size, dtype, device
+        )
+    pages = block.to(fp8_dtype or dtype).permute(0, 2, 3, 1, 4)
+    cache = LayerCache(pages, scale, scale, selections)
     logger.info("TOKENSELECT: compiling the Triton kernels")
     compile_gpu_kernels(workspace, attention, cache, -(-limits.max_model_len // block_size), dtype)
     return workspace, attention

@@ -11,11 +11,15 @@ from vllm.config import VllmConfig
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadata, CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from vllm_tokenselect.backend.gpu_attention import choose_library
+from vllm_tokenselect.backend.gpu_attention import choose_library, serves_full_attention
 from vllm_tokenselect.backend.metadata import TokenSelectMetadataBuilder
 from vllm_tokenselect.config import TokenSelectConfig
 from vllm_tokenselect.gpu.rows import RowBuffers, StepLimits, graph_rows, step_rows
 from vllm_tokenselect.gpu.step import GpuStep
+from vllm_tokenselect.hooks.log import get_logger
+from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
+
+logger = get_logger(__name__)
 
 GRAPHS = {
     "flash": AttentionCGSupport.UNIFORM_BATCH,
@@ -44,6 +48,7 @@ def step_limits(vllm_config: VllmConfig, num_heads: int, num_kv_heads: int) -> S
         num_kv_heads=num_kv_heads,
         max_model_len=vllm_config.model_config.max_model_len,
         workspace_bytes=config.workspace_bytes("cuda"),
+        full_attention=serves_full_attention(vllm_config) is None,
     )
 
 
@@ -67,6 +72,24 @@ class GpuTokenSelectMetadataBuilder(TokenSelectMetadataBuilder[GpuTokenSelectMet
             vllm_config.compilation_config.max_cudagraph_capture_size or 0,
         )
         self.buffers = RowBuffers(capacity, device)
+        if self.config.method.reuses_selections:
+            slots = vllm_config.scheduler_config.max_num_seqs
+            layer = SelectionCacheState.allocate(
+                *(
+                    slots,
+                    self.config.method.selection_size,
+                    self.num_heads,
+                    self.head_size,
+                    self.dtype,
+                ),
+                torch.device("meta"),
+            )
+            logger.info(
+                "TOKENSELECT: the Selection Cache of %d layers takes %d MiB for %d requests",
+                len(layer_names),
+                len(layer_names) * layer.num_bytes >> 20,
+                slots,
+            )
 
     @classmethod
     def get_cudagraph_support(

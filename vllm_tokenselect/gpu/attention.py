@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from vllm_tokenselect.gpu.rows import RowGroup
 from vllm_tokenselect.kernels.gather.gpu import gather_rows
+from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
 
 # Keys and values of the rows that are gathered together; at least one row's.
 GATHER_BYTES = 256 << 20
@@ -25,17 +26,19 @@ PAGE_TOKENS = 128
 
 @dataclass(frozen=True)
 class LayerCache:
-    """A layer's KV cache.
+    """What a layer keeps of the requests.
 
     Attributes:
         pages: fp32, bf16, fp16 or fp8 [num_blocks, Hkv, 2, block_size, D], any strides whose last is 1.
         key_scale, value_scale: fp32 [1] on the device, what a quantised cache is multiplied by; None
             for one that is not quantised.
+        selections: the Selection Cache; None for a layer without.
     """
 
     pages: torch.Tensor
     key_scale: torch.Tensor | None = None
     value_scale: torch.Tensor | None = None
+    selections: SelectionCacheState | None = None
 
 
 class RowAttention(Protocol):

@@ -46,7 +46,7 @@ class PagedFlashAttention:
             cu_seqlens_q=group.query_start_loc,
             max_seqlen_q=group.max_query_len,
             seqused_k=lengths,
-            max_seqlen_k=slots.shape[1],
+            max_seqlen_k=group.max_length,
             block_table=slots,
             softmax_scale=scale,
             causal=True,

@@ -21,6 +21,11 @@ Int32 = npt.NDArray[np.int32]
 
 # Rows that are selected and attended together at most: lines of the sparse block table.
 MAX_GROUP_ROWS = 512
+# Of the sparse block table; one line of it at least.
+TABLE_BYTES = 64 << 20
+# Entries of what the host sends of a row: six numbers, a tile and a chain; and of what is found there.
+SENT_FIELDS, ENDS = 6 + 3 + 4, 5
+NOT_REUSED, NO_REQUEST = -1, -1
 # Widths of the scores are multiples of it, so that one compiled kernel fits all of them.
 WIDTH_STEP = 64
 
@@ -34,6 +39,7 @@ class StepLimits:
         num_heads, num_kv_heads: of a layer.
         max_model_len: longest context.
         workspace_bytes: for the scores and votes of a group.
+        full_attention: whether requests may ask for it, whose rows are as long as their context.
 
     Raises:
         SettingsError: when the workspace cannot hold one query's scores over the longest context.
@@ -44,6 +50,7 @@ class StepLimits:
     num_kv_heads: int
     max_model_len: int
     workspace_bytes: int
+    full_attention: bool = False
 
     def __post_init__(self) -> None:
         if self.rows_that_fit(self.max_width) < 1:
@@ -63,14 +70,25 @@ class StepLimits:
         """Width of the scores of a row whose candidates end there."""
         return -(-max(candidate_end - self.method.n_init, 0) // WIDTH_STEP) * WIDTH_STEP
 
+    @property
+    def table_width(self) -> int:
+        """Most tokens that one row attends to: the width of the sparse block table."""
+        longest = self.max_model_len if self.full_attention else 0
+        return max(self.method.max_attended, longest)
+
+    @property
+    def table_rows(self) -> int:
+        """Lines of the sparse block table."""
+        return min(max(TABLE_BYTES // (4 * self.table_width), 1), MAX_GROUP_ROWS)
+
     def rows_that_fit(self, width: int) -> int:
         """Rows of `width` candidates that the workspace holds."""
-        return min(self.workspace_bytes // max(self._row_bytes(width), 1), MAX_GROUP_ROWS)
+        return min(self.workspace_bytes // max(self._row_bytes(width), 1), self.table_rows)
 
     @property
     def score_bytes(self) -> int:
         """What the largest group needs of the workspace."""
-        return min(self.workspace_bytes, MAX_GROUP_ROWS * self._row_bytes(self.max_width))
+        return min(self.workspace_bytes, self.table_rows * self._row_bytes(self.max_width))
 
     def _row_bytes(self, width: int) -> int:
         return 4 * width * (self.num_heads + 1)  # every head's scores, and the votes
@@ -97,26 +115,42 @@ class RowGroup:
         row_seq: int32 [R], the row's request.
         query_start_loc: int32 [R + 1], where the queries of each row start in the step's.
         query_len: int32 [R]; 0 for a padded row.
+        top_k: int32 [R], candidates that the row selects.
+        slot: int32 [R], of the row's request; -1 for a padded row and where there is no request.
         candidate_end: int32 [R], `a - n_local`.
-        scored_end: int32 [R], the same for a row that selects, `n_init` for one that need not.
         context_end: int32 [R], `b`; 0 for a padded row.
+        scored_end: int32 [R], `a - n_local` of a row that selects, `n_init` of any other.
+        table_end: int32 [R], `b`; 0 for a padded row and for one that reuses a selection.
+        reused_end: int32 [R], where the candidates of the selection ended that the row reuses; -1 for
+            a row that reuses none.
+        chains: int32 [chains, 4], rows that take part in the Selection Cache: of each run of one
+            request's the first row, the number of rows, their slot and its owner.
         tiles: of the rows that may select.
         width: most candidates of a row that may select, rounded up; 0 if there is none.
         query_starts, query_lens: `query_start_loc` without its last entry and `query_len`, on the host.
         max_query_len: most queries of a row.
+        max_length: most tokens that a row attends to.
+
+    Every layer writes `scored_end`, `table_end` and `reused_end` of the rows of chains anew.
     """
 
     row_seq: torch.Tensor
     query_start_loc: torch.Tensor
     query_len: torch.Tensor
+    top_k: torch.Tensor
+    slot: torch.Tensor
     candidate_end: torch.Tensor
-    scored_end: torch.Tensor
     context_end: torch.Tensor
+    scored_end: torch.Tensor
+    table_end: torch.Tensor
+    reused_end: torch.Tensor
+    chains: torch.Tensor
     tiles: tuple[Tiles, ...]
     width: int
     query_starts: Int32
     query_lens: Int32
     max_query_len: int
+    max_length: int
 
     @property
     def num_rows(self) -> int:
@@ -133,8 +167,9 @@ class RowBuffers:
 
     def __init__(self, capacity: int, device: torch.device) -> None:
         self.capacity = capacity
-        self.sent = torch.zeros(7 * _field_size(capacity), dtype=torch.int32, device=device)
-        self.ends = torch.zeros(3 * _field_size(capacity), dtype=torch.int32, device=device)
+        size = _field_size(capacity)
+        self.sent = torch.zeros(SENT_FIELDS * size, dtype=torch.int32, device=device)
+        self.ends = torch.zeros(ENDS * size, dtype=torch.int32, device=device)
 
 
 def step_rows(
@@ -162,10 +197,14 @@ def step_rows(
         single, shared = runs[runs[:, 2] == 1], runs[runs[:, 2] > 1]
         sent.tiles[first : first + len(runs)] = np.concatenate([single, shared])
         sizes = [(len(t), size) for t, size in ((single, 1), (shared, most_rows)) if len(t)]
-        groups.append((first, last, sizes, _width(plan, first, last, limits)))
+        chains = sent.write_chains(plan, first, last)
+        longest = _max_length(plan, first, last, limits)
+        width = _width(plan, first, last, limits)
+        max_query_len = int(plan.query_len[first:last].max())
+        groups.append(_GroupSizes(first, last, sizes, chains, width, max_query_len, longest))
     buffers = RowBuffers(plan.num_rows, device_seq_lens.device)
     device = sent.send(buffers, device_seq_lens, limits.method)
-    return [device.group(sent, *group) for group in groups]
+    return [device.group(sent, group) for group in groups]
 
 
 def graph_rows(
@@ -201,9 +240,16 @@ def graph_rows(
         runs = _tile_runs(plan, first, min(last, plan.num_rows), most_rows)
         sent.tiles[first : first + len(runs)] = runs
         sizes = [(last - first, most_rows)] if limits.max_width else []
-        groups.append((first, last, sizes, limits.max_width))
+        sent.write_chains(plan, first, min(last, plan.num_rows))
+        chains = last - first if limits.method.reuses_selections else 0
+        groups.append(
+            _GroupSizes(
+                *(first, last, sizes, chains),
+                *(limits.max_width, queries_per_request, limits.table_width),
+            )
+        )
     device = sent.send(buffers, device_seq_lens, limits.method)
-    return [device.group(sent, *group, max_query_len=queries_per_request) for group in groups]
+    return [device.group(sent, group) for group in groups]
 
 
 def _field_size(num_rows: int) -> int:
@@ -211,21 +257,36 @@ def _field_size(num_rows: int) -> int:
     return -(-(num_rows + 1) // 4) * 4
 
 
+@dataclass(frozen=True)
+class _GroupSizes:
+    """What the host decides of a group: rows [first, last), and see `RowGroup`.
+
+    Attributes:
+        tiles: number of tiles and most rows of a tile, of each class.
+        chains: number of chains.
+    """
+
+    first: int
+    last: int
+    tiles: list[tuple[int, int]]
+    chains: int
+    width: int
+    max_query_len: int
+    max_length: int
+
+
 class _Sent:
     """What the host sends of a step, in one array: one copy to the device."""
 
     def __init__(self, num_rows: int) -> None:
         self.num_rows = num_rows
-        self.size = _field_size(num_rows)
-        self.array = np.zeros(7 * self.size, np.int32)
-        self.row_seq, self.query_len, self.after, self.query_start, tiles = (
-            self.array[: self.size],
-            self.array[self.size : 2 * self.size],
-            self.array[2 * self.size : 3 * self.size],
-            self.array[3 * self.size : 4 * self.size],
-            self.array[4 * self.size :],
-        )
-        self.tiles = tiles.reshape(-1, 3)
+        self.size = size = _field_size(num_rows)
+        self.array = np.zeros(SENT_FIELDS * size, np.int32)
+        fields = self.array[: 6 * size].reshape(6, size)
+        self.row_seq, self.query_len, self.after, self.query_start, self.top_k, self.slot = fields
+        self.slot[:] = NO_REQUEST
+        self.tiles = self.array[6 * size : 9 * size].reshape(-1, 3)
+        self.chains = self.array[9 * size :].reshape(-1, 4)
 
     def write_rows(self, plan: SelectionPlan, seq_lens: Int32) -> None:
         rows = slice(plan.num_rows)
@@ -234,6 +295,15 @@ class _Sent:
         self.after[rows] = seq_lens[plan.row_seq] - plan.chunk_end
         self.query_start[rows] = plan.query_start
         self.query_start[plan.num_rows :] = int(plan.query_len.sum())
+        self.top_k[rows] = plan.top_k
+        self.slot[rows] = plan.slot
+
+    def write_chains(self, plan: SelectionPlan, first: int, last: int) -> int:
+        """Chains of the rows [first, last); returns how many there are."""
+        rows, counts = _runs(plan.caches[first:last], plan.row_seq[first:last])
+        slot, owner = plan.slot[first:last][rows], plan.owner[first:last][rows]
+        self.chains[first : first + len(rows)] = np.stack([rows, counts, slot, owner], axis=1)
+        return len(rows)
 
     def send(self, buffers: RowBuffers, seq_lens: torch.Tensor, method: Method) -> _OnDevice:
         source = torch.from_numpy(self.array)
@@ -241,51 +311,56 @@ class _Sent:
             source = source.pin_memory()  # a copy from pageable memory would wait for the device
         sent = buffers.sent[: len(source)]
         sent.copy_(source, non_blocking=True)
-        row_seq, query_len, after, query_start = sent[: 4 * self.size].view(4, self.size)
+        rows = sent[: 6 * self.size].view(6, self.size)
+        row_seq, query_len, after, _, top_k, _ = rows
         context_end = (seq_lens[row_seq.long()] - after) * (query_len > 0)
         candidate_end = context_end - query_len - method.n_local
-        selects = candidate_end - method.n_init > method.top_k
+        selects = candidate_end - method.n_init > top_k
         scored_end = torch.where(selects, candidate_end, method.n_init)
-        ends = buffers.ends[: 3 * self.size].view(3, self.size)
-        torch.stack([candidate_end, scored_end, context_end], out=ends)
-        return _OnDevice(row_seq, query_len, query_start, ends, sent[4 * self.size :].view(-1, 3))
+        reused_end = torch.full_like(context_end, NOT_REUSED)
+        ends = buffers.ends[: ENDS * self.size].view(ENDS, self.size)
+        torch.stack([candidate_end, context_end, scored_end, context_end, reused_end], out=ends)
+        return _OnDevice(
+            rows,
+            ends,
+            sent[6 * self.size : 9 * self.size].view(-1, 3),
+            sent[9 * self.size :].view(-1, 4),
+        )
 
 
 @dataclass(frozen=True)
 class _OnDevice:
-    row_seq: torch.Tensor
-    query_len: torch.Tensor
-    query_start: torch.Tensor
+    rows: torch.Tensor
     ends: torch.Tensor
     tiles: torch.Tensor
+    chains: torch.Tensor
 
-    def group(
-        self,
-        sent: _Sent,
-        first: int,
-        last: int,
-        tile_classes: list[tuple[int, int]],
-        width: int,
-        max_query_len: int | None = None,
-    ) -> RowGroup:
-        """Rows [first, last), with `(tiles, rows per tile)` of each class of tiles."""
+    def group(self, sent: _Sent, sizes: _GroupSizes) -> RowGroup:
+        first, last = sizes.first, sizes.last
         tiles, start = [], first
-        for count, rows_per_tile in tile_classes:
+        for count, rows_per_tile in sizes.tiles:
             tiles.append(Tiles(self.tiles[start : start + count], rows_per_tile))
             start += count
-        query_lens = sent.query_len[first:last]
+        row_seq, query_len, _, query_start, top_k, slot = self.rows
+        candidate_end, context_end, scored_end, table_end, reused_end = self.ends[:, first:last]
         return RowGroup(
-            row_seq=self.row_seq[first:last],
-            query_start_loc=self.query_start[first : last + 1],
-            query_len=self.query_len[first:last],
-            candidate_end=self.ends[0, first:last],
-            scored_end=self.ends[1, first:last],
-            context_end=self.ends[2, first:last],
+            row_seq=row_seq[first:last],
+            query_start_loc=query_start[first : last + 1],
+            query_len=query_len[first:last],
+            top_k=top_k[first:last],
+            slot=slot[first:last],
+            candidate_end=candidate_end,
+            context_end=context_end,
+            scored_end=scored_end,
+            table_end=table_end,
+            reused_end=reused_end,
+            chains=self.chains[first : first + sizes.chains],
             tiles=tuple(tiles),
-            width=width,
+            width=sizes.width,
             query_starts=sent.query_start[first:last],
-            query_lens=query_lens,
-            max_query_len=int(query_lens.max()) if max_query_len is None else max_query_len,
+            query_lens=sent.query_len[first:last],
+            max_query_len=sizes.max_query_len,
+            max_length=sizes.max_length,
         )
 
 
@@ -310,14 +385,28 @@ def _width(plan: SelectionPlan, first: int, last: int, limits: StepLimits) -> in
     return limits.width_of(int(ends.max())) if len(ends) else 0
 
 
+def _max_length(plan: SelectionPlan, first: int, last: int, limits: StepLimits) -> int:
+    """Most tokens that a row of [first, last) attends to."""
+    dense = plan.chunk_end[first:last][plan.dense[first:last]]
+    sparse = 0 if len(dense) == last - first else limits.method.max_attended
+    return max(int(dense.max(initial=0)), sparse)
+
+
 def _tile_runs(plan: SelectionPlan, first: int, last: int, most_rows: int) -> Int32:
     """Runs of rows of one request that may select, int32 [runs, 3], rows counted from `first`."""
-    rows = np.flatnonzero(~plan.dense[first:last])
-    seqs = plan.row_seq[first:last][rows]
+    seqs = plan.row_seq[first:last]
+    rows, counts = _runs(~plan.dense[first:last], seqs, most_rows)
+    return np.stack([seqs[rows], rows, counts], axis=1).astype(np.int32)
+
+
+def _runs(
+    chosen: npt.NDArray[np.bool_], seqs: Int32, most_rows: int | None = None
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Runs of chosen rows of one request, no longer than `most_rows`: first rows and lengths."""
+    rows = np.flatnonzero(chosen)
     order = np.arange(len(rows))
     breaks = np.ones(len(rows), bool)
-    breaks[1:] = (np.diff(seqs) != 0) | (np.diff(rows) != 1)
+    breaks[1:] = (np.diff(seqs[rows]) != 0) | (np.diff(rows) != 1)
     in_run = order - np.maximum.accumulate(np.where(breaks, order, 0))
-    starts = np.flatnonzero(in_run % most_rows == 0)
-    counts = np.diff(starts, append=len(rows))
-    return np.stack([seqs[starts], rows[starts], counts], axis=1).astype(np.int32)
+    starts = np.flatnonzero(in_run % (most_rows or len(rows) + 1) == 0)
+    return rows[starts], np.diff(starts, append=len(rows))

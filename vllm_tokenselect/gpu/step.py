@@ -1,7 +1,7 @@
-"""One layer of one step on a GPU: mean query -> score -> vote -> table -> attention.
+"""One layer of one step on a GPU: decide -> mean query -> score -> vote -> table -> finish -> attention.
 
-Launches the same kernels whatever the rows are; a row that sees its whole context, or a padded one, is
-left out by the kernels themselves.
+Launches the same kernels whatever the rows are; a row that sees its whole context or reuses a selection,
+or a padded one, is left out by the kernels themselves.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from vllm_tokenselect.gpu.workspace import Workspace
 from vllm_tokenselect.kernels.block_table.gpu import build_sparse_block_table
 from vllm_tokenselect.kernels.mean_query.gpu import mean_queries
 from vllm_tokenselect.kernels.score.gpu import Scores, score_paged_keys
+from vllm_tokenselect.kernels.selection_cache.gpu import decide_rows, finish_rows
 from vllm_tokenselect.kernels.vote.gpu import soft_vote
 
 
@@ -40,22 +41,48 @@ class GpuStep:
         attention: RowAttention,
         out: torch.Tensor,
     ) -> None:
-        """Select and attend.
+        """Select, or reuse selections, and attend.
 
         Args:
             query: fp32, bf16 or fp16 [T, Hq, D], the layer's queries of this step.
-            cache: of the layer, this step's keys and values written.
+            cache: of the layer, this step's keys and values written. Its selections follow the step.
             scale: scale of q . k.
-            workspace: overwritten.
+            workspace: overwritten; its counters are added to.
             attention: the library that attends.
             out: [T, Hq, D], written for every query of a row.
         """
         for group in self.groups:
+            self.decide(group, query, cache, workspace)
             if group.tiles:
                 self.score(group, query, cache, scale, workspace)
                 self.vote(group, workspace)
             self.build_table(group, cache, workspace)
+            self.finish(group, cache, workspace)
             self.attend(group, query, cache, scale, workspace, attention, out)
+
+    def decide(
+        self, group: RowGroup, query: torch.Tensor, cache: LayerCache, workspace: Workspace
+    ) -> None:
+        """Decide which of the group's rows reuse a selection."""
+        if cache.selections is None:
+            return
+        method = workspace.limits.method
+        decide_rows(
+            query,
+            workspace.limits.num_kv_heads,
+            group.query_start_loc[:-1],
+            group.chains,
+            method.n_init,
+            group.top_k,
+            group.candidate_end,
+            group.context_end,
+            method.similarity_threshold,
+            method.refresh_interval,
+            cache.selections,
+            group.scored_end,
+            group.table_end,
+            group.reused_end,
+        )
 
     def score(
         self,
@@ -92,20 +119,41 @@ class GpuStep:
         soft_vote(scores, buffers.votes)
 
     def build_table(self, group: RowGroup, cache: LayerCache, workspace: Workspace) -> None:
-        """Fill the workspace's sparse block table from the votes."""
+        """Fill the workspace's sparse block table, but for rows that reuse a selection."""
         method = workspace.limits.method
         build_sparse_block_table(
             workspace.for_scores(group).votes if group.tiles else None,
             self.block_table,
             group.row_seq,
             method.n_init,
-            method.top_k,
-            group.candidate_end,
-            group.context_end,
+            group.top_k,
+            group.scored_end,
+            group.table_end,
             cache.pages.shape[3],
             workspace.slots[: group.num_rows],
             workspace.lengths[: group.num_rows],
             workspace.table_scratch,
+        )
+
+    def finish(self, group: RowGroup, cache: LayerCache, workspace: Workspace) -> None:
+        """Fill in the rows that reuse a selection, remember the others', and count all."""
+        finish_rows(
+            group.chains,
+            self.block_table,
+            group.row_seq,
+            group.slot,
+            group.query_len,
+            workspace.limits.method.n_init,
+            group.top_k,
+            group.candidate_end,
+            group.context_end,
+            group.scored_end,
+            group.reused_end,
+            cache.pages.shape[3],
+            cache.selections,
+            workspace.slots[: group.num_rows],
+            workspace.lengths[: group.num_rows],
+            workspace.counters,
         )
 
     def attend(

@@ -24,7 +24,8 @@ def compile_gpu_kernels(
 
     Args:
         workspace, attention: of the layer.
-        cache: of the layer's layout and dtype, with one block at least; what lies in it does not matter.
+        cache: of the layer's layout and dtype, with one block at least, and with selections where the
+            layer has them; what lies in it does not matter.
         block_table_width: of the server's block tables, whose strides are compiled in.
         dtype: of the queries.
     """

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_tokenselect.gpu.rows import MAX_GROUP_ROWS, RowGroup, StepLimits
+from vllm_tokenselect.gpu.rows import RowGroup, StepLimits
 from vllm_tokenselect.kernels.block_table.gpu import TableScratch
 from vllm_tokenselect.kernels.score.gpu import MAX_SPLITS, choose_splits
 
@@ -29,24 +29,36 @@ class Workspace:
         limits: of the steps.
         head_size: of a layer.
         device: where the buffers lie.
+        counters: int64 [5] on the device, added to by every layer: rows that selected, reused a
+            selection, and saw their whole context; tokens that were attended, and tokens in context.
+            Zeros of its own when None.
 
     Attributes:
-        slots: int32 [MAX_GROUP_ROWS, max_attended], the sparse block table of a group.
-        lengths: int32 [MAX_GROUP_ROWS], entries of each row.
+        slots: int32 [table_rows, table_width], the sparse block table of a group.
+        lengths: int32 [table_rows], entries of each row.
     """
 
-    def __init__(self, limits: StepLimits, head_size: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        limits: StepLimits,
+        head_size: int,
+        device: torch.device,
+        counters: torch.Tensor | None = None,
+    ) -> None:
         def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
 
         self.limits = limits
-        rows, heads = MAX_GROUP_ROWS, limits.num_heads
-        self.slots = empty(rows, limits.method.max_attended, dtype=torch.int32)
+        rows, heads = limits.table_rows, limits.num_heads
+        self.slots = empty(rows, limits.table_width, dtype=torch.int32)
         self.lengths = empty(rows, dtype=torch.int32)
         self.mean_queries = empty(rows, heads, head_size)
         self.parts = empty(2, rows * heads * MAX_SPLITS)
         self.scores = empty(limits.score_bytes // 4)
         self.table_scratch = TableScratch(rows, device)
+        if counters is None:
+            counters = torch.zeros(5, dtype=torch.int64, device=device)
+        self.counters = counters
 
     @property
     def num_bytes(self) -> int:

@@ -1,10 +1,13 @@
 """What vLLM has no public door for: one seam a file, each checked before it is used.
 
-registration      the name TOKENSELECT, in every process
-platform_backend  which layers run on it
-engine_config     settings checked at start, the scheduler put in place
-scheduler         whole query chunks, prefix-cache limits
-runner_v1, _v2    stable request slots on both model runners
+registration        the name TOKENSELECT, in every process
+platform_backend    which layers run on it
+engine_config       settings checked at start, the scheduler put in place
+request_validation  a request's own settings checked when it arrives
+scheduler           whole query chunks, prefix-cache limits, whom to preempt
+block_hashes        what other settings computed kept apart in the prefix cache
+runner_v1, _v2      stable request slots on both model runners
+metrics             what is counted, in /metrics once a worker is warm
 """
 
 from __future__ import annotations
@@ -22,9 +25,12 @@ __all__ = ["Finding", "Seam", "SeamBroken", "all_seams", "check_installed_hooks"
 def all_seams() -> Sequence[Seam]:
     """Every seam of the project. Needs vLLM's dependencies, not vLLM itself."""
     from vllm_tokenselect.hooks import (
+        block_hashes,
         engine_config,
+        metrics,
         platform_backend,
         registration,
+        request_validation,
         runner_v1,
         runner_v2,
         scheduler_seams,
@@ -34,9 +40,12 @@ def all_seams() -> Sequence[Seam]:
         registration.SEAM,
         *platform_backend.SEAMS.values(),
         *engine_config.SEAMS.values(),
+        request_validation.SEAM,
         *scheduler_seams.SEAMS,
+        block_hashes.SEAM,
         *runner_v1.SEAMS,
         *runner_v2.SEAMS,
+        *metrics.SEAMS.values(),
     )
 
 
@@ -49,16 +58,25 @@ def install_in_every_process() -> None:
     """Register the backend and wrap the platform: what a process needs before it is configured."""
     from vllm.platforms import current_platform
 
-    from vllm_tokenselect.hooks import engine_config, platform_backend, registration
+    from vllm_tokenselect.hooks import (
+        engine_config,
+        platform_backend,
+        registration,
+        request_validation,
+    )
 
     registration.install()
     platform = type(current_platform)
     platform_backend.install(platform)
     engine_config.install(platform)
+    request_validation.install(platform)
 
 
 def install_in_worker(model_runner_v2: bool) -> None:
-    """Wrap the model runner, in a process that runs layers on TOKENSELECT."""
-    from vllm_tokenselect.hooks import runner_v1, runner_v2
+    """Wrap the worker and its model runner, in a process that runs layers on TOKENSELECT."""
+    from vllm.platforms import current_platform
+
+    from vllm_tokenselect.hooks import metrics, runner_v1, runner_v2
 
     (runner_v2 if model_runner_v2 else runner_v1).install()
+    metrics.install(current_platform.device_type)

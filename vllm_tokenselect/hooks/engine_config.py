@@ -8,6 +8,7 @@ vLLM's public `scheduler_cls`.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from vllm_tokenselect.config import (
@@ -15,6 +16,7 @@ from vllm_tokenselect.config import (
     DEFAULT_WORKSPACE_MB,
     TokenSelectConfig,
 )
+from vllm_tokenselect.hooks import block_hashes, metrics, request_validation
 from vllm_tokenselect.hooks.log import get_logger
 from vllm_tokenselect.hooks.registration import is_selected
 from vllm_tokenselect.hooks.seam import Seam
@@ -56,6 +58,9 @@ def configure(vllm_config: Any, device_type: str) -> None:
                 "tokenselect settings are given but not used: the attention backend is not "
                 "TOKENSELECT. Add --attention-backend TOKENSELECT."
             )
+        if vllm_config.model_config is not None:
+            request_validation.use(None)
+            block_hashes.use(None)
         return
     config = TokenSelectConfig.from_additional_config(additional)
     if device_type not in DEFAULT_WORKSPACE_MB:
@@ -69,6 +74,8 @@ def configure(vllm_config: Any, device_type: str) -> None:
             "kernel is used. Leave it out."
         )
     _refuse_features(vllm_config)
+    if vllm_config.speculative_config is not None and config.method.reuses_selections:
+        config = _without_selection_cache(vllm_config, config)
     if vllm_config.model_config is None:
         return
     scheduler = vllm_config.scheduler_config
@@ -82,6 +89,8 @@ def configure(vllm_config: Any, device_type: str) -> None:
         long_prefill_token_threshold=scheduler.long_prefill_token_threshold,
     )
     _choose_scheduler(scheduler)
+    metrics.serve_counters()
+    request_validation.use(request_validation.Engine(vllm_config, config.top_k, device_type))
     if device_type == "cpu":
         # A worker starts bound to one core, and numba, which vLLM's model runner imports, would count
         # one. Inherited by the workers; each then takes as many threads as its PyTorch has.
@@ -115,6 +124,25 @@ def _drafts_without_a_model(speculative_config: Any) -> bool:
     return speculative_config is None or speculative_config.method in ("ngram", "suffix")
 
 
+def _without_selection_cache(vllm_config: Any, config: TokenSelectConfig) -> TokenSelectConfig:
+    """Switch the Selection Cache off for the engine; its processes read the settings from there."""
+    additional = vllm_config.additional_config
+    if "similarity_threshold" in config.model_fields_set or not isinstance(additional, Mapping):
+        raise SettingsError(
+            f"tokenselect similarity_threshold={config.similarity_threshold} cannot be used with "
+            "--speculative-config: a reused selection would depend on which drafts were rejected. "
+            "Set similarity_threshold to 1 in --additional-config, or leave out "
+            "--speculative-config."
+        )
+    get_logger(__name__).info(
+        "TOKENSELECT selects for every token anew (similarity_threshold 1): with "
+        "--speculative-config a reused selection would depend on which drafts were rejected."
+    )
+    settings = {**additional.get(ADDITIONAL_CONFIG_KEY, {}), "similarity_threshold": 1.0}
+    vllm_config.additional_config = {**additional, ADDITIONAL_CONFIG_KEY: settings}
+    return TokenSelectConfig.from_mapping(settings)
+
+
 def _choose_scheduler(scheduler_config: Any) -> None:
     chosen = scheduler_config.scheduler_cls
     if chosen is None:
@@ -125,8 +153,9 @@ def _choose_scheduler(scheduler_config: Any) -> None:
     if not path.startswith(f"{_SCHEDULERS}."):
         raise SettingsError(
             f"--scheduler-cls {path} cannot be used with TOKENSELECT, which needs its own scheduler "
-            "to keep query chunks whole and to cut prefix-cache hits at chunk boundaries. Leave out "
-            "--scheduler-cls."
+            "to keep query chunks whole, to cut prefix-cache hits at chunk boundaries and to keep "
+            "blocks of other settings out of them. Leave out --scheduler-cls, or leave out "
+            "--attention-backend TOKENSELECT."
         )
 
 

@@ -12,10 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from vllm_tokenselect.config import TokenSelectConfig
 from vllm_tokenselect.hooks.activity import log_activity
+from vllm_tokenselect.hooks.request_top_k import top_k_of
 from vllm_tokenselect.hooks.seam import Seam
-from vllm_tokenselect.request_settings import requested_top_k
 from vllm_tokenselect.requests import RequestTable, StepRequests
 
 if TYPE_CHECKING:
@@ -62,12 +61,6 @@ def update_slots(table: RequestTable, runner: Any, output: SchedulerOutput) -> N
     for request_id in (*(new.req_id for new in output.scheduled_new_reqs), *resumed):
         request = runner.requests[request_id]
         table.add(request_id, request.num_prompt_tokens, top_k_of(runner, request.sampling_params))
-
-
-def top_k_of(runner: Any, sampling_params: Any) -> int:
-    """Tokens that a request selects, by its own settings or the server's."""
-    config = TokenSelectConfig.from_additional_config(runner.vllm_config.additional_config)
-    return requested_top_k(getattr(sampling_params, "extra_args", None), config.top_k)
 
 
 @contextmanager

@@ -1,38 +1,60 @@
 """Stable request slots on Model Runner V2, whose request table has stable rows of its own.
 
-Wraps `RequestState.add_request` and `RequestState.remove_request`. Each metadata build names the rows
-as `CommonAttentionMetadata.req_idx`; they are our slots. V2 adds a preempted request anew when it is
-resumed, so a slot is reset then too.
+Wraps `GPUModelRunner.add_requests`, `._remove_request` and `.finish_requests`. Each metadata build
+names the rows as `CommonAttentionMetadata.req_idx`; they are our slots. V2 adds a preempted request
+anew when it is resumed, and a streaming one for each new part of its input: each is a new owner.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_tokenselect.hooks.activity import log_activity
+from vllm_tokenselect.hooks.request_top_k import top_k_of
 from vllm_tokenselect.hooks.seam import Seam
 from vllm_tokenselect.requests import RequestTable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
+
+_MODULE = "vllm.v1.worker.gpu.model_runner"
 
 SEAMS = (
     Seam(
         name="runner_v2",
-        module="vllm.v1.worker.gpu.states",
-        qualname="RequestState.add_request",
-        parameters=("self", "req_id", "prompt_len"),
+        module=_MODULE,
+        qualname="GPUModelRunner.add_requests",
+        parameters=("self", "scheduler_output"),
         contains=(
-            "req_idx = self.free_indices.pop()",
-            "self.req_id_to_index[req_id] = req_idx",
+            "for new_req_data in scheduler_output.scheduled_new_reqs:",
+            "self._remove_request(req_id)",
+            "self.req_states.add_request(",
+            "req_index = self.req_states.req_id_to_index[req_id]",
         ),
-        why="resets the request's slot when it is added or resumed, and learns its prompt's length",
+        why="gives a request the slot of its row, with its prompt's length and its own settings",
     ),
     Seam(
         name="runner_v2",
-        module="vllm.v1.worker.gpu.states",
-        qualname="RequestState.remove_request",
+        module=_MODULE,
+        qualname="GPUModelRunner._remove_request",
         parameters=("self", "req_id"),
-        contains=("self.free_indices.append(req_idx)",),
-        why="frees the request's slot when it ends or is preempted",
+        contains=("req_idx = self.req_states.remove_request(req_id)",),
+        why="frees the request's slot when its row is freed",
+    ),
+    Seam(
+        name="runner_v2",
+        module=_MODULE,
+        qualname="GPUModelRunner.finish_requests",
+        parameters=("self", "scheduler_output"),
+        contains=(
+            "finished_req_ids = scheduler_output.finished_req_ids",
+            "preempted_req_ids = scheduler_output.preempted_req_ids",
+            "self._remove_request(req_id)",
+        ),
+        why="tells the end of a request, which is logged, from its preemption",
     ),
 )
 
@@ -44,42 +66,62 @@ def request_table() -> RequestTable | None:
     return _table
 
 
-def add_to_slot(state: Any, request_id: str, prompt_len: int) -> None:
-    """Give the request the slot that V2 chose, after `add_request`."""
+def add_to_slot(runner: Any, new: NewRequestData) -> None:
+    """Give the request the slot of the row that V2 chose."""
     global _table
-    if _table is None or _table.capacity != state.max_num_reqs:
-        _table = RequestTable(state.max_num_reqs)
-    _table.add(request_id, prompt_len, 2048, slot=state.req_id_to_index[request_id])
+    states = runner.req_states
+    if _table is None or _table.capacity != states.max_num_reqs:
+        _table = RequestTable(states.max_num_reqs)
+    _table.add(
+        new.req_id,
+        new.prompt_len,
+        top_k_of(runner, new.sampling_params),
+        slot=states.req_id_to_index[new.req_id],
+    )
 
 
 def remove_from_slot(request_id: str) -> None:
-    """Free the slot, after `remove_request`."""
-    if _table is not None and request_id in _table:
-        log_activity(request_id, _table.finish(request_id))
+    """Free the request's slot; what was recorded of it is kept until it ends."""
+    if _table is not None:
+        _table.remove(request_id)
+
+
+def finish(request_ids: Iterable[str]) -> None:
+    """Log what requests that ended attended to."""
+    if _table is not None:
+        for request_id in request_ids:
+            log_activity(request_id, _table.finish(request_id))
 
 
 def install() -> None:
-    """Wrap both methods; safe to call again."""
-    from vllm.v1.worker.gpu.states import RequestState
+    """Wrap the methods; safe to call again."""
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
-    if "_tokenselect_add_request" in vars(RequestState):
+    if "_tokenselect_add_requests" in vars(GPUModelRunner):
         return
     if all(seam.require() == "patched" for seam in SEAMS):
         return
-    add_request, remove_request = RequestState.add_request, RequestState.remove_request
+    add_requests = GPUModelRunner.add_requests
+    remove_request = GPUModelRunner._remove_request
+    finish_requests = GPUModelRunner.finish_requests
 
-    @functools.wraps(add_request)
-    def add_request_and_slot(
-        self: Any, req_id: str, prompt_len: int, *args: Any, **kwargs: Any
-    ) -> None:
-        add_request(self, req_id, prompt_len, *args, **kwargs)
-        add_to_slot(self, req_id, prompt_len)
+    @functools.wraps(add_requests)
+    def add_requests_and_slots(self: Any, scheduler_output: SchedulerOutput) -> None:
+        add_requests(self, scheduler_output)
+        for new in scheduler_output.scheduled_new_reqs:
+            add_to_slot(self, new)
 
     @functools.wraps(remove_request)
     def remove_request_and_slot(self: Any, req_id: str) -> Any:
         remove_from_slot(req_id)
         return remove_request(self, req_id)
 
-    RequestState._tokenselect_add_request = add_request
-    RequestState.add_request = add_request_and_slot
-    RequestState.remove_request = remove_request_and_slot
+    @functools.wraps(finish_requests)
+    def finish_requests_and_log(self: Any, scheduler_output: SchedulerOutput) -> None:
+        finish_requests(self, scheduler_output)
+        finish(scheduler_output.finished_req_ids)
+
+    GPUModelRunner._tokenselect_add_requests = add_requests
+    GPUModelRunner.add_requests = add_requests_and_slots
+    GPUModelRunner._remove_request = remove_request_and_slot
+    GPUModelRunner.finish_requests = finish_requests_and_log

@@ -8,6 +8,9 @@ prefix-cache hit is cut, and limits what a request puts into the prefix cache. N
 2. Blocks enter the prefix cache only below the request's own limit, the last multiple of
    `query_chunk` before its tail, and a hit is cut at the reader's limit, at a multiple of
    `query_chunk`. What is shared was computed as whole chunks, and what follows starts with one.
+   A streaming request whose input was continued shares nothing from then on.
+
+`block_hashes` keeps what was computed by other settings apart, `preemption` chooses whom to preempt.
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from vllm_tokenselect.config import TokenSelectConfig
+from vllm_tokenselect.hooks import block_hashes
+from vllm_tokenselect.hooks.preemption import PreemptFewestComputed
 from vllm_tokenselect.hooks.scheduler_seams import SEAMS
 
 if TYPE_CHECKING:
@@ -36,6 +41,9 @@ class WholeChunks:
         )
         self._hit_limit: int | None = None
         self._limit_prefix_cache()
+        # In the process where requests are hashed, and before any is.
+        block_hashes.use(self.tokenselect)
+        block_hashes.install()
 
     def _limit_prefix_cache(self) -> None:
         coordinator = self.kv_cache_manager.coordinator  # type: ignore[attr-defined]
@@ -43,8 +51,7 @@ class WholeChunks:
         find_longest_cache_hit = coordinator.find_longest_cache_hit
 
         def cache_shareable_blocks(request: Request, num_computed_tokens: int) -> None:
-            shareable = self.tokenselect.method.shareable_tokens(request.num_prompt_tokens)
-            cache_blocks(request, min(num_computed_tokens, shareable))
+            cache_blocks(request, min(num_computed_tokens, self._shareable_tokens(request)))
 
         def find_hit_below_limit(block_hashes: Any, max_cache_hit_length: int) -> Any:
             if self._hit_limit is not None:
@@ -54,9 +61,20 @@ class WholeChunks:
         coordinator.cache_blocks = cache_shareable_blocks
         coordinator.find_longest_cache_hit = find_hit_below_limit
 
+    def _shareable_tokens(self, request: Request) -> int:
+        if hasattr(request, "_tokenselect_continued"):
+            return 0
+        return self.tokenselect.method.shareable_tokens(request.num_prompt_tokens)
+
+    def _update_request_as_session(self, session: Request, update: Any) -> None:
+        super()._update_request_as_session(session, update)  # type: ignore[misc]
+        # What was the prompt's tail and answer is now in the middle of a prompt, where others compute
+        # whole chunks; and the update may bring other settings than the hashes tell.
+        session._tokenselect_continued = True
+
     def _get_local_prefix_cache_hit(self, request: Request, *args: Any) -> Any:
         chunk = self.tokenselect.query_chunk
-        self._hit_limit = self.tokenselect.method.shareable_tokens(request.num_prompt_tokens)
+        self._hit_limit = self._shareable_tokens(request)
         try:
             while True:
                 hit = super()._get_local_prefix_cache_hit(request, *args)  # type: ignore[misc]
@@ -87,9 +105,9 @@ class WholeChunks:
         return max(end // chunk * chunk - num_computed_tokens, 0)
 
 
-class TokenSelectScheduler(WholeChunks, Scheduler):
+class TokenSelectScheduler(WholeChunks, PreemptFewestComputed, Scheduler):
     """vLLM's scheduler under the rules above."""
 
 
-class TokenSelectAsyncScheduler(WholeChunks, AsyncScheduler):
+class TokenSelectAsyncScheduler(WholeChunks, PreemptFewestComputed, AsyncScheduler):
     """vLLM's asynchronous scheduler under the rules above."""

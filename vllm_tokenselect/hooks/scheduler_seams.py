@@ -22,8 +22,13 @@ SEAMS = (
             "num_new_tokens = self._reserve_prefill_lookahead("
             "request, num_computed_tokens, num_new_tokens)",
             "self._get_local_prefix_cache_hit(request",
+            "while req_index < len(self.running) and token_budget > 0:",
+            "preempted_req = self.running[-1]",
+            "preempted_req = self.running.pop()",
+            "num_lookahead_tokens=self.num_lookahead_tokens",
         ),
-        why="asks the two methods above and below for running and for waiting requests",
+        why="asks the methods above and below for running and for waiting requests, and preempts "
+        "the last of the running ones",
     ),
     Seam(
         name="scheduler",
@@ -32,6 +37,17 @@ SEAMS = (
         parameters=("self", "request"),
         contains=("self.kv_cache_manager.get_computed_blocks(request",),
         why="cuts a prefix-cache hit at a chunk boundary below the reader's limit",
+    ),
+    Seam(
+        name="scheduler",
+        module="vllm.v1.core.sched.scheduler",
+        qualname="Scheduler._update_request_as_session",
+        parameters=("self", "session", "update"),
+        contains=(
+            "session.num_prompt_tokens = len(session.prompt_token_ids)",
+            "session.sampling_params = update.sampling_params",
+        ),
+        why="continues a streaming request, which then shares no more blocks",
     ),
     Seam(
         name="scheduler",
@@ -56,5 +72,16 @@ SEAMS = (
         parameters=("self", "request", "num_computed_tokens"),
         contains=("self.coordinator.cache_blocks(request, num_computed_tokens)",),
         why="enters blocks into the prefix cache through the coordinator, where they are limited",
+    ),
+    Seam(
+        name="scheduler",
+        module="vllm.v1.core.single_type_kv_cache_manager",
+        qualname="SingleTypeKVCacheManager.get_num_blocks_to_allocate",
+        parameters=("self", "request_id", "num_tokens"),
+        contains=(
+            "num_required_blocks = cdiv(num_tokens, self.block_size)",
+            "num_req_blocks = len(self.req_to_blocks.get(request_id, ()))",
+        ),
+        why="counts the blocks that a request needs, which tells when they may run short",
     ),
 )

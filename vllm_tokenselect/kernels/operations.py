@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_tokenselect.kernels.single_queries.reference import Layer
+from vllm_tokenselect.kernels.single_queries.rows import Layer, SingleQueryRows
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Operations:
     soft_vote: Callable[..., torch.Tensor]
     build_sparse_block_table: Callable[..., None]
     gather_tokens: Callable[..., object]
-    single_queries: Callable[..., Layer]
+    single_queries: Callable[[SingleQueryRows], Layer]
 
 
 def reference_operations() -> Operations:

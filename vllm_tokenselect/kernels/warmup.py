@@ -9,6 +9,7 @@ from vllm_tokenselect.kernels.block_table.cpu import build_sparse_block_table
 from vllm_tokenselect.kernels.gather.cpu import gather_tokens
 from vllm_tokenselect.kernels.score.cpu import score_paged_keys
 from vllm_tokenselect.kernels.single_queries.cpu import single_queries
+from vllm_tokenselect.kernels.single_queries.rows import SingleQueryRows
 from vllm_tokenselect.kernels.vote.cpu import soft_vote
 from vllm_tokenselect.kernels.write.cpu import write_tokens
 
@@ -67,10 +68,10 @@ def compile_cpu_kernels(
     keys = torch.zeros((1, num_kv_heads, head_size), dtype=kv_dtype)
     write_tokens(keys, keys, kv_cache, torch.zeros(1, dtype=torch.int64))
     votes = soft_vote(score_paged_keys(query.float(), kv_cache, block_table, row_seq, 0, ends, 1.0))
-    build_sparse_block_table(
-        votes, block_table, row_seq, 0, 1, ends, ends, block_size, slots, lengths
-    )
+    top_k = torch.ones(1, dtype=torch.int32)
+    table = (block_table, row_seq, 0, top_k, ends, ends, block_size, slots, lengths)
+    build_sparse_block_table(votes, *table)
     gather_tokens(kv_cache, slots[0, :1], keys, torch.empty_like(keys))
-    table = (block_table, row_seq, 0, 1, ends, ends, block_size, slots, lengths)
-    single_queries(row_seq, *table, selects=True)(query, kv_cache, 1.0, torch.empty_like(query))
+    layer = single_queries(SingleQueryRows(row_seq, *table, selects=True))
+    layer(query, kv_cache, 1.0, torch.empty_like(query), None)
     return numba_threads

@@ -20,7 +20,7 @@ def build_sparse_block_table(
     block_table: torch.Tensor,
     row_seq: torch.Tensor,
     n_init: int,
-    top_k: int,
+    top_k: torch.Tensor,
     candidate_ends: torch.Tensor,
     context_ends: torch.Tensor,
     block_size: int,
@@ -32,15 +32,19 @@ def build_sparse_block_table(
     Raises:
         ValueError: a row has more than `top_k` candidates and `votes` is None.
     """
-    ends = int32_array(candidate_ends)
-    if votes is None and ends.max(initial=0) - n_init > top_k:
-        raise ValueError(f"{ends.max() - n_init} candidates for top_k={top_k} need votes, got None")
+    ends, most = int32_array(candidate_ends), int32_array(top_k)
+    if votes is None and (ends - n_init > most).any():
+        row = int(np.argmax(ends - n_init > most))
+        raise ValueError(
+            f"{ends[row] - n_init} candidates for top_k={most[row]} need votes, got None"
+        )
     build_rows(
+        np.arange(len(ends)),
         _NO_VOTES if votes is None else votes.contiguous().numpy(),
         int32_array(block_table),
         int32_array(row_seq),
         n_init,
-        top_k,
+        most,
         ends,
         int32_array(context_ends),
         block_size,
@@ -51,6 +55,7 @@ def build_sparse_block_table(
 
 @njit(parallel=True, cache=True)
 def build_rows(
+    rows,
     votes,
     block_table,
     row_seq,
@@ -62,26 +67,27 @@ def build_rows(
     slots,
     lengths,
 ):
-    for row in prange(slots.shape[0]):
+    """Lines `rows` of the table, each with a line of `votes`; the other arrays have every row."""
+    for index in prange(len(rows)):
+        row = rows[index]
         seq, candidate_end, context_end = row_seq[row], candidate_ends[row], context_ends[row]
-        num_candidates = candidate_end - n_init
-        if num_candidates <= top_k:
-            _write_range(block_table, seq, 0, context_end, block_size, slots, row, 0)
+        num_candidates, wanted = candidate_end - n_init, top_k[row]
+        if num_candidates <= wanted:
+            write_range(block_table, seq, 0, context_end, block_size, slots, row, 0)
             lengths[row] = context_end
         else:
-            _write_range(block_table, seq, 0, n_init, block_size, slots, row, 0)
-            _write_best(
-                votes, num_candidates, top_k, block_table, seq, n_init, block_size, slots, row
-            )
-            written = n_init + top_k
-            _write_range(
+            write_range(block_table, seq, 0, n_init, block_size, slots, row, 0)
+            keys = votes[index, :num_candidates].view(np.uint32)
+            _write_best(keys, wanted, block_table, seq, n_init, block_size, slots, row)
+            written = n_init + wanted
+            write_range(
                 block_table, seq, candidate_end, context_end, block_size, slots, row, written
             )
             lengths[row] = written + context_end - candidate_end
 
 
 @njit
-def _write_range(block_table, seq, first, last, block_size, slots, row, entry):
+def write_range(block_table, seq, first, last, block_size, slots, row, entry):
     """Write the slots of positions [first, last) from `entry` on."""
     position = first
     while (
@@ -96,11 +102,13 @@ def _write_range(block_table, seq, first, last, block_size, slots, row, entry):
 
 
 @njit
-def _write_best(votes, num_candidates, top_k, block_table, seq, n_init, block_size, slots, row):
-    """Write the slots of the `top_k` candidates with the highest votes, in order of position."""
-    keys = votes[row, :num_candidates].view(np.uint32)
+def _write_best(keys, top_k, block_table, seq, n_init, block_size, slots, row):
+    """Write the slots of the `top_k` candidates with the highest votes, in order of position.
+
+    `keys` are the bits of the candidates' votes.
+    """
     threshold, num_ties = _find_threshold(keys, top_k)
-    entry, position, end = n_init, n_init, n_init + num_candidates
+    entry, position, end = n_init, n_init, n_init + len(keys)
     while position < end:
         offset = position % block_size
         slot = block_table[seq, position // block_size] * block_size + offset

@@ -24,8 +24,8 @@ COUNTS = sum(1 << bits for bits in DIGIT_BITS)
 TOKENS_PER_STEP = 2048 if INTERPRETED else 4096
 MAX_PARTS = 64
 # A kernel is compiled once, not again for every number that 16 happens to divide.
-NUMBERS = ["n_init", "top_k"]
-ROW_ARRAYS = ["row_seq", "candidate_ends", "context_ends"]
+NUMBERS = ["n_init"]
+ROW_ARRAYS = ["row_seq", "top_k", "candidate_ends", "context_ends"]
 TOKENS_PER_PART = 32768  # fewer are done sooner by one program than by several that meet five times
 
 
@@ -58,7 +58,7 @@ def build_sparse_block_table(
     block_table: torch.Tensor,
     row_seq: torch.Tensor,
     n_init: int,
-    top_k: int,
+    top_k: torch.Tensor,
     candidate_ends: torch.Tensor,
     context_ends: torch.Tensor,
     block_size: int,
@@ -69,21 +69,23 @@ def build_sparse_block_table(
 ) -> None:
     """As `reference.build_sparse_block_table`, for tensors on a GPU.
 
-    A row with no more than `top_k` candidates reads no votes. A padded row has a context end of 0 and
-    gets a length of 0.
+    A row with no more candidates than its `top_k` reads no votes. A row whose candidates and context
+    end at 0, a padded one for example, gets a length of 0.
 
     Args:
-        votes: None when no row has more than `top_k` candidates.
+        votes: None when no row has more candidates than its `top_k`.
         scratch: for at least as many rows, overwritten.
         parts: programs of a row, no more than `MAX_PARTS`; chosen when None.
     """
     num_rows = len(slots)
     if not num_rows:
         return
+    selects = votes is not None
+    if parts is None:
+        parts = choose_parts(num_rows, slots.shape[1] if votes is None else votes.shape[1])
     if votes is None:
-        votes, parts = lengths[:, None], 1  # never read
-    elif parts is None:
-        parts = choose_parts(num_rows, votes.shape[1])
+        # Never read; of the kind that votes are, so that no other kernel is compiled.
+        votes = lengths.view(torch.float32)[None]
     arguments = (
         votes,
         block_table,
@@ -94,9 +96,9 @@ def build_sparse_block_table(
         lengths,
         scratch.counts,
         scratch.kept,
-        n_init,
         top_k,
-        votes.stride(0),
+        n_init,
+        votes.stride(0) if selects else 0,
         block_table.stride(0),
         slots.stride(0),
     )
@@ -112,10 +114,11 @@ def build_sparse_block_table(
     if parts == 1:
         _build[(1, num_rows)](*arguments, **constants)
         return
-    scratch.counts[:num_rows].zero_()
-    for digit in range(len(DIGIT_BITS)):
-        _count_digit[(parts, num_rows)](*arguments, DIGIT=digit, **constants)
-    _count_kept[(parts, num_rows)](*arguments, **constants)
+    if selects:
+        scratch.counts[:num_rows].zero_()
+        for digit in range(len(DIGIT_BITS)):
+            _count_digit[(parts, num_rows)](*arguments, DIGIT=digit, **constants)
+        _count_kept[(parts, num_rows)](*arguments, **constants)
     _write_parts[(parts, num_rows)](*arguments, **constants)
 
 
@@ -135,7 +138,7 @@ def _load_keys(votes_line, first, last, TOKENS: tl.constexpr):
 
 
 @triton.jit
-def _write_range(
+def write_range(
     line, first, last, entry, slots_line, BLOCK_SIZE: tl.constexpr, TOKENS: tl.constexpr
 ):
     """Write the slots of positions [first, last) from `entry` on."""
@@ -219,8 +222,8 @@ def _build(
     lengths,
     counts,
     kept,
-    n_init,
     top_k,
+    n_init,
     votes_stride,
     table_stride,
     slots_stride,
@@ -239,17 +242,18 @@ def _build(
     candidate_end = tl.load(candidate_ends + row)
     context_end = tl.load(context_ends + row)
     num_candidates = candidate_end - n_init
-    if num_candidates <= top_k:
-        _write_range(line, 0, context_end, 0, slots_line, BLOCK_SIZE, TOKENS)
+    wanted = tl.load(top_k + row)
+    if num_candidates <= wanted:
+        write_range(line, 0, context_end, 0, slots_line, BLOCK_SIZE, TOKENS)
         tl.store(lengths + row, context_end)
     else:
         found = _histogram(votes_line, 0, num_candidates, 0, BITS_1 + BITS_2, BITS_0, TOKENS)
-        threshold, ties = _next_digit(found, top_k, 0, BITS_0)
+        threshold, ties = _next_digit(found, wanted, 0, BITS_0)
         found = _histogram(votes_line, 0, num_candidates, threshold, BITS_2, BITS_1, TOKENS)
         threshold, ties = _next_digit(found, ties, threshold, BITS_1)
         found = _histogram(votes_line, 0, num_candidates, threshold, 0, BITS_2, TOKENS)
         threshold, ties = _next_digit(found, ties, threshold, BITS_2)
-        _write_range(line, 0, n_init, 0, slots_line, BLOCK_SIZE, TOKENS)
+        write_range(line, 0, n_init, 0, slots_line, BLOCK_SIZE, TOKENS)
         entry = _write_kept(
             votes_line,
             line,
@@ -263,17 +267,17 @@ def _build(
             BLOCK_SIZE,
             TOKENS,
         )
-        _write_range(line, candidate_end, context_end, entry, slots_line, BLOCK_SIZE, TOKENS)
+        write_range(line, candidate_end, context_end, entry, slots_line, BLOCK_SIZE, TOKENS)
         tl.store(lengths + row, entry + context_end - candidate_end)
 
 
 @triton.jit
-def _part(num_candidates, TOKENS: tl.constexpr):
-    """Candidates [first, last) of this program: equal parts of whole steps."""
+def _part(num_tokens, TOKENS: tl.constexpr):
+    """Tokens [first, last) of this program: equal parts of whole steps."""
     parts = tl.num_programs(0)
-    size = tl.cdiv(tl.cdiv(num_candidates, TOKENS), parts) * TOKENS
-    first = tl.minimum(tl.program_id(0) * size, num_candidates)
-    return first, tl.minimum(first + size, num_candidates)
+    size = tl.cdiv(tl.cdiv(num_tokens, TOKENS), parts) * TOKENS
+    first = tl.minimum(tl.program_id(0) * size, num_tokens)
+    return first, tl.minimum(first + size, num_tokens)
 
 
 @triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=ROW_ARRAYS)
@@ -287,8 +291,8 @@ def _count_digit(
     lengths,
     counts,
     kept,
-    n_init,
     top_k,
+    n_init,
     votes_stride,
     table_stride,
     slots_stride,
@@ -303,7 +307,8 @@ def _count_digit(
     """Add this part's count of one digit to the row's."""
     row = tl.program_id(1).to(tl.int64)
     num_candidates = tl.load(candidate_ends + row) - n_init
-    if num_candidates > top_k:
+    wanted = tl.load(top_k + row)
+    if num_candidates > wanted:
         bins_0: tl.constexpr = 1 << BITS_0
         bins_1: tl.constexpr = 1 << BITS_1
         counts_line = counts + row * (bins_0 + bins_1 + (1 << BITS_2))
@@ -313,7 +318,7 @@ def _count_digit(
             found = _histogram(votes_line, first, last, 0, BITS_1 + BITS_2, BITS_0, TOKENS)
             tl.atomic_add(counts_line + tl.arange(0, bins_0), found, found > 0)
         else:
-            prefix, wanted = _counted_digit(counts_line, top_k, 0, 0, BITS_0)
+            prefix, wanted = _counted_digit(counts_line, wanted, 0, 0, BITS_0)
             if DIGIT == 1:
                 found = _histogram(votes_line, first, last, prefix, BITS_2, BITS_1, TOKENS)
                 tl.atomic_add(counts_line + bins_0 + tl.arange(0, bins_1), found, found > 0)
@@ -326,13 +331,13 @@ def _count_digit(
 
 @triton.jit
 def _threshold(
-    counts, row, top_k, BITS_0: tl.constexpr, BITS_1: tl.constexpr, BITS_2: tl.constexpr
+    counts, row, wanted, BITS_0: tl.constexpr, BITS_1: tl.constexpr, BITS_2: tl.constexpr
 ):
     """Bits of the lowest kept vote, and how many that equal it are kept."""
     bins_0: tl.constexpr = 1 << BITS_0
     bins_1: tl.constexpr = 1 << BITS_1
     line = counts + row * (bins_0 + bins_1 + (1 << BITS_2))
-    threshold, ties = _counted_digit(line, top_k, 0, 0, BITS_0)
+    threshold, ties = _counted_digit(line, wanted, 0, 0, BITS_0)
     threshold, ties = _counted_digit(line, ties, threshold, bins_0, BITS_1)
     return _counted_digit(line, ties, threshold, bins_0 + bins_1, BITS_2)
 
@@ -348,8 +353,8 @@ def _count_kept(
     lengths,
     counts,
     kept,
-    n_init,
     top_k,
+    n_init,
     votes_stride,
     table_stride,
     slots_stride,
@@ -363,8 +368,9 @@ def _count_kept(
     """Count this part's votes above the threshold, and those that equal it."""
     part, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     num_candidates = tl.load(candidate_ends + row) - n_init
-    if num_candidates > top_k:
-        threshold = _threshold(counts, row, top_k, BITS_0, BITS_1, BITS_2)[0]
+    wanted = tl.load(top_k + row)
+    if num_candidates > wanted:
+        threshold = _threshold(counts, row, wanted, BITS_0, BITS_1, BITS_2)[0]
         first, last = _part(num_candidates, TOKENS)
         above = tl.zeros([TOKENS], tl.int32)
         equal = tl.zeros([TOKENS], tl.int32)
@@ -387,8 +393,8 @@ def _write_parts(
     lengths,
     counts,
     kept,
-    n_init,
     top_k,
+    n_init,
     votes_stride,
     table_stride,
     slots_stride,
@@ -406,12 +412,14 @@ def _write_parts(
     candidate_end = tl.load(candidate_ends + row)
     context_end = tl.load(context_ends + row)
     num_candidates = candidate_end - n_init
-    if num_candidates <= top_k:
+    wanted = tl.load(top_k + row)
+    if num_candidates <= wanted:
+        first, last = _part(context_end, TOKENS)
+        write_range(line, first, last, first, slots_line, BLOCK_SIZE, TOKENS)
         if part == 0:
-            _write_range(line, 0, context_end, 0, slots_line, BLOCK_SIZE, TOKENS)
             tl.store(lengths + row, context_end)
     else:
-        threshold, ties = _threshold(counts, row, top_k, BITS_0, BITS_1, BITS_2)
+        threshold, ties = _threshold(counts, row, wanted, BITS_0, BITS_1, BITS_2)
         other = tl.arange(0, MAX_PARTS)
         before = other < part
         above = tl.sum(tl.load(kept + row * 2 * MAX_PARTS + other, before, 0), 0)
@@ -431,7 +439,7 @@ def _write_parts(
             TOKENS,
         )
         if part == 0:
-            _write_range(line, 0, n_init, 0, slots_line, BLOCK_SIZE, TOKENS)
-            entry = n_init + top_k
-            _write_range(line, candidate_end, context_end, entry, slots_line, BLOCK_SIZE, TOKENS)
+            write_range(line, 0, n_init, 0, slots_line, BLOCK_SIZE, TOKENS)
+            entry = n_init + wanted
+            write_range(line, candidate_end, context_end, entry, slots_line, BLOCK_SIZE, TOKENS)
             tl.store(lengths + row, entry + context_end - candidate_end)

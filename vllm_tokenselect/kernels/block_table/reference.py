@@ -10,7 +10,7 @@ def build_sparse_block_table(
     block_table: torch.Tensor,
     row_seq: torch.Tensor,
     n_init: int,
-    top_k: int,
+    top_k: torch.Tensor,
     candidate_ends: torch.Tensor,
     context_ends: torch.Tensor,
     block_size: int,
@@ -19,17 +19,17 @@ def build_sparse_block_table(
 ) -> None:
     """Write which cached tokens every row attends to: a block table of page size 1.
 
-    A row attends to `[0, n_init)`, to the `top_k` candidates of `[n_init, candidate_ends[r])` with the
+    A row attends to `[0, n_init)`, to the `top_k[r]` candidates of `[n_init, candidate_ends[r])` with the
     highest votes (ties go to the lower position) and to `[candidate_ends[r], context_ends[r])`, in
-    order of position. With no more than `top_k` candidates that is all of `[0, context_ends[r])`.
+    order of position. With no more candidates than that it is all of `[0, context_ends[r])`.
 
     Args:
         votes: fp32 [R, N], `>= 0`; of row `r` only the first `candidate_ends[r] - n_init` are read.
-            NaN counts as the lowest vote. None when no row has more than `top_k` candidates.
+            NaN counts as the lowest vote. None when no row has more candidates than it keeps.
         block_table: int32 [S, W], KV blocks of each request.
         row_seq: int32 [R], the line of `block_table` that a row reads.
         n_init: length of the sink.
-        top_k: candidates to keep.
+        top_k: int32 [R], candidates to keep.
         candidate_ends: int32 [R], end of the candidates (exclusive).
         context_ends: int32 [R], end of the row's own tokens (exclusive).
         block_size: tokens of a KV block.
@@ -37,15 +37,16 @@ def build_sparse_block_table(
         lengths: int32 [R], written.
     """
     device = slots.device
-    rows = zip(row_seq.tolist(), candidate_ends.tolist(), context_ends.tolist(), strict=True)
-    for row, (seq, candidate_end, context_end) in enumerate(rows):
+    columns = (row_seq, top_k, candidate_ends, context_ends)
+    rows = zip(*(column.tolist() for column in columns), strict=True)
+    for row, (seq, wanted, candidate_end, context_end) in enumerate(rows):
         num_candidates = candidate_end - n_init
-        if num_candidates <= top_k:
+        if num_candidates <= wanted:
             positions = torch.arange(context_end, device=device)
         else:
             assert votes is not None
             row_votes = votes[row, :num_candidates].nan_to_num(nan=0.0)
-            best = row_votes.sort(descending=True, stable=True).indices[:top_k]
+            best = row_votes.sort(descending=True, stable=True).indices[:wanted]
             positions = torch.cat(
                 [
                     torch.arange(n_init, device=device),

@@ -87,7 +87,7 @@ def score_paged_keys(
         key_scale: fp32 [1] that a quantised cache's keys are multiplied by, on the device.
         logits: fp32 [R, Hq, N], contiguous, N at least max(ends) - start; written below the end of
             each row of a tile.
-        maxima, sums: fp32 [R, Hq, splits], contiguous, written.
+        maxima, sums: fp32 [R, Hq, splits], contiguous, written for rows with candidates.
     """
     num_heads, head_size = query.shape[1:]
     num_kv_heads, block_size = kv_cache.shape[1], kv_cache.shape[3]
@@ -175,6 +175,11 @@ def _score(
     row, head = first_row + line // GROUP, kv_head * GROUP + line % GROUP
     in_tile = line < num_rows * GROUP
     end = tl.load(ends + row, in_tile, start)
+    # All reuse selections, say; a kernel of more lines, which are seldom all without candidates, would
+    # run out of registers for it.
+    if LINES <= 64:  # noqa: SIM102 (known when the kernel is compiled)
+        if tl.max(end, 0) <= start:
+            return
     row_head = row.to(tl.int64) * num_heads + head
 
     element = tl.arange(0, PADDED_SIZE)

@@ -7,6 +7,8 @@ In decoding a layer takes a fraction of a millisecond; five calls from Python wo
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from numba import njit
@@ -16,54 +18,85 @@ from vllm_tokenselect.kernels.block_table.cpu import build_rows
 from vllm_tokenselect.kernels.cpu_arrays import cache_elements, int32_array, token_elements
 from vllm_tokenselect.kernels.cpu_tiles import LANES, widen
 from vllm_tokenselect.kernels.score.cpu import score_rows
-from vllm_tokenselect.kernels.single_queries.reference import Layer
+from vllm_tokenselect.kernels.selection_cache.cpu import SELECTS, decide_rows, finish_rows
+from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
+from vllm_tokenselect.kernels.single_queries.rows import Layer, SingleQueryRows
 from vllm_tokenselect.kernels.vote.cpu import vote_rows
 
 
-def single_queries(
-    query_index: torch.Tensor,
-    block_table: torch.Tensor,
-    row_seq: torch.Tensor,
-    n_init: int,
-    top_k: int,
-    candidate_ends: torch.Tensor,
-    context_ends: torch.Tensor,
-    block_size: int,
-    slots: torch.Tensor,
-    lengths: torch.Tensor,
-    selects: bool,
-) -> Layer:
+def single_queries(rows: SingleQueryRows) -> Layer:
     """As `reference.single_queries`; `slots` and `lengths` are contiguous int32."""
-    index = int32_array(query_index)
-    ends = int32_array(candidate_ends)
-    table = (int32_array(block_table), int32_array(row_seq), ends, int32_array(context_ends))
-    lines = (slots.numpy(), lengths.numpy())
-    width = max(int(ends.max(initial=0)) - n_init, 0) if selects else 0
+    query_index, ends = int32_array(rows.query_index), int32_array(rows.candidate_ends)
+    table = (
+        int32_array(rows.block_table),
+        int32_array(rows.row_seq),
+        rows.n_init,
+        int32_array(rows.top_k),
+        ends,
+        int32_array(rows.context_ends),
+        rows.block_size,
+        rows.slots.numpy(),
+        rows.lengths.numpy(),
+    )
+    caching = rows.caching
+    uses_state: tuple[Any, ...] = _nothing(len(ends))
+    if caching is not None:
+        uses_state = (
+            caching.caches.numpy(),
+            int32_array(caching.slot),
+            int32_array(caching.owner),
+            np.float32(caching.similarity_threshold),
+            caching.refresh_interval,
+            caching.counts.numpy(),
+        )
 
-    def layer(query: torch.Tensor, kv_cache: torch.Tensor, scale: float, out: torch.Tensor) -> None:
+    def layer(
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        scale: float,
+        out: torch.Tensor,
+        state: SelectionCacheState | None,
+    ) -> None:
         # The kernel writes fp32 and bf16 where they belong, and does not narrow to fp16.
         in_place = out.is_contiguous() and out.dtype != torch.float16
         attended = out if in_place else torch.empty_like(out, dtype=torch.float32)
         _single_queries(
             *token_elements(query),
-            index,
+            query_index,
             cache_elements(kv_cache),
             *table,
-            *lines,
-            n_init,
-            top_k,
-            width,
+            rows.selects,
             np.float32(scale),
             query.shape[1],
             kv_cache.shape[1],
-            block_size,
             kv_cache.shape[4],
+            *uses_state,
+            *_state_arrays(state, query),
             cache_elements(attended),
         )
         if not in_place:
-            out[query_index.long()] = attended[query_index.long()].to(out.dtype)
+            index = rows.query_index.long()
+            out[index] = attended[index].to(out.dtype)
 
     return layer
+
+
+def _nothing(num_rows: int) -> tuple[Any, ...]:
+    """`CachingRows` of rows that do not take part, as arrays."""
+    none = np.zeros(num_rows, np.int32)
+    return np.zeros(num_rows, np.bool_), none, none, np.float32(1), 0, np.zeros(5, np.int64)
+
+
+def _state_arrays(state: SelectionCacheState | None, query: torch.Tensor) -> tuple[Any, ...]:
+    if state is None:
+        none = np.zeros(0, np.int32)
+        return cache_elements(query.new_empty(0)), np.zeros((0, 0), np.int32), none, none
+    return (
+        cache_elements(state.query),
+        state.selected.numpy(),
+        state.candidate_end.numpy(),
+        state.owner.numpy(),
+    )
 
 
 @njit(cache=True)
@@ -74,56 +107,85 @@ def _single_queries(
     elements,
     block_table,
     row_seq,
-    candidate_ends,
-    context_ends,
-    slots,
-    lengths,
     n_init,
     top_k,
-    width,
+    candidate_ends,
+    context_ends,
+    block_size,
+    slots,
+    lengths,
+    selects,
     scale,
     num_heads,
     num_kv_heads,
-    block_size,
     head_size,
+    caches,
+    slot,
+    owner,
+    threshold,
+    refresh_interval,
+    counts,
+    stored_queries,
+    stored_selections,
+    stored_ends,
+    stored_owners,
     out,
 ):
-    num_rows = len(query_index)
-    if width > 0:
-        stride = (head_size + LANES - 1) // LANES * LANES
-        padded = np.zeros((num_rows, num_heads, stride), np.float32)
-        flat = padded.reshape(-1)
-        for line in range(num_rows * num_heads):
-            row, head = line // num_heads, line % num_heads
-            source = query_index[row] * query_distance + head * head_size
-            widen(queries, source, head_size, flat, line * stride)
-        logits = np.empty((num_rows, num_heads, width), np.float32)
-        votes = np.empty((num_rows, width), np.float32)
-        score_rows(
-            padded,
-            elements,
-            block_table,
-            row_seq,
-            n_init,
-            candidate_ends,
-            scale,
+    if selects:
+        reused_end = np.empty(len(query_index), np.int32)
+        decide_rows(
+            queries,
+            query_distance,
+            query_index,
+            num_heads * head_size,
             num_kv_heads,
-            block_size,
-            head_size,
-            logits,
+            caches,
+            slot,
+            owner,
+            candidate_ends,
+            threshold,
+            refresh_interval,
+            stored_queries,
+            stored_ends,
+            stored_owners,
+            reused_end,
         )
-        vote_rows(logits, votes)
-        build_rows(
-            votes,
+        rows = np.flatnonzero(reused_end == SELECTS)
+        if len(rows) > 0:
+            _select_rows(
+                rows,
+                queries,
+                query_distance,
+                query_index,
+                elements,
+                block_table,
+                row_seq,
+                n_init,
+                top_k,
+                candidate_ends,
+                context_ends,
+                block_size,
+                slots,
+                lengths,
+                scale,
+                num_heads,
+                num_kv_heads,
+                head_size,
+            )
+        finish_rows(
+            caches,
+            reused_end,
+            slot,
             block_table,
             row_seq,
             n_init,
             top_k,
-            candidate_ends,
             context_ends,
             block_size,
             slots,
             lengths,
+            stored_selections,
+            counts,
         )
     attend_rows(
         queries,
@@ -138,4 +200,66 @@ def _single_queries(
         block_size,
         head_size,
         out,
+    )
+
+
+@njit
+def _select_rows(
+    rows,
+    queries,
+    query_distance,
+    query_index,
+    elements,
+    block_table,
+    row_seq,
+    n_init,
+    top_k,
+    candidate_ends,
+    context_ends,
+    block_size,
+    slots,
+    lengths,
+    scale,
+    num_heads,
+    num_kv_heads,
+    head_size,
+):
+    """Score, vote and build the table for some of the rows."""
+    ends = candidate_ends[rows]
+    width = ends.max() - n_init
+    stride = (head_size + LANES - 1) // LANES * LANES
+    padded = np.zeros((len(rows), num_heads, stride), np.float32)
+    flat = padded.reshape(-1)
+    for line in range(len(rows) * num_heads):
+        source = query_index[rows[line // num_heads]] * query_distance
+        source += line % num_heads * head_size
+        widen(queries, source, head_size, flat, line * stride)
+    logits = np.empty((len(rows), num_heads, width), np.float32)
+    votes = np.empty((len(rows), width), np.float32)
+    score_rows(
+        padded,
+        elements,
+        block_table,
+        row_seq[rows],
+        n_init,
+        ends,
+        scale,
+        num_kv_heads,
+        block_size,
+        head_size,
+        logits,
+    )
+    vote_rows(logits, votes)
+    build_rows(
+        rows,
+        votes,
+        block_table,
+        row_seq,
+        n_init,
+        top_k,
+        candidate_ends,
+        context_ends,
+        block_size,
+        slots,
+        lengths,
     )

@@ -2,67 +2,115 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from vllm_tokenselect.kernels.attend.reference import attend_single_queries
 from vllm_tokenselect.kernels.block_table.reference import build_sparse_block_table
 from vllm_tokenselect.kernels.score.reference import score_paged_keys
+from vllm_tokenselect.kernels.selection_cache.reference import (
+    SELECTS,
+    count_rows,
+    decide,
+    finish,
+)
+from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
+from vllm_tokenselect.kernels.single_queries.rows import CachingRows, Layer, SingleQueryRows
 from vllm_tokenselect.kernels.vote.reference import soft_vote
 
-Layer = Callable[[torch.Tensor, torch.Tensor, float, torch.Tensor], None]
 
-
-def single_queries(
-    query_index: torch.Tensor,
-    block_table: torch.Tensor,
-    row_seq: torch.Tensor,
-    n_init: int,
-    top_k: int,
-    candidate_ends: torch.Tensor,
-    context_ends: torch.Tensor,
-    block_size: int,
-    slots: torch.Tensor,
-    lengths: torch.Tensor,
-    selects: bool,
-) -> Layer:
+def single_queries(rows: SingleQueryRows) -> Layer:
     """Prepare rows of one query for all layers of a step.
 
-    Args:
-        query_index: int32 [R], the token of the step that each row is.
-        selects: whether the rows have more than `top_k` candidates, all of them. If not, their lines
-            of `slots` and `lengths` must be filled already, and are only read.
-        block_table, ..., lengths: as `build_sparse_block_table` takes them.
-
     Returns:
-        `layer(query, kv_cache, scale, out)`: fills the rows' lines of the table for this layer if
-        they select, and attends; `query` and `out` are [T, Hq, D].
+        `layer(query, kv_cache, scale, out, state)`: fills the rows' lines of the table for this layer
+        if they select, each anew or out of the Selection Cache, and attends.
     """
 
-    def layer(query: torch.Tensor, kv_cache: torch.Tensor, scale: float, out: torch.Tensor) -> None:
-        if selects:
-            logits = score_paged_keys(
-                query[query_index.long()].float(),
-                kv_cache,
-                block_table,
-                row_seq,
-                n_init,
-                candidate_ends,
-                scale,
-            )
-            build_sparse_block_table(
-                soft_vote(logits),
-                block_table,
-                row_seq,
-                n_init,
-                top_k,
-                candidate_ends,
-                context_ends,
-                block_size,
-                slots,
-                lengths,
-            )
-        attend_single_queries(query, query_index, kv_cache, slots, lengths, scale, out)
+    def layer(
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        scale: float,
+        out: torch.Tensor,
+        state: SelectionCacheState | None,
+    ) -> None:
+        caching = rows.caching
+        if rows.selects and caching is not None and state is not None:
+            _select_or_reuse(rows, caching, query, kv_cache, scale, state)
+        elif rows.selects:
+            _select(rows, torch.arange(len(rows.query_index)), query, kv_cache, scale)
+        attend_single_queries(
+            query, rows.query_index, kv_cache, rows.slots, rows.lengths, scale, out
+        )
 
     return layer
+
+
+def _select_or_reuse(
+    rows: SingleQueryRows,
+    caching: CachingRows,
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    scale: float,
+    state: SelectionCacheState,
+) -> None:
+    reused_ends = decide(
+        query,
+        kv_cache.shape[1],
+        rows.query_index,
+        caching.caches,
+        caching.slot,
+        caching.owner,
+        rows.candidate_ends,
+        caching.similarity_threshold,
+        caching.refresh_interval,
+        state,
+    )
+    selecting = (reused_ends == SELECTS).nonzero()[:, 0]
+    if len(selecting):
+        _select(rows, selecting, query, kv_cache, scale)
+    finish(
+        reused_ends,
+        caching.caches,
+        caching.slot,
+        rows.block_table,
+        rows.row_seq,
+        rows.n_init,
+        rows.top_k,
+        rows.context_ends,
+        rows.block_size,
+        state,
+        rows.slots,
+        rows.lengths,
+    )
+    count_rows(
+        torch.where(caching.caches, caching.slot, -1),
+        torch.ones_like(caching.slot),
+        reused_ends == SELECTS,
+        reused_ends,
+        rows.context_ends,
+        rows.lengths,
+        caching.counts,
+    )
+
+
+def _select(
+    rows: SingleQueryRows,
+    which: torch.Tensor,
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    scale: float,
+) -> None:
+    table, ends = (rows.block_table, rows.row_seq[which], rows.n_init), rows.candidate_ends[which]
+    queries = query[rows.query_index[which].long()].float()
+    slots, lengths = rows.slots[which], rows.lengths[which]
+    build_sparse_block_table(
+        soft_vote(score_paged_keys(queries, kv_cache, *table, ends, scale)),
+        *table,
+        rows.top_k[which],
+        ends,
+        rows.context_ends[which],
+        rows.block_size,
+        slots,
+        lengths,
+    )
+    rows.slots[which], rows.lengths[which] = slots, lengths

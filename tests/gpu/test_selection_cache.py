@@ -1,0 +1,317 @@
+"""Steps with the Selection Cache are the definition, token after token: eager and as a graph replays."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pytest
+import torch
+
+from tests.gpu.test_attention import defined_varlen
+from tests.gpu.test_step import on_device
+from tests.kernels_gpu.cases import DEVICE
+from tests.method.definition import CONFIG, HEAD_SIZE, SCALE, paged_step
+from vllm_tokenselect.gpu.attention import LayerCache
+from vllm_tokenselect.gpu.flash_attention import PagedFlashAttention
+from vllm_tokenselect.gpu.rows import RowBuffers, RowGroup, StepLimits, graph_rows, step_rows
+from vllm_tokenselect.gpu.step import GpuStep
+from vllm_tokenselect.gpu.workspace import Workspace
+from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
+from vllm_tokenselect.method import FULL_ATTENTION, Method
+from vllm_tokenselect.plan import SelectionPlan
+from vllm_tokenselect.requests import BatchRequests
+
+METHOD = replace(CONFIG, similarity_threshold=0.9, refresh_interval=5)
+CAPACITY, MAX_LEN, HEADS, KV_HEADS = 4, 256, 6, 2
+KINDS = ("reselected", "reused", "dense")
+
+
+@dataclass
+class Text:
+    """Everything that a request will ever have in its cache, and what it asks with at each position."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    queries: torch.Tensor
+
+
+@dataclass
+class Running:
+    """A request as a server sees it, and beside it what the definition remembers of it."""
+
+    text: int
+    slot: int
+    owner: int
+    prompt_len: int
+    top_k: int = METHOD.top_k
+    last: tuple[torch.Tensor, list[int], int] | None = None
+    kinds: dict[int, str] = field(default_factory=dict)
+
+    def visible(self, text: Text, position: int, method: Method) -> tuple[str, list[int]]:
+        """What became of a chunk of one at the position, and the tokens that it attends to."""
+        query, end = text.queries[position].float(), position - method.n_local
+        if end - method.n_init <= self.top_k:
+            return "dense", [*range(position + 1)]
+        if self.last is not None and position >= self.prompt_len:
+            stored, selected, stored_end = self.last
+            heads = (x.view(KV_HEADS, -1) for x in (query, stored))
+            cosine = torch.cosine_similarity(*heads, dim=1).min()
+            if (
+                cosine >= method.similarity_threshold
+                and end - stored_end <= method.refresh_interval
+            ):
+                return "reused", [*selected, *range(stored_end, position + 1)]
+        keys = text.keys[method.n_init : end].repeat_interleave(HEADS // KV_HEADS, dim=1)
+        votes = (torch.einsum("hd,nhd->hn", query, keys) * SCALE).softmax(-1).sum(0)
+        best = votes.argsort(descending=True, stable=True)[: self.top_k].sort().values
+        selected = [*range(method.n_init), *(method.n_init + best).tolist()]
+        if position >= self.prompt_len:
+            self.last = query, selected, end
+        return "reselected", [*selected, *range(end, position + 1)]
+
+
+class Server:
+    """A layer with its caches, a few texts, and steps over whichever requests are running."""
+
+    def __init__(
+        self, lengths: list[int], method: Method = METHOD, workspace_bytes: int = 1 << 20
+    ) -> None:
+        _, kv_cache, self.block_table = paged_step(
+            [(0, length, length) for length in lengths], HEADS, KV_HEADS, torch.float32
+        )
+        self.method = method
+        self.texts = [
+            Text(*cached_tokens(kv_cache, line, length), correlated_queries(length, seed))
+            for seed, (line, length) in enumerate(zip(self.block_table, lengths, strict=True))
+        ]
+        device = torch.device(DEVICE)
+        self.limits = StepLimits(
+            method, HEADS, KV_HEADS, MAX_LEN, workspace_bytes, full_attention=True
+        )
+        self.counters = torch.zeros(5, dtype=torch.int64, device=device)
+        self.workspace = Workspace(self.limits, HEAD_SIZE, device, self.counters)
+        state = SelectionCacheState.allocate(
+            CAPACITY, method.selection_size, HEADS, HEAD_SIZE, torch.float32, device
+        )
+        pages = kv_cache.permute(0, 3, 1, 2, 4).contiguous().permute(0, 2, 3, 1, 4)
+        self.cache = LayerCache(
+            pages.to(DEVICE), selections=state if method.reuses_selections else None
+        )
+        self.expected = Counter[str]()
+
+    def groups(
+        self, parts: list[tuple[Running, int, int]], graph: Graph | None = None
+    ) -> list[RowGroup]:
+        padding = graph.num_tokens - len(parts) if graph else 0
+        lens = [end - first for _, first, end in parts] + [0] * padding
+        ends = np.array([end for _, _, end in parts] + [0] * padding, np.int32)
+        batch = BatchRequests.without_slots(ends, self.method.top_k)
+        for seq, (request, _, _) in enumerate(parts):
+            batch.slots[seq], batch.owners[seq] = request.slot, request.owner
+            batch.prompt_lens[seq], batch.top_k[seq] = request.prompt_len, request.top_k
+        plan = SelectionPlan.build(np.cumsum([0, *lens]).astype(np.int32), ends, batch, self.method)
+        if graph is None:
+            return step_rows(plan, ends, on_device(ends), self.limits)
+        return graph_rows(
+            plan, ends, on_device(ends), self.limits, graph.buffers, graph.num_tokens, 1
+        )
+
+    def run(self, groups: list[RowGroup], parts: list[tuple[Running, int, int]], tokens: int):
+        query = torch.zeros(tokens, HEADS, HEAD_SIZE)
+        asked = [self.texts[request.text].queries[first:end] for request, first, end in parts]
+        query[: sum(map(len, asked))] = torch.cat(asked)
+        blocks = torch.zeros(max(tokens, len(parts)), self.block_table.shape[1], dtype=torch.int32)
+        for seq, (request, _, _) in enumerate(parts):
+            blocks[seq] = self.block_table[request.text]
+        out = torch.full_like(query, float("nan")).to(DEVICE)
+        attention = PagedFlashAttention(defined_varlen)
+        GpuStep(groups, blocks.to(DEVICE)).run_layer(
+            query.to(DEVICE), self.cache, SCALE, self.workspace, attention, out
+        )
+        return out.cpu()
+
+    def step(self, parts: list[tuple[Running, int, int]], graph: Graph | None = None) -> None:
+        """Run (request, first position, end) and compare with the definition."""
+        groups = self.groups(parts, graph)
+        tokens = sum(end - first for _, first, end in parts)
+        if graph is not None:
+            groups, tokens = graph.captured, graph.num_tokens
+        actual = self.run(groups, parts, tokens)
+        expected = [
+            self.defined(request, position)
+            for request, first, end in parts
+            for position in range(first, end)
+        ]
+        torch.testing.assert_close(
+            actual[: len(expected)], torch.stack(expected), rtol=2e-4, atol=2e-5
+        )
+        assert self.counters.tolist() == [
+            self.expected[name] for name in (*KINDS, "attended", "context")
+        ]
+
+    def defined(self, request: Running, position: int) -> torch.Tensor:
+        text = self.texts[request.text]
+        kind, visible = request.visible(text, position, self.method)
+        request.kinds[position] = kind
+        self.expected.update({kind: 1, "attended": len(visible), "context": position + 1})
+        keys, values = (
+            x[visible].repeat_interleave(HEADS // KV_HEADS, dim=1) for x in (text.keys, text.values)
+        )
+        weights = (torch.einsum("hd,nhd->hn", text.queries[position], keys) * SCALE).softmax(-1)
+        return torch.einsum("hn,nhd->hd", weights, values)
+
+
+class Graph:
+    """A step of as many rows as it was captured for: its tensors are fixed, then only rewritten."""
+
+    def __init__(self, server: Server, num_tokens: int) -> None:
+        self.num_tokens = num_tokens
+        self.buffers = RowBuffers(num_tokens, torch.device(DEVICE))
+        nobody = [(Running(0, -1, 0, 1), 0, 1) for _ in range(num_tokens)]
+        self.captured = server.groups(nobody, self)
+        server.run(self.captured, nobody, num_tokens)
+        assert not server.counters.any()
+
+
+def cached_tokens(kv_cache: torch.Tensor, line: torch.Tensor, length: int) -> list[torch.Tensor]:
+    """Keys and values [length, Hkv, D] of one request."""
+    pages = kv_cache[line.long()]  # [W, Hkv, 2, block, D]
+    return [
+        pages[:, :, kind].transpose(1, 2).reshape(-1, KV_HEADS, HEAD_SIZE)[:length]
+        for kind in (0, 1)
+    ]
+
+
+def correlated_queries(length: int, seed: int) -> torch.Tensor:
+    """Queries that resemble those before them most of the time, as a model's do."""
+    generator = torch.Generator().manual_seed(seed + 100)
+    kinds = torch.randn(length, HEADS, HEAD_SIZE, generator=generator)
+    jumps = torch.rand(length, generator=generator) < 0.2
+    noise = torch.randn(length, HEADS, HEAD_SIZE, generator=generator)
+    return kinds[jumps.cumsum(0)] + 0.2 * noise
+
+
+def decode(server: Server, running: list[Running], ends: list[int], steps: int, graph=None) -> None:
+    for step in range(steps):
+        server.step(
+            [(r, end + step, end + step + 1) for r, end in zip(running, ends, strict=True)], graph
+        )
+
+
+@pytest.mark.parametrize("captured", [False, True], ids=["eager", "replayed"])
+@pytest.mark.parametrize("workspace_bytes", [1 << 20, 12000], ids=["one group", "several groups"])
+def test_decoding_reuses_and_selects_as_the_definition_does(captured, workspace_bytes):
+    server = Server([200, 150, 90], workspace_bytes=workspace_bytes)
+    graph = Graph(server, 5) if captured else None
+    running = [Running(0, 2, 1, 100), Running(1, 0, 2, 100), Running(2, 3, 3, 40)]
+    decode(server, running, [100, 120, 40], 20, graph)
+    assert all(server.expected[kind] >= 5 for kind in KINDS)
+    kinds = [[r.kinds[p] for p in sorted(r.kinds)] for r in running]
+    assert kinds[0] != kinds[1]
+    assert {*kinds[2]} == {*KINDS}, "a request that grows out of being dense"
+
+
+def test_a_row_that_reuses_a_selection_is_neither_scored_nor_voted_on_nor_selected():
+    server = Server([160])
+    text, request = server.texts[0], Running(0, 0, 1, 100)
+    text.queries[101] = text.queries[100]
+    decode(server, [request], [100], 1)
+    (group,) = server.groups([(request, 101, 102)])
+    step = GpuStep([group], server.block_table.to(DEVICE))
+    query = text.queries[101:102].to(DEVICE)
+    server.workspace.scores.fill_(float("nan"))
+    step.decide(group, query, server.cache, server.workspace)
+    step.score(group, query, server.cache, SCALE, server.workspace)
+    step.vote(group, server.workspace)
+    step.build_table(group, server.cache, server.workspace)
+    assert server.workspace.scores.isnan().all()
+    assert server.workspace.lengths[0] == 0
+    step.finish(group, server.cache, server.workspace)
+    assert server.workspace.lengths[0] == METHOD.n_init + METHOD.top_k + METHOD.n_local + 2
+
+
+def test_without_a_cache_everything_selects_and_is_counted():
+    server = Server([150, 150], replace(METHOD, similarity_threshold=1))
+    decode(server, [Running(0, 0, 1, 100), Running(1, 1, 2, 100)], [100, 120], 3)
+    assert server.expected["reselected"] == 6
+
+
+def test_the_end_of_a_prompt_selects_for_itself_and_is_not_remembered():
+    server = Server([160])
+    request = Running(0, 1, 1, prompt_len=103)
+    server.step([(request, 100, 103)])
+    assert {*request.kinds.values()} == {"reselected"}
+    assert server.cache.selections.owner.tolist() == [0] * CAPACITY
+    decode(server, [request], [103], 6)
+    assert request.kinds[103] == "reselected"
+    assert "reused" in request.kinds.values()
+
+
+def test_a_slot_that_is_given_away_tells_nothing_of_its_last_request():
+    server = Server([160, 160])
+    # The second asks what the first asked, at the same positions: only its owner is another.
+    server.texts[1].queries = server.texts[0].queries
+    first, second = Running(0, 2, 1, 100), Running(1, 2, 2, 100)
+    decode(server, [first], [100], 2)
+    server.texts[0].queries[102:] = server.texts[0].queries[101]
+    decode(server, [first], [102], 1)
+    assert first.kinds[102] == "reused"
+    decode(server, [second], [103], 1)
+    assert second.kinds[103] == "reselected"
+
+
+@pytest.mark.parametrize("workspace_bytes", [1 << 20, 12000], ids=["one group", "several groups"])
+def test_what_is_computed_again_after_a_preemption_is_decided_as_the_first_time(workspace_bytes):
+    server = Server([200, 150], workspace_bytes=workspace_bytes)
+    before, other = Running(0, 2, 1, 90), Running(1, 1, 2, 100)
+    decode(server, [before, other], [90, 110], 16)
+    again = Running(0, 0, 3, 90)
+    server.step([(again, 90, 101), (other, 126, 127)])
+    server.step([(other, 127, 128), (again, 101, 106)])
+    assert again.kinds == {p: before.kinds[p] for p in range(90, 106)}
+    assert {"reselected", "reused"} <= {*again.kinds.values()}
+    decode(server, [again, other], [106, 128], 3)
+
+
+@pytest.mark.parametrize("captured", [False, True], ids=["eager", "replayed"])
+def test_every_request_has_its_own_top_k_and_may_switch_selection_off(captured):
+    server = Server([200, 200, 200])
+    graph = Graph(server, 4) if captured else None
+    running = [
+        Running(0, 0, 1, 150, top_k=7),
+        Running(1, 1, 2, 150, top_k=FULL_ATTENTION),
+        Running(2, 2, 3, 150),
+    ]
+    decode(server, running, [150, 160, 150], 8, graph)
+    assert {*running[1].kinds.values()} == {"dense"}
+    assert all("reused" in running[i].kinds.values() for i in (0, 2))
+
+
+def test_a_whole_prompt_with_selection_off_is_one_row_as_long_as_its_context():
+    server = Server([200, 200])
+    off, on = Running(0, 0, 1, 200, top_k=FULL_ATTENTION), Running(1, 1, 2, 100)
+    (group,) = server.groups([(off, 0, 200), (on, 110, 111)])
+    assert group.query_len.tolist() == [200, 1]
+    assert group.max_length == 200 > METHOD.max_attended
+    server.expected.update(dense=1)
+    parts = [(off, 0, 200), (on, 110, 111)]
+    actual = server.run([group], parts, 201)
+    expected = [server.defined(r, p) for r, first, end in parts for p in range(first, end)]
+    torch.testing.assert_close(actual, torch.stack(expected), rtol=2e-4, atol=2e-5)
+    # A row counts once, its queries' tokens each.
+    server.expected.update(dense=-200)
+    assert server.counters.tolist() == [
+        server.expected[name] for name in (*KINDS, "attended", "context")
+    ]
+
+
+def test_a_long_context_has_few_lines_of_the_table():
+    limits = StepLimits(METHOD, 28, 4, 1 << 20, 1 << 30, full_attention=True)
+    assert (limits.table_width, limits.table_rows) == (1 << 20, 16)
+    assert limits.rows_that_fit(64) == 16
+    gathered = replace(limits, full_attention=False)
+    assert (gathered.table_width, gathered.table_rows) == (METHOD.max_attended, 512)
+    huge = replace(limits, max_model_len=1 << 25, workspace_bytes=1 << 33)
+    assert huge.table_rows == 1

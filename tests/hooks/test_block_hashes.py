@@ -1,0 +1,169 @@
+"""Requests and servers of different settings share no blocks."""
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from vllm.pooling_params import PoolingParams
+from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core import block_pool, kv_cache_utils
+from vllm.v1.request import Request
+
+from tests.hooks.conftest import BLOCK_SIZE, MAX_NUM_SEQS, QUERY_CHUNK
+from tests.hooks.serving import Serving
+from vllm_tokenselect.config import TokenSelectConfig
+from vllm_tokenselect.hooks import block_hashes
+from vllm_tokenselect.hooks.engine_config import configure
+from vllm_tokenselect.method import SettingsError
+
+FUNCTION = "generate_block_hash_extra_keys"
+PROMPT = list(range(1, 4 * BLOCK_SIZE + 1))
+OFF = {"tokenselect": "off"}
+FEWER = {"tokenselect_top_k": 100}
+
+
+@pytest.fixture(params=["hook", "diff"])
+def vllm_utils(request, monkeypatch):
+    """vLLM's real hashing, with the hook or with our diff; as in a process of no engine yet."""
+    original = getattr(kv_cache_utils.generate_block_hash_extra_keys, "_tokenselect_original", None)
+    for module in (kv_cache_utils, block_pool):
+        monkeypatch.setattr(module, FUNCTION, original or getattr(module, FUNCTION))
+    monkeypatch.setattr(block_hashes, "_config", None)
+    if request.param == "diff":
+        import vllm_tokenselect.hooks.scheduler  # noqa: F401 - marks a process that schedules for us
+
+        module = request.getfixturevalue("load_patched")("vllm/v1/core/kv_cache_utils.py")
+    else:
+        module = kv_cache_utils
+        block_hashes.install()
+        block_hashes.install()
+    module.init_none_hash(sha256)
+    return module
+
+
+@pytest.fixture
+def hashes(vllm_utils):
+    """Block hashes of the prompt in an engine of these settings, with a request's own arguments."""
+
+    def compute(settings: dict, extra_args=None, **options) -> list[bytes]:
+        block_hashes.use(TokenSelectConfig.from_mapping(settings))
+        request = Request(
+            request_id="id",
+            prompt_token_ids=PROMPT,
+            sampling_params=SamplingParams(extra_args=extra_args),
+            pooling_params=None,
+            block_hasher=vllm_utils.get_request_block_hasher(BLOCK_SIZE, sha256),
+            **options,
+        )
+        assert len(request.block_hashes) == 4
+        return request.block_hashes
+
+    return compute
+
+
+def test_what_was_computed_alike_is_hashed_alike(hashes):
+    same = [
+        hashes({}),
+        hashes({}, {"tokenselect": "on", "somebody": "else's"}),
+        hashes({}, {"tokenselect_top_k": 2048}),
+        hashes({"tail_queries": 1, "similarity_threshold": 0.5, "workspace_mb": 7}),
+        hashes({"top_k": 4096}, {"tokenselect_top_k": 2048}),
+    ]
+    assert all(other == same[0] for other in same)
+
+
+def test_no_block_is_shared_between_settings(hashes):
+    different = [
+        hashes({}),
+        hashes({}, OFF),
+        hashes({}, FEWER),
+        hashes({"top_k": 1024}),
+        hashes({"n_init": 64}),
+        hashes({"n_local": 64}),
+        hashes({"query_chunk": 64}),
+        hashes({}, cache_salt="tenant"),
+        hashes({}, OFF, cache_salt="tenant"),
+    ]
+    assert len({block for blocks in different for block in blocks}) == 4 * len(different)
+
+
+def test_an_engine_that_is_not_on_tokenselect_hashes_as_vllm_does(
+    hashes, vllm_utils, make_vllm_config
+):
+    ours = hashes({})
+    configure(make_vllm_config(), "cpu")
+    request = Request("id", PROMPT, SamplingParams(extra_args={"tokenselect": "theirs"}), None)
+    assert vllm_utils.generate_block_hash_extra_keys(request, 0, BLOCK_SIZE, 0) == (None, 0)
+    plain = vllm_utils.get_request_block_hasher(BLOCK_SIZE, sha256)(request)
+    assert not set(plain) & set(ours)
+
+
+def test_the_first_block_names_the_settings_beside_vllms_own_keys(vllm_utils):
+    block_hashes.use(TokenSelectConfig())
+    request = Request("id", PROMPT, SamplingParams(extra_args=OFF), None, cache_salt="tenant")
+    generate = vllm_utils.generate_block_hash_extra_keys
+    keys, _ = generate(request, 0, BLOCK_SIZE, 0)
+    assert set(keys) == {("cache_salt", "tenant"), ("tokenselect", "v1:off")}
+    assert vllm_utils.to_event_extra_keys([keys]) == [("tenant", "v1:off")]
+    assert generate(request, BLOCK_SIZE, 2 * BLOCK_SIZE, 0) == (None, 0)
+
+
+def test_a_request_that_was_not_validated_is_refused_before_the_engine_has_it(hashes):
+    with pytest.raises(SettingsError, match="tokenselect='of'"):
+        hashes({}, {"tokenselect": "of"})
+
+
+def test_pooling_requests_have_no_settings_of_their_own(vllm_utils):
+    block_hashes.use(TokenSelectConfig())
+    request = Request("id", PROMPT, None, PoolingParams())
+    keys, _ = vllm_utils.generate_block_hash_extra_keys(request, 0, BLOCK_SIZE, 0)
+    assert keys == (("tokenselect", "v1:top_k=2048,n_init=128,n_local=512,query_chunk=512"),)
+
+
+def test_events_about_cached_blocks_tell_the_same_keys(make_vllm_config, monkeypatch):
+    """vLLM's block pool imported the function by name."""
+    monkeypatch.setattr("vllm_tokenselect.hooks.scheduler.SEAMS", ())
+    Serving(make_vllm_config())
+    assert (
+        block_pool.generate_block_hash_extra_keys is kv_cache_utils.generate_block_hash_extra_keys
+    )
+    request = Request("id", PROMPT, SamplingParams(extra_args=OFF), None)
+    assert block_pool.generate_block_hash_extra_keys(request, 0, BLOCK_SIZE, 0)[0] == (
+        ("tokenselect", "v1:off"),
+    )
+
+
+@pytest.fixture
+def serving(make_vllm_config, monkeypatch):
+    monkeypatch.setattr("vllm_tokenselect.hooks.scheduler.SEAMS", ())
+    return Serving(make_vllm_config(4 * QUERY_CHUNK + MAX_NUM_SEQS), num_blocks=200)
+
+
+def start_of(serving, extra_args) -> int:
+    """Tokens of a prompt of 300 that a request takes from the prefix cache."""
+    request = serving.add([5] * 300, extra_args=extra_args)
+    return next(start for computed, start, *_ in serving.run() if computed is request)
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [(None, OFF), (OFF, None), (None, FEWER), (FEWER, None), (OFF, FEWER), (FEWER, OFF)],
+    ids=str,
+)
+def test_a_prompt_asked_again_with_other_settings_is_computed_anew(serving, first, then):
+    assert [start_of(serving, extra_args) for extra_args in (first, then)] == [0, 0]
+    assert [start_of(serving, extra_args) for extra_args in (first, then)] == [256, 256]
+
+
+def test_a_continued_stream_shares_no_more(serving):
+    """Its answer is in the middle of a prompt now, and was not computed as others would."""
+    serving.add([5] * 100, max_tokens=40, request_id="stream", resumable=True)
+    serving.run_until_waiting("stream")
+    serving.add([6] * 100, max_tokens=4, request_id="stream", resumable=True)
+    serving.run_until_waiting("stream")
+    session = serving.scheduler.requests["stream"]
+    assert session.num_prompt_tokens > 200
+    blocks = serving.scheduler.kv_cache_manager.get_blocks("stream").blocks[0]
+    shared = [block for block in blocks if block.block_hash is not None]
+    assert len(shared) == QUERY_CHUNK // BLOCK_SIZE, "those of the first part of its input"

@@ -1,0 +1,142 @@
+"""One layer served step by step, and what the definition says that its requests attend to."""
+
+from functools import cache
+
+import numpy as np
+import torch
+
+from tests.method.definition import BLOCK_SIZE, HEAD_SIZE, SCALE
+from vllm_tokenselect.attention import SdpaAttention, attend
+from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
+from vllm_tokenselect.method import Method
+from vllm_tokenselect.plan import SelectionPlan
+from vllm_tokenselect.requests import BatchRequests, RequestTable, StepRequests
+from vllm_tokenselect.selection import StepSelection
+
+METHOD = Method(
+    top_k=24,
+    n_init=4,
+    n_local=16,
+    query_chunk=32,
+    tail_queries=3,
+    similarity_threshold=0.9,
+    refresh_interval=5,
+)
+HEADS, KV_HEADS = 6, 2
+CAPACITY, TOKENS = 3, 200
+
+
+class Request:
+    """Queries, keys and values of one request, and what the definition says it attends to."""
+
+    def __init__(self, name: str, prompt: int, top_k: int = METHOD.top_k, noise: float = 0.12):
+        generator = torch.Generator().manual_seed(sum(map(ord, name)))
+        self.name, self.prompt, self.top_k, self.done = name, prompt, top_k, 0
+        steps = torch.randn(TOKENS, HEADS, HEAD_SIZE, generator=generator)
+        steps[1:] *= noise
+        self.queries = steps.cumsum(0)
+        self.keys, self.values = torch.randn(
+            2, TOKENS, KV_HEADS, HEAD_SIZE, generator=generator
+        ).unbind(0)
+        self.rows = dict(self._defined_rows())
+
+    def _defined_rows(self):
+        """(position, attended positions, kind) of every token, by the definition."""
+        last = None  # query, selected positions and end of the candidates of the last selection
+        for position in range(TOKENS):
+            start = position
+            if position < METHOD.tail_start(self.prompt):
+                start = position // METHOD.query_chunk * METHOD.query_chunk
+            candidates = range(METHOD.n_init, start - METHOD.n_local)
+            if len(candidates) <= self.top_k:
+                yield position, (list(range(position + 1)), "dense")
+                continue
+            kind = "reselected"
+            end = min(start + METHOD.query_chunk, METHOD.tail_start(self.prompt))
+            query = self.queries[start : max(end, position + 1)].mean(0)
+            if position >= self.prompt and last is not None:
+                heads = (x.view(KV_HEADS, -1) for x in (query, last[0]))
+                similarity = torch.cosine_similarity(*heads, dim=1).min()
+                old = candidates.stop - last[2] > METHOD.refresh_interval
+                kind = "reused" if similarity >= METHOD.similarity_threshold and not old else kind
+            if kind == "reselected":
+                selected = self._vote(query, candidates)
+                if position >= self.prompt:
+                    last = query, selected, candidates.stop
+                local = candidates.stop
+            else:
+                _, selected, local = last
+            attended = [*range(METHOD.n_init), *selected, *range(local, position + 1)]
+            yield position, (attended, kind)
+
+    def _vote(self, query: torch.Tensor, candidates: range) -> list[int]:
+        keys = self.keys[candidates.start : candidates.stop]
+        keys = keys.repeat_interleave(HEADS // KV_HEADS, dim=1)
+        votes = (torch.einsum("hd,nhd->hn", query, keys) * SCALE).softmax(-1).sum(0)
+        best = sorted(range(len(votes)), key=lambda i: (-votes[i].item(), i))[: self.top_k]
+        return sorted(candidates.start + i for i in best)
+
+    @cache  # noqa: B019 - few requests, asked again and again
+    def expected(self, position: int) -> torch.Tensor:
+        attended, _ = self.rows[position]
+        keys, values = (
+            x[attended].repeat_interleave(HEADS // KV_HEADS, dim=1)
+            for x in (self.keys, self.values)
+        )
+        weights = torch.einsum("hd,nhd->hn", self.queries[position], keys) * SCALE
+        return torch.einsum("hn,nhd->hd", weights.softmax(-1), values)
+
+
+class Server:
+    """One layer, served in steps of any requests, each in blocks of its own."""
+
+    def __init__(self, operations):
+        self.operations = operations()
+        self.table = RequestTable(CAPACITY)
+        self.counts = torch.zeros(5, dtype=torch.int64)
+        width = -(-TOKENS // BLOCK_SIZE)
+        blocks = torch.randperm(CAPACITY * width).to(torch.int32)
+        self.blocks = dict(enumerate(blocks.view(CAPACITY, width)))
+        self.cache = torch.zeros(CAPACITY * width, KV_HEADS, 2, BLOCK_SIZE, HEAD_SIZE)
+        self.state = SelectionCacheState.allocate(
+            CAPACITY, METHOD.selection_size, HEADS, HEAD_SIZE, torch.float32, torch.device("cpu")
+        )
+
+    def start(self, *requests: Request) -> None:
+        for request in requests:
+            self.table.add(request.name, request.prompt, request.top_k)
+            request.done = 0
+
+    def stop(self, request: Request) -> None:
+        self.table.finish(request.name)
+
+    def step(self, *work: tuple[Request, int]) -> None:
+        """Compute the next tokens of each request and check them against the definition."""
+        requests = [request for request, _ in work]
+        lens = np.array([count for _, count in work], np.int32)
+        slots = self.table.slots_of([request.name for request in requests])
+        block_table = torch.stack([self.blocks[int(slot)] for slot in slots])
+        ends = np.array([r.done for r in requests], np.int32) + lens
+        for row, request in enumerate(requests):
+            self._write(request, block_table[row], request.done, int(ends[row]))
+        query = torch.cat([r.queries[r.done : e] for r, e in zip(requests, ends, strict=True)])
+        batch = BatchRequests.of_step(StepRequests(self.table, slots), ends, METHOD.top_k)
+        plan = SelectionPlan.build(np.cumsum([0, *lens]).astype(np.int32), ends, batch, METHOD)
+        step = StepSelection(
+            plan, block_table, BLOCK_SIZE, HEADS, METHOD, self.operations, self.counts
+        )
+        step.select(query, self.cache, SCALE)
+        out = torch.full_like(query, float("nan"))
+        scratch = query.new_empty(2, TOKENS, KV_HEADS, HEAD_SIZE)
+        attend(query, self.cache, step, self.state, SCALE, SdpaAttention(SCALE), scratch, out)
+        positions = [(r, p) for r, e in zip(requests, ends, strict=True) for p in range(r.done, e)]
+        expected = torch.stack([request.expected(position) for request, position in positions])
+        torch.testing.assert_close(out, expected, rtol=2e-4, atol=2e-5)
+        for request, end in zip(requests, ends, strict=True):
+            request.done = int(end)
+
+    def _write(self, request: Request, blocks: torch.Tensor, first: int, end: int) -> None:
+        positions = torch.arange(first, end)
+        where = blocks[positions // BLOCK_SIZE].long(), slice(None)
+        self.cache[*where, 0, positions % BLOCK_SIZE] = request.keys[first:end]
+        self.cache[*where, 1, positions % BLOCK_SIZE] = request.values[first:end]

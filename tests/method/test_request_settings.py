@@ -1,0 +1,67 @@
+"""What a request may ask for itself, and what must not share cached blocks because of it."""
+
+import dataclasses
+
+import pytest
+
+from vllm_tokenselect.method import FULL_ATTENTION, Method, SettingsError
+from vllm_tokenselect.request_settings import fingerprint, requested_top_k
+
+SERVER = 2048
+
+
+@pytest.mark.parametrize(
+    ("extra_args", "top_k"),
+    [
+        (None, SERVER),
+        ({}, SERVER),
+        ({"tokenselect": "on"}, SERVER),
+        ({"tokenselect": "off"}, FULL_ATTENTION),
+        ({"tokenselect_top_k": 1}, 1),
+        ({"tokenselect_top_k": SERVER}, SERVER),
+        ({"tokenselect": "on", "tokenselect_top_k": 7}, 7),
+        ({"kv_transfer_params": {}, "top_k": "not ours"}, SERVER),
+    ],
+)
+def test_a_request_selects_what_it_asks_for_or_what_the_server_does(extra_args, top_k):
+    assert requested_top_k(extra_args, SERVER) == top_k
+
+
+@pytest.mark.parametrize(
+    ("extra_args", "named"),
+    [
+        ({"tokenselect": "of"}, "tokenselect='of'"),
+        ({"tokenselect": 0}, "tokenselect=0"),
+        ({"tokenselect": ["off"]}, r"tokenselect=\['off'\]"),
+        ({"tokenselect_top_k": 0}, "tokenselect_top_k=0"),
+        ({"tokenselect_top_k": SERVER + 1}, "tokenselect_top_k=2049"),
+        ({"tokenselect_top_k": "512"}, "tokenselect_top_k='512'"),
+        ({"tokenselect_top_k": 512.0}, "tokenselect_top_k=512.0"),
+        ({"tokenselect_top_k": True}, "tokenselect_top_k=True"),
+        ({"tokenselect_top_k": [512]}, r"tokenselect_top_k=\[512\]"),
+        ({"tokenselect_topk": 512}, "no extra argument 'tokenselect_topk'"),
+        ({"tokenselect": "off", "tokenselect_top_k": 7}, "exclude each other"),
+    ],
+)
+def test_what_cannot_be_used_is_named_with_what_can(extra_args, named):
+    with pytest.raises(SettingsError, match=named) as refused:
+        requested_top_k(extra_args, SERVER)
+    assert 'tokenselect is "on" or "off"' in str(refused.value)
+    assert "an integer from 1 to this server's 2048" in str(refused.value)
+
+
+def test_a_fingerprint_can_be_read():
+    assert fingerprint(Method(), 1024) == "v1:top_k=1024,n_init=128,n_local=512,query_chunk=512"
+    assert fingerprint(Method(), FULL_ATTENTION) == "v1:off"
+
+
+# Of the settings, those that what is shared does not depend on.
+UNSHARED = {"tail_queries", "similarity_threshold", "refresh_interval"}
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Method)])
+def test_a_fingerprint_tells_every_setting_that_a_shared_block_depends_on(name):
+    default = Method()
+    changed = dataclasses.replace(default, **{name: getattr(default, name) + 1})
+    same = fingerprint(changed, changed.top_k) == fingerprint(default, default.top_k)
+    assert same == (name in UNSHARED)

@@ -1,0 +1,77 @@
+"""The dashboard asks for nothing that does not exist, and for everything that we count."""
+
+import itertools
+import json
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from vllm_tokenselect.hooks.metrics import TokenSelectCollector
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+DASHBOARD = json.loads((REPOSITORY / "deploy/grafana/tokenselect.json").read_text())
+PANELS = DASHBOARD["panels"]
+EXPRESSIONS = [target["expr"] for panel in PANELS for target in panel["targets"]]
+VARIABLES = {variable["name"]: variable for variable in DASHBOARD["templating"]["list"]}
+
+SERIES = {"gauge": ("",), "counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}
+
+
+def series_of(metrics) -> set[str]:
+    return {name + suffix for kind, name in metrics for suffix in SERIES[kind]}
+
+
+def vllms_series() -> set[str]:
+    """What vLLM's logger creates, read from its source."""
+    [package] = find_spec("vllm").submodule_search_locations
+    source = Path(package, "v1/metrics/loggers.py").read_text()
+    created = re.findall(r'_(gauge|counter|histogram)_cls\(\s*name="(vllm:\w+)"', source)
+    assert created
+    return series_of(created)
+
+
+def our_series() -> set[str]:
+    return series_of((metric.type, metric.name) for metric in TokenSelectCollector().describe())
+
+
+def named(expression: str) -> set[str]:
+    return set(re.findall(r"vllm:\w+", expression))
+
+
+def test_every_metric_of_the_dashboard_exists():
+    queries = [*EXPRESSIONS, VARIABLES["model_name"]["query"]["query"]]
+    asked = set().union(*map(named, queries))
+    assert asked
+    assert asked <= vllms_series() | our_series()
+
+
+def test_every_metric_of_ours_is_shown():
+    assert our_series() <= set().union(*map(named, EXPRESSIONS))
+
+
+@pytest.mark.parametrize("expression", EXPRESSIONS)
+def test_an_expression_is_about_the_chosen_models(expression):
+    assert expression.count('{model_name=~"$model_name"') == len(
+        re.findall(r"vllm:\w+", expression)
+    )
+
+
+def test_everything_reads_the_chosen_data_source():
+    assert VARIABLES["datasource"]["type"] == "datasource"
+    assert VARIABLES["datasource"]["query"] == "prometheus"
+    targets = [target for panel in PANELS for target in panel["targets"]]
+    sources = [user["datasource"]["uid"] for user in (*PANELS, *targets, VARIABLES["model_name"])]
+    assert set(sources) == {"${datasource}"}
+
+
+def test_panels_have_ids_of_their_own_and_do_not_overlap():
+    assert len({panel["id"] for panel in PANELS}) == len(PANELS)
+    for one, other in itertools.combinations([panel["gridPos"] for panel in PANELS], 2):
+        beside = one["x"] + one["w"] <= other["x"] or other["x"] + other["w"] <= one["x"]
+        below = one["y"] + one["h"] <= other["y"] or other["y"] + other["h"] <= one["y"]
+        assert beside or below, (one, other)
+    assert max(panel["gridPos"]["x"] + panel["gridPos"]["w"] for panel in PANELS) <= 24

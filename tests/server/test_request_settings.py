@@ -1,0 +1,120 @@
+"""A request may attend to its whole context, or select fewer tokens, on a server that selects."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import openai
+import pytest
+
+from tests.server.conftest import FP32, SPARSE, Client, Completion, serving
+
+pytestmark = pytest.mark.server
+
+LENGTHS = (900, 1700, 2600)
+MAX_TOKENS = 16
+OFF = {"tokenselect": "off"}
+
+
+@pytest.fixture(scope="module")
+def documents(prompts) -> list[list[int]]:
+    return [prompts(400 + index, length) for index, length in enumerate(LENGTHS)]
+
+
+@pytest.fixture(scope="module")
+def full_attention(smollm2, documents) -> list[Completion]:
+    """What vLLM's own attention says."""
+    with serving(smollm2, backend="CPU_ATTN", extra_args=FP32) as client:
+        return client.complete_all(documents, MAX_TOKENS)
+
+
+@pytest.fixture(scope="module")
+def selected(sparse_client, documents) -> list[Completion]:
+    """What a server that selects 368 tokens says."""
+    return sparse_client.complete_all(documents, MAX_TOKENS)
+
+
+def assert_same(answers: list[Completion], expected: list[Completion]) -> None:
+    for answer, other in zip(answers, expected, strict=True):
+        assert answer.tokens == other.tokens
+        assert answer.logprobs == pytest.approx(other.logprobs, abs=1e-3)
+
+
+def test_off_is_full_attention_and_harms_no_neighbour(
+    sparse_client, documents, full_attention, selected
+):
+    for full, sparse in zip(full_attention, selected, strict=True):
+        assert full.logprobs != pytest.approx(sparse.logprobs, abs=1e-2), (
+            "the two are to be told apart"
+        )
+    with ThreadPoolExecutor(2 * len(documents)) as pool:
+        off = [pool.submit(sparse_client.complete, d, MAX_TOKENS, **OFF) for d in documents]
+        default = [pool.submit(sparse_client.complete, d, MAX_TOKENS) for d in documents]
+        assert_same([answer.result() for answer in off], full_attention)
+        assert_same([answer.result() for answer in default], selected)
+
+
+def test_a_request_selects_as_few_tokens_as_a_server_would(smollm2, documents, selected):
+    settings = {**SPARSE, "top_k": 8192}
+    with serving(smollm2, settings=settings, extra_args=FP32) as client:
+        few = [client.complete(d, MAX_TOKENS, tokenselect_top_k=SPARSE["top_k"]) for d in documents]
+        assert_same(few, selected)
+
+
+BAD = [
+    ({"tokenselect": "none"}, "tokenselect='none' is neither"),
+    ({"tokenselect_top_k": 0}, "tokenselect_top_k=0 cannot be used"),
+    ({"tokenselect_top_k": 10**6}, "tokenselect_top_k=1000000 cannot be used"),
+    ({"tokenselect_top_k": "many"}, "tokenselect_top_k='many' cannot be used"),
+    ({"tokenselect_topk": 5}, "there is no extra argument 'tokenselect_topk'"),
+    ({"tokenselect": "off", "tokenselect_top_k": 5}, "exclude each other"),
+]
+ALLOWED = (
+    'tokenselect is "on" or "off", and tokenselect_top_k an integer from 1 to this server\'s '
+    f"{SPARSE['top_k']}"
+)
+
+
+@pytest.mark.parametrize(("xargs", "named"), BAD, ids=lambda value: str(value)[:30])
+def test_a_bad_value_is_a_bad_request_that_says_what_is_allowed(sparse_client, xargs, named):
+    with pytest.raises(openai.BadRequestError) as refused:
+        sparse_client.complete([5] * 200, 2, **xargs)
+    assert refused.value.status_code == 400
+    assert named in refused.value.body["message"]
+    assert ALLOWED in refused.value.body["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_chat_takes_and_refuses_the_same(sparse_client, stream):
+    def chat(**xargs: object) -> object:
+        return sparse_client.openai.chat.completions.create(
+            model=sparse_client.model,
+            messages=[{"role": "user", "content": "Hello"}],
+            max_tokens=2,
+            stream=stream,
+            extra_body={"vllm_xargs": xargs},
+        )
+
+    with pytest.raises(openai.BadRequestError, match="tokenselect='none' is neither"):
+        chat(tokenselect="none")
+    answer = chat(**OFF)
+    assert list(answer) if stream else answer.choices
+
+
+def hits(client: Client, prompt: list[int], **xargs: object) -> float:
+    """Tokens of the prompt that came from the prefix cache."""
+    before = client.metric("vllm:prefix_cache_hits_total")
+    client.complete(prompt, 1, **xargs)
+    return client.metric("vllm:prefix_cache_hits_total") - before
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [({}, OFF), (OFF, {}), ({}, {"tokenselect_top_k": 100}), ({"tokenselect_top_k": 100}, OFF)],
+    ids=str,
+)
+def test_requests_of_other_settings_share_no_cached_blocks(sparse_client, prompts, first, then):
+    prompt = prompts(450 + len(str(first)) * 10 + len(str(then)), 1500)
+    assert [hits(sparse_client, prompt, **xargs) for xargs in (first, then)] == [0, 0]
+    again = [hits(sparse_client, prompt, **xargs) for xargs in (first, then)]
+    assert again[0] == again[1] >= 1024

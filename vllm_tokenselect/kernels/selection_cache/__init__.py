@@ -1,0 +1,1 @@
+"""Selection Cache: generated tokens whose queries resemble an earlier one's reuse its selection."""

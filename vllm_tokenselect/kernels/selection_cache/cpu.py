@@ -1,0 +1,107 @@
+"""The Selection Cache on a CPU, inside the compiled call that does the rows of one query.
+
+What is reused is decided before anything is scored, and rows that reuse are neither scored, nor voted
+on, nor selected.
+"""
+
+# mypy: allow-untyped-defs, allow-untyped-calls
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import njit
+
+from vllm_tokenselect.kernels.block_table.cpu import write_range
+from vllm_tokenselect.kernels.cpu_tiles import FAST_MATH, widen
+
+SELECTS = -1  # in place of where a reused selection's candidates ended
+
+
+@njit(fastmath=FAST_MATH)
+def decide_rows(
+    queries,
+    query_distance,
+    query_index,
+    query_size,
+    num_kv_heads,
+    caches,
+    slot,
+    owner,
+    candidate_ends,
+    threshold,
+    refresh_interval,
+    stored_queries,
+    stored_ends,
+    stored_owners,
+    reused_end,
+):
+    """As `reference.decide`: rows of one request in order, each compared with the last selection."""
+    own = np.empty(query_size, np.float32)
+    stored = np.empty(query_size, np.float32)
+    for row in range(len(query_index)):
+        reused_end[row] = SELECTS
+        if not caches[row]:
+            continue
+        line, end = slot[row], candidate_ends[row]
+        source = query_index[row] * query_distance
+        if stored_owners[line] == owner[row] and end - stored_ends[line] <= refresh_interval:
+            widen(queries, source, query_size, own, 0)
+            widen(stored_queries, line * query_size, query_size, stored, 0)
+            if _similar(own, stored, num_kv_heads, threshold):
+                reused_end[row] = stored_ends[line]
+                continue
+        for i in range(query_size):
+            stored_queries[line * query_size + i] = queries[source + i]
+        stored_ends[line] = end
+        stored_owners[line] = owner[row]
+
+
+@njit(fastmath=FAST_MATH)
+def _similar(query, stored, num_kv_heads, threshold):
+    """Whether the cosine reaches the threshold in every KV head."""
+    size = len(query) // num_kv_heads
+    for first in range(0, len(query), size):
+        product, own_square, stored_square = np.float32(0), np.float32(0), np.float32(0)
+        for i in range(first, first + size):
+            product += query[i] * stored[i]
+            own_square += query[i] * query[i]
+            stored_square += stored[i] * stored[i]
+        least = threshold * math.sqrt(own_square) * math.sqrt(stored_square)
+        if not product >= least:  # a NaN resembles nothing
+            return False
+    return True
+
+
+@njit
+def finish_rows(
+    caches,
+    reused_end,
+    slot,
+    block_table,
+    row_seq,
+    n_init,
+    top_k,
+    context_ends,
+    block_size,
+    slots,
+    lengths,
+    selected,
+    counts,
+):
+    """As `reference.finish`; also counts the rows that take part."""
+    for row in range(len(slot)):
+        if not caches[row]:
+            continue
+        line, size = slot[row], n_init + top_k[row]
+        end, context_end = reused_end[row], context_ends[row]
+        if end == SELECTS:
+            selected[line, :size] = slots[row, :size]
+        else:
+            slots[row, :size] = selected[line, :size]
+            write_range(block_table, row_seq[row], end, context_end, block_size, slots, row, size)
+            lengths[row] = size + context_end - end
+        counts[0 if end == SELECTS else 1] += 1
+        counts[3] += lengths[row]
+        counts[4] += context_end

@@ -1,0 +1,374 @@
+"""Selection Cache on a GPU: what is reused is decided on the device, before anything is scored.
+
+`decide_rows` runs before the scores and tells the kernels behind it which rows to leave out;
+`finish_rows` runs behind them. Both work through the rows of a request in order of position and keep in
+registers what one row leaves to the next, so that no program reads what another has written.
+
+Counting what the rows did is one more program of `finish_rows`: it costs no launch.
+"""
+
+# mypy: allow-untyped-defs, allow-untyped-calls, allow-incomplete-defs
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_tokenselect.kernels.block_table.gpu import write_range
+from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
+
+ENTRIES_PER_PROGRAM = 512  # of a line of the sparse block table
+ROWS_PER_STEP = 512
+SELECTS = tl.constexpr(-1)  # in place of where a reused selection's candidates ended
+# A kernel is compiled once, not again for every number that 16 happens to divide.
+NUMBERS = ["n_init", "refresh_interval", "num_rows"]
+ROW_ARRAYS = [
+    *("query_start", "chains", "row_seq", "row_slots", "query_len", "top_k"),
+    *("candidate_ends", "context_ends", "scored_ends", "table_ends", "reused_ends"),
+]
+
+
+def decide_rows(
+    query: torch.Tensor,
+    num_kv_heads: int,
+    query_start: torch.Tensor,
+    chains: torch.Tensor,
+    n_init: int,
+    top_k: torch.Tensor,
+    candidate_ends: torch.Tensor,
+    context_ends: torch.Tensor,
+    threshold: float,
+    refresh_interval: int,
+    state: SelectionCacheState,
+    scored_ends: torch.Tensor,
+    table_ends: torch.Tensor,
+    reused_ends: torch.Tensor,
+) -> None:
+    """As `reference.decide`, and says what scores and table have to do of each row.
+
+    Args:
+        query: [T, Hq, D] in the dtype of the state's, the last dimension contiguous.
+        num_kv_heads: Hkv.
+        query_start: int32 [R].
+        chains: int32 [C, 4], of each the first row, the number of rows, their slot and its owner.
+            Rows of a chain follow each other, are of one request and of one query, and no other
+            chain has its slot. A chain without rows is left out.
+        n_init: length of the sink.
+        top_k: int32 [R]; a row with no more candidates neither reuses nor becomes the last selection.
+        candidate_ends: int32 [R].
+        context_ends: int32 [R], end of the row's own tokens (exclusive).
+        threshold: least cosine.
+        refresh_interval: most tokens that may have left the local window.
+        state: `query`, `candidate_end` and `owner` are read and written.
+        scored_ends: int32 [R], written for rows of a chain: end of the candidates of a row that selects,
+            `n_init` of any other.
+        table_ends: int32 [R], written for rows of a chain: end of the row's own tokens, 0 for a row
+            that reuses a selection.
+        reused_ends: int32 [R], written for rows of a chain: as `reference.decide` returns it.
+    """
+    num_heads, head_size = query.shape[1:]
+    if not len(chains):
+        return
+    group_size = num_heads * head_size // num_kv_heads
+    padded_size, padded_groups = map(triton.next_power_of_2, (group_size, num_kv_heads))
+    _decide[(len(chains),)](
+        query,
+        query_start,
+        chains,
+        top_k,
+        candidate_ends,
+        context_ends,
+        state.query,
+        state.candidate_end,
+        state.owner,
+        scored_ends,
+        table_ends,
+        reused_ends,
+        threshold,
+        refresh_interval,
+        n_init,
+        query.stride(0),
+        query.stride(1),
+        HEAD_SIZE=head_size,
+        KV_HEADS=num_kv_heads,
+        GROUP_SIZE=group_size,
+        PADDED_KV_HEADS=padded_groups,
+        PADDED_SIZE=padded_size,
+        num_warps=8 if padded_groups * padded_size > 2048 else 4,
+    )
+
+
+def finish_rows(
+    chains: torch.Tensor,
+    block_table: torch.Tensor,
+    row_seq: torch.Tensor,
+    row_slots: torch.Tensor,
+    query_len: torch.Tensor,
+    n_init: int,
+    top_k: torch.Tensor,
+    candidate_ends: torch.Tensor,
+    context_ends: torch.Tensor,
+    scored_ends: torch.Tensor,
+    reused_ends: torch.Tensor,
+    block_size: int,
+    state: SelectionCacheState | None,
+    slots: torch.Tensor,
+    lengths: torch.Tensor,
+    counters: torch.Tensor,
+) -> None:
+    """As `reference.finish` and `reference.count_rows`.
+
+    Args:
+        chains: int32 [C, 4], as given to `decide_rows`; those whose rows reuse or leave selections.
+        block_table: int32 [S, W].
+        row_seq: int32 [R].
+        row_slots: int32 [R], slot of each row's request; -1 for a row that does not count.
+        query_len: int32 [R].
+        n_init: length of the sink.
+        top_k: int32 [R].
+        candidate_ends, context_ends, scored_ends, reused_ends: int32 [R], as `decide_rows` left them.
+        block_size: tokens of a KV block.
+        state: `selected` is read and written. None where there is no Selection Cache: rows are counted.
+        slots: int32 [R, width], completed.
+        lengths: int32 [R], completed.
+        counters: int64 [5], added to.
+    """
+    num_rows = len(row_seq)
+    if not num_rows:
+        return
+    rows = (row_slots, query_len, top_k, candidate_ends, context_ends, scored_ends, reused_ends)
+    if state is None or not len(chains):
+        _count[(1,)](*rows, counters, num_rows, n_init, ROWS=ROWS_PER_STEP, num_warps=4)
+        return
+    pieces = triton.cdiv(state.selected.shape[1], ENTRIES_PER_PROGRAM)
+    _finish[(pieces, len(chains) + 1)](
+        *rows,
+        counters,
+        chains,
+        block_table,
+        row_seq,
+        state.selected,
+        slots,
+        lengths,
+        num_rows,
+        n_init,
+        block_table.stride(0),
+        state.selected.stride(0),
+        slots.stride(0),
+        BLOCK_SIZE=block_size,
+        ENTRIES=ENTRIES_PER_PROGRAM,
+        ROWS=ROWS_PER_STEP,
+        num_warps=4,
+    )
+
+
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=ROW_ARRAYS)
+def _decide(
+    query,
+    query_start,
+    chains,
+    top_k,
+    candidate_ends,
+    context_ends,
+    state_query,
+    state_end,
+    state_owner,
+    scored_ends,
+    table_ends,
+    reused_ends,
+    threshold,
+    refresh_interval,
+    n_init,
+    token_stride,
+    head_stride,
+    HEAD_SIZE: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    PADDED_KV_HEADS: tl.constexpr,
+    PADDED_SIZE: tl.constexpr,
+):
+    """The rows of a chain, one after the other."""
+    chain = chains + tl.program_id(0) * 4
+    first = tl.load(chain).to(tl.int64)
+    num_rows = tl.load(chain + 1)
+    if num_rows == 0:
+        return
+    slot = tl.load(chain + 2).to(tl.int64)
+    owner = tl.load(chain + 3)
+    group, in_group = tl.arange(0, PADDED_KV_HEADS)[:, None], tl.arange(0, PADDED_SIZE)[None, :]
+    is_element = (group < KV_HEADS) & (in_group < GROUP_SIZE)
+    element = group * GROUP_SIZE + in_group
+    source = query + (element // HEAD_SIZE) * head_stride + element % HEAD_SIZE
+    stored = state_query + slot * KV_HEADS * GROUP_SIZE + element
+    last = tl.load(stored, is_element, 0.0).to(tl.float32)
+    last_square = tl.sum(last * last, 1)
+    last_end = tl.load(state_end + slot)
+    known = tl.load(state_owner + slot) == owner
+    changed = False
+    for following in range(0, num_rows):
+        row = first + following
+        candidate_end = tl.load(candidate_ends + row)
+        start = tl.load(query_start + row).to(tl.int64)
+        own = tl.load(source + start * token_stride, is_element, 0.0).to(tl.float32)
+        own_square = tl.sum(own * own, 1)
+        least = threshold * tl.sqrt(own_square) * tl.sqrt(last_square)
+        resembles = tl.sum(own * last, 1) >= least  # never where there is a NaN
+        similar = tl.sum(resembles.to(tl.int32), 0) == PADDED_KV_HEADS
+        recent = candidate_end - last_end <= refresh_interval
+        sparse = candidate_end - n_init > tl.load(top_k + row)
+        reuses = sparse & known & similar & recent
+        selects = sparse & (reuses == 0)
+        tl.store(scored_ends + row, tl.where(selects, candidate_end, n_init))
+        tl.store(table_ends + row, tl.where(reuses, 0, tl.load(context_ends + row)))
+        tl.store(reused_ends + row, tl.where(reuses, last_end, SELECTS))
+        last = tl.where(selects, own, last)
+        last_square = tl.where(selects, own_square, last_square)
+        last_end = tl.where(selects, candidate_end, last_end)
+        known = known | selects
+        changed = changed | selects
+    if changed:
+        tl.store(stored, last.to(state_query.dtype.element_ty), is_element)
+        tl.store(state_end + slot, last_end)
+        tl.store(state_owner + slot, owner)
+
+
+@triton.jit
+def _add_counts(
+    row_slots,
+    query_len,
+    top_k,
+    candidate_ends,
+    context_ends,
+    scored_ends,
+    reused_ends,
+    counters,
+    num_rows,
+    n_init,
+    ROWS: tl.constexpr,
+):
+    """Count all rows of a group: `reference.count_rows`, with lengths as they follow from the rows."""
+    for first in range(0, num_rows, ROWS):
+        row = first + tl.arange(0, ROWS)
+        counts = tl.load(row_slots + row, row < num_rows, -1) >= 0
+        reused_end = tl.load(reused_ends + row, counts, SELECTS).to(tl.int64)
+        reuses = counts & (reused_end != SELECTS)
+        selects = counts & (tl.load(scored_ends + row, counts, n_init) > n_init)
+        dense = counts & (reuses == 0) & (selects == 0)
+        context_end = tl.load(context_ends + row, counts, 0).to(tl.int64)
+        candidate_end = tl.load(candidate_ends + row, counts, 0).to(tl.int64)
+        local_start = tl.where(reuses, reused_end, candidate_end)
+        selected = n_init + tl.load(top_k + row, counts, 0).to(tl.int64)
+        length = tl.where(dense, context_end, selected + context_end - local_start)
+        queries = tl.load(query_len + row, counts, 0).to(tl.int64)
+        # The last query sees all entries, the one before it all but the last.
+        hidden = queries * (queries - 1) // 2
+        attended = tl.where(counts, queries * length - hidden, 0)
+        context = tl.where(counts, queries * context_end - hidden, 0)
+        tl.atomic_add(counters, tl.sum(selects.to(tl.int64), 0))
+        tl.atomic_add(counters + 1, tl.sum(reuses.to(tl.int64), 0))
+        tl.atomic_add(counters + 2, tl.sum(dense.to(tl.int64), 0))
+        tl.atomic_add(counters + 3, tl.sum(attended, 0))
+        tl.atomic_add(counters + 4, tl.sum(context, 0))
+
+
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=ROW_ARRAYS)
+def _count(
+    row_slots,
+    query_len,
+    top_k,
+    candidate_ends,
+    context_ends,
+    scored_ends,
+    reused_ends,
+    counters,
+    num_rows,
+    n_init,
+    ROWS: tl.constexpr,
+):
+    """Where no row can reuse a selection, one program counts."""
+    _add_counts(
+        row_slots,
+        query_len,
+        top_k,
+        candidate_ends,
+        context_ends,
+        scored_ends,
+        reused_ends,
+        counters,
+        num_rows,
+        n_init,
+        ROWS,
+    )
+
+
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=ROW_ARRAYS)
+def _finish(
+    row_slots,
+    query_len,
+    top_k,
+    candidate_ends,
+    context_ends,
+    scored_ends,
+    reused_ends,
+    counters,
+    chains,
+    block_table,
+    row_seq,
+    state_selected,
+    slots,
+    lengths,
+    num_rows,
+    n_init,
+    table_stride,
+    selected_stride,
+    slots_stride,
+    BLOCK_SIZE: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """One piece of the line, for all rows of a chain; behind the last chain, the counting."""
+    piece, which = tl.program_id(0), tl.program_id(1)
+    if which == tl.num_programs(1) - 1:
+        if piece == 0:
+            _add_counts(
+                row_slots,
+                query_len,
+                top_k,
+                candidate_ends,
+                context_ends,
+                scored_ends,
+                reused_ends,
+                counters,
+                num_rows,
+                n_init,
+                ROWS,
+            )
+        return
+    first = tl.load(chains + which * 4).to(tl.int64)
+    chain_rows = tl.load(chains + which * 4 + 1)
+    if chain_rows == 0:
+        return
+    size = n_init + tl.load(top_k + first)
+    entry = piece * ENTRIES + tl.arange(0, ENTRIES)
+    in_line = entry < size
+    stored = state_selected + tl.load(chains + which * 4 + 2).to(tl.int64) * selected_stride + entry
+    kept = tl.load(stored, in_line, 0)
+    changed = False
+    for following in range(0, chain_rows):
+        row = first + following
+        line = slots + row * slots_stride
+        reused_end = tl.load(reused_ends + row)
+        selects = tl.load(scored_ends + row) > n_init
+        own = tl.load(line + entry, entry < tl.where(selects, size, 0), 0)
+        kept = tl.where(selects, own, kept)
+        changed = changed | selects
+        if reused_end != SELECTS:
+            tl.store(line + entry, kept, in_line)
+            if piece == 0:
+                context_end = tl.load(context_ends + row)
+                blocks = block_table + tl.load(row_seq + row).to(tl.int64) * table_stride
+                write_range(blocks, reused_end, context_end, size, line, BLOCK_SIZE, ENTRIES)
+                tl.store(lengths + row, size + context_end - reused_end)
+    if changed:
+        tl.store(stored, kept, in_line)
