@@ -52,7 +52,7 @@ class RequestTable:
     Attributes:
         prompt_lens: int32 [capacity], tokens of the prompt of each slot's request.
         top_k: int32 [capacity], tokens that its chunks select.
-        owners: int32 [capacity], which of all owners so far a slot has; 0 if it never had one.
+        owners: int32 [capacity], which of all owners so far a slot has; 0 while it is free.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -103,6 +103,7 @@ class RequestTable:
         """Free the request's slot; a request without one is left alone."""
         slot = self._slots.pop(request_id, None)
         if slot is not None:
+            self.owners[slot] = NO_OWNER
             self._free.append(slot)
 
     def slots_of(self, request_ids: Iterable[str]) -> npt.NDArray[np.int32]:
@@ -113,10 +114,10 @@ class RequestTable:
         """
         return np.fromiter((self._slots[request_id] for request_id in request_ids), np.int32)
 
-    def ids_of(self, slots: npt.NDArray[np.int32]) -> list[str]:
-        """Request ids that own the slots."""
+    def ids_of(self, slots: Int32) -> list[str | None]:
+        """Request ids that own the slots; None for a slot that is free."""
         owners = {slot: request_id for request_id, slot in self._slots.items()}
-        return [owners[int(slot)] for slot in slots]
+        return [owners.get(int(slot)) for slot in slots]
 
     def record(self, request_id: str, activity: Activity) -> None:
         """Add to the request's activity, which outlives a preemption."""
@@ -173,8 +174,9 @@ class BatchRequests:
         if requests is not None:
             slots, table = requests.slots[:size], requests.table
             known = slice(len(slots))
-            batch.slots[known] = slots
             batch.owners[known] = table.owners[slots]
+            # Dummy steps of Model Runner V2 name rows that nobody owns.
+            batch.slots[known] = np.where(table.owners[slots] == NO_OWNER, NO_SLOT, slots)
             batch.prompt_lens[known] = table.prompt_lens[slots]
             batch.top_k[known] = table.top_k[slots]
         return batch

@@ -17,7 +17,6 @@ from vllm.v1.attention.backends.utils import get_num_attention_heads_from_layers
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
 from vllm_tokenselect.config import TokenSelectConfig
-from vllm_tokenselect.hooks.metrics import start_publishing
 from vllm_tokenselect.hooks.runner_v1 import current_requests
 from vllm_tokenselect.hooks.runner_v2 import request_table
 from vllm_tokenselect.method import SettingsError
@@ -70,8 +69,6 @@ class TokenSelectMetadataBuilder(AttentionMetadataBuilder[M]):
         """
         query_start_loc = metadata.query_start_loc_cpu.numpy()
         requests = self._requests(metadata)
-        if requests is not None:
-            start_publishing(self.vllm_config, self.device)
         method = self.config.method
         batch = BatchRequests.of_step(requests, seq_lens, method.top_k)
         plan = SelectionPlan.build(query_start_loc, seq_lens, batch, method)
@@ -91,6 +88,8 @@ class TokenSelectMetadataBuilder(AttentionMetadataBuilder[M]):
         attended, context = plan.num_attended(self.config.method), plan.num_in_context()
         prefill = plan.chunk_start < prompt_lens[plan.row_seq]
         for seq, request_id in enumerate(requests.table.ids_of(requests.slots)):
+            if request_id is None:
+                continue
             counts = [
                 int(values[(plan.row_seq == seq) & kind].sum())
                 for kind in (prefill, ~prefill)
