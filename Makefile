@@ -10,7 +10,7 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types pytest check-vllm bench gpu-check clean
+.PHONY: help setup demo test lint types pytest check-vllm bench gpu-check endurance clean
 
 help:
 	@echo "make demo                        a real model on TOKENSELECT answers about a long document"
@@ -19,6 +19,7 @@ help:
 	@echo "make lint                        ruff, mypy and the import contracts"
 	@echo "make check-vllm VERSION=0.33.0   check every hook against a vLLM release"
 	@echo "make gpu-check                   every check and benchmark that wants a GPU, in ten minutes"
+	@echo "make endurance                   an hour and more of random load on real servers"
 	@echo "make bench ARGS='--help'         speed against vLLM's own CPU attention"
 
 setup: $(STAMP)
@@ -58,6 +59,14 @@ check-vllm: setup
 
 bench: setup
 	@$(BIN)/python benchmarks/serve.py $(ARGS)
+
+# 200 requests in every way that they can be served, 15 minutes of random load, and a hundred thousand
+# steps of each state machine.
+endurance: setup
+	@$(BIN)/python -m tests.endurance.invariance --json benchmarks/results/invariance.json $(ARGS)
+	@$(BIN)/python -m tests.endurance.soak --json benchmarks/results/soak.json
+	@$(BIN)/python -m pytest -q --hypothesis-profile endurance \
+	    tests/hooks/test_request_table.py tests/method/test_selection_cache_machine.py
 
 # With the Python that has torch and Triton for the GPU, and vLLM if it is to be checked too: an
 # installation of its own would be for CPUs.

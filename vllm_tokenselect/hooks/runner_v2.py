@@ -70,7 +70,7 @@ def add_to_slot(runner: Any, new: NewRequestData) -> None:
     """Give the request the slot of the row that V2 chose."""
     global _table
     states = runner.req_states
-    if _table is None :
+    if _table is None or _table.capacity != states.max_num_reqs:
         _table = RequestTable(states.max_num_reqs)
     _table.add(
         new.req_id,
