@@ -16,6 +16,8 @@ from collections.abc import Callable
 import torch
 
 from vllm_tokenselect.kernels.operations import cpu_operations
+from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
+from vllm_tokenselect.kernels.single_queries.rows import CachingRows, SingleQueryRows
 from vllm_tokenselect.kernels.warmup import compile_cpu_kernels
 
 try:
@@ -89,12 +91,24 @@ def contenders(
     mean_query, out, scale = query.float(), torch.empty_like(query), head_size**-0.5
     calls: dict[str, list[Callable[[], object]]] = {
         name: []
-        for name in ("score", "vote", "block_table", "attend", "reselect", "gather", "CPU_ATTN")
+        for name in (
+            *("score", "vote", "block_table", "attend", "reselect", "reuse", "gather"),
+            "CPU_ATTN",
+        )
     }
-    rows = (block_table, row_seq, N_INIT, TOP_K, candidate_end, context_end, BLOCK_SIZE)
-    attend_only, whole = (
-        operations.single_queries(row_seq, *rows, slots, lengths, selects)
-        for selects in (False, True)
+    top_k = torch.tensor([TOP_K], dtype=torch.int32)
+    rows = (block_table, row_seq, N_INIT, top_k, candidate_end, context_end, BLOCK_SIZE)
+    caching = CachingRows(
+        caches=torch.ones(1, dtype=torch.bool),
+        slot=row_seq,
+        owner=torch.ones(1, dtype=torch.int32),
+        similarity_threshold=-2.0,  # whatever the query, a selection is reused
+        refresh_interval=0,
+        counts=torch.zeros(5, dtype=torch.int64),
+    )
+    attend_only, whole, reusing = (
+        operations.single_queries(SingleQueryRows(row_seq, *rows, slots, lengths, selects, part))
+        for selects, part in ((False, None), (True, None), (True, caching))
     )
     for _ in range(max(2, CACHES_BYTES // cache_bytes)):
         kv_cache = torch.randn(shape, dtype=torch.bfloat16)
@@ -117,16 +131,25 @@ def contenders(
             operations.build_sparse_block_table(*table, slots, lengths)
 
         def attend(kv_cache=kv_cache):
-            attend_only(query, kv_cache, scale, out)
+            attend_only(query, kv_cache, scale, out, None)
 
         def reselect(kv_cache=kv_cache):
-            whole(query, kv_cache, scale, out)
+            whole(query, kv_cache, scale, out, None)
+
+        state = SelectionCacheState.allocate(
+            1, N_INIT + TOP_K, num_heads, head_size, torch.bfloat16, torch.device("cpu")
+        )
+
+        def reuse(kv_cache=kv_cache, state=state):
+            reusing(query, kv_cache, scale, out, state)
+
+        reuse()  # the first one selects
 
         def gather(kv_cache=kv_cache, keys=keys, values=values):
             operations.gather_tokens(kv_cache, slots[0], keys, values)
 
         for name, call in zip(
-            calls, (score, vote, build, attend, reselect, gather, decode), strict=True
+            calls, (score, vote, build, attend, reselect, reuse, gather, decode), strict=True
         ):
             if call is not None:
                 calls[name].append(call)

@@ -14,7 +14,9 @@ from vllm_tokenselect.kernels.block_table import cpu as block_table
 from vllm_tokenselect.kernels.gather import cpu as gather
 from vllm_tokenselect.kernels.operations import cpu_operations
 from vllm_tokenselect.kernels.score import cpu as score
+from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
 from vllm_tokenselect.kernels.single_queries import cpu as single_queries
+from vllm_tokenselect.kernels.single_queries.rows import CachingRows, SingleQueryRows
 from vllm_tokenselect.kernels.vote import cpu as vote
 from vllm_tokenselect.kernels.write import cpu as write
 
@@ -48,11 +50,25 @@ def test_no_kernel_is_compiled_after_the_warm_up(case: Case):
     votes = operations.soft_vote(
         operations.score_paged_keys(query, kv_cache, table, row_seq, 0, ends, 0.1)
     )
-    for top_k, selects in ((16, True), (case.tokens, False)):
-        rows = (table, row_seq, 0, top_k, ends, ends, case.block_size, slots, lengths)
-        operations.build_sparse_block_table(votes if selects else None, *rows)
-        layer = operations.single_queries(row_seq, *rows, selects)
-        layer(query.to(case.torch_dtype), kv_cache, 0.1, out)
+    state = SelectionCacheState.allocate(
+        case.rows, 16, case.num_heads, case.head_size, case.torch_dtype, torch.device("cpu")
+    )
+    caching = CachingRows(
+        caches=torch.ones(case.rows, dtype=torch.bool),
+        slot=row_seq,
+        owner=row_seq + 1,
+        similarity_threshold=0.9,
+        refresh_interval=4,
+        counts=torch.zeros(5, dtype=torch.int64),
+    )
+    for wanted, selects in ((16, True), (case.tokens, False)):
+        top_k = torch.full((case.rows,), wanted, dtype=torch.int32)
+        table_rows = (table, row_seq, 0, top_k, ends, ends, case.block_size, slots, lengths)
+        operations.build_sparse_block_table(votes if selects else None, *table_rows)
+        for part, kept in ((None, None), (caching, state)):
+            rows = SingleQueryRows(row_seq, *table_rows, selects, part if selects else None)
+            layer = operations.single_queries(rows)
+            layer(query.to(case.torch_dtype), kv_cache, 0.1, out, kept)
     write.write_tokens(keys, keys, kv_cache, slots[0, :16].long())
     operations.gather_tokens(kv_cache, slots[0, :16], keys, keys.clone())
 

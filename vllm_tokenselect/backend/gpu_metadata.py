@@ -16,10 +16,6 @@ from vllm_tokenselect.backend.metadata import TokenSelectMetadataBuilder
 from vllm_tokenselect.config import TokenSelectConfig
 from vllm_tokenselect.gpu.rows import RowBuffers, StepLimits, graph_rows, step_rows
 from vllm_tokenselect.gpu.step import GpuStep
-from vllm_tokenselect.hooks.log import get_logger
-from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
-
-logger = get_logger(__name__)
 
 GRAPHS = {
     "flash": AttentionCGSupport.UNIFORM_BATCH,
@@ -72,24 +68,6 @@ class GpuTokenSelectMetadataBuilder(TokenSelectMetadataBuilder[GpuTokenSelectMet
             vllm_config.compilation_config.max_cudagraph_capture_size or 0,
         )
         self.buffers = RowBuffers(capacity, device)
-        if self.config.method.reuses_selections:
-            slots = vllm_config.scheduler_config.max_num_seqs
-            layer = SelectionCacheState.allocate(
-                *(
-                    slots,
-                    self.config.method.selection_size,
-                    self.num_heads,
-                    self.head_size,
-                    self.dtype,
-                ),
-                torch.device("meta"),
-            )
-            logger.info(
-                "TOKENSELECT: the Selection Cache of %d layers takes %d MiB for %d requests",
-                len(layer_names),
-                len(layer_names) * layer.num_bytes >> 20,
-                slots,
-            )
 
     @classmethod
     def get_cudagraph_support(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -12,13 +11,10 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionMetadata, Attentio
 
 from vllm_tokenselect.config import TokenSelectConfig
 from vllm_tokenselect.hooks import install_in_worker
-from vllm_tokenselect.hooks.log import get_logger
 from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
 from vllm_tokenselect.method import SettingsError
 
 M = TypeVar("M", bound=AttentionMetadata)
-
-logger = get_logger(__name__)
 
 
 class TokenSelectImpl(AttentionImpl[M]):
@@ -72,19 +68,12 @@ class TokenSelectImpl(AttentionImpl[M]):
         """The layer's part of the Selection Cache; None if it is switched off."""
         method = self.config.method
         if not method.reuses_selections:
-            _log_once("TOKENSELECT: no Selection Cache; every generated token selects anew")
             return None
-        slots = vllm_config.scheduler_config.max_num_seqs
-        state = SelectionCacheState.allocate(
-            slots, method.selection_size, self.num_heads, self.head_size, self.dtype, device
+        return SelectionCacheState.allocate(
+            vllm_config.scheduler_config.max_num_seqs,
+            method.selection_size,
+            self.num_heads,
+            self.head_size,
+            self.dtype,
+            device,
         )
-        _log_once(
-            f"TOKENSELECT: the Selection Cache takes {state.num_bytes / 2**20:.1f} MiB a layer for "
-            f"{slots} requests"
-        )
-        return state
-
-
-@cache
-def _log_once(message: str) -> None:
-    logger.info("%s", message)

@@ -17,13 +17,17 @@ from vllm.v1.attention.backends.utils import get_num_attention_heads_from_layers
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
 from vllm_tokenselect.config import TokenSelectConfig
+from vllm_tokenselect.hooks.log import get_logger
 from vllm_tokenselect.hooks.runner_v1 import current_requests
 from vllm_tokenselect.hooks.runner_v2 import request_table
+from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
 from vllm_tokenselect.method import SettingsError
 from vllm_tokenselect.plan import SelectionPlan
 from vllm_tokenselect.requests import Activity, BatchRequests, StepRequests
 
 M = TypeVar("M", bound=AttentionMetadata)
+
+logger = get_logger(__name__)
 
 
 class TokenSelectMetadataBuilder(AttentionMetadataBuilder[M]):
@@ -57,6 +61,26 @@ class TokenSelectMetadataBuilder(AttentionMetadataBuilder[M]):
             vllm_config, layer_names
         ) or vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config)
         self.model_runner_v2 = vllm_config.use_v2_model_runner
+        self._log_selection_cache(len(layer_names), scheduler.max_num_seqs)
+
+    def _log_selection_cache(self, num_layers: int, num_requests: int) -> None:
+        if not self.config.method.reuses_selections:
+            logger.info("TOKENSELECT: no Selection Cache; every generated token selects anew")
+            return
+        layer = SelectionCacheState.allocate(
+            num_requests,
+            self.config.method.selection_size,
+            self.num_heads,
+            self.head_size,
+            self.dtype,
+            torch.device("meta"),
+        )
+        logger.info(
+            "TOKENSELECT: the Selection Cache of %d layers has %d MiB for %d requests",
+            num_layers,
+            num_layers * layer.num_bytes >> 20,
+            num_requests,
+        )
 
     def plan(
         self, metadata: CommonAttentionMetadata, seq_lens: npt.NDArray[np.int32]
