@@ -33,7 +33,7 @@ from tests.endurance.requests import (
     metric,
     random_length,
 )
-from tests.oracle.cases import SETTINGS
+from tests.oracle.cases import CACHED_SETTINGS
 from tests.oracle.prompts import prompt_tokens
 from vllm_tokenselect.cli.model import ensure_smollm2
 from vllm_tokenselect.cli.server import VllmServer
@@ -99,7 +99,7 @@ def compare(
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     model = ensure_smollm2()
-    settings = {**asdict(SETTINGS), **args.settings}
+    settings = {**asdict(CACHED_SETTINGS), **args.settings}
     prompts = make_prompts(model, args)
     expected: list[Answer] = []
     report = []
@@ -147,7 +147,7 @@ def main() -> None:
         whole = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "arguments": {key: str(value) for key, value in vars(args).items()},
-            "settings": {**asdict(SETTINGS), **args.settings},
+            "settings": {**asdict(CACHED_SETTINGS), **args.settings},
             "ways": report,
         }
         args.json.write_text(json.dumps(whole, indent=1) + "\n")

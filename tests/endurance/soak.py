@@ -36,7 +36,7 @@ from tests.endurance.requests import (
     random_length,
     session_of,
 )
-from tests.oracle.cases import SETTINGS
+from tests.oracle.cases import CACHED_SETTINGS
 from tests.oracle.prompts import prompt_tokens
 from vllm_tokenselect.cli.model import ensure_smollm2
 from vllm_tokenselect.cli.server import VllmServer
@@ -200,7 +200,7 @@ def main() -> None:
     extra = ["--dtype", "float32", "--max-num-seqs", str(MAX_NUM_SEQS), "--max-model-len", "8192"]
     extra += ["--max-num-batched-tokens", "700", "--block-size", str(BLOCK_SIZE)]
     extra += ["--num-gpu-blocks-override", str(BLOCKS)]
-    with VllmServer(model, settings=asdict(SETTINGS), extra_args=extra) as started:
+    with VllmServer(model, settings=asdict(CACHED_SETTINGS), extra_args=extra) as started:
         soak = Soak(started, AutoTokenizer.from_pretrained(model), args.seed)
         asyncio.run(soak.run(args.minutes))
         time.sleep(2)  # the counters are published once a second

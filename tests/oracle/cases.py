@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tests.oracle.model import Selection
 from tests.oracle.prompts import prompt_tokens
 
 # Sparse from about 600 tokens on: a token attends to 16 + 368 + 128 = 512 others.
-# Of 12 or 24 generated tokens some reuse a selection because they resemble the one that made it, some may
-# not, and none may once more than 8 tokens have left its local window.
 SETTINGS = Selection(
     top_k=368,
     n_init=16,
     n_local=128,
     query_chunk=256,
     tail_queries=32,
-    similarity_threshold=0.75,
-    refresh_interval=8,
+    similarity_threshold=1.0,  # no Selection Cache: every generated token selects
+    refresh_interval=0,
 )
+# Of 24 generated tokens some reuse a selection because they resemble the one that made it, some may not,
+# and none may once more than 8 tokens have left its local window.
+CACHED_SETTINGS = replace(SETTINGS, similarity_threshold=0.75, refresh_interval=8)
 
 LENGTHS = [1000 + 37 * i for i in range(12)] + [1600, 1900, 2300, 2700, 3300, 4000, 4900, 6000]
 # A few tokens short of nine blocks of 128: each needs a tenth block while it generates.
 CROWDED_LENGTHS = [9 * 128 - short for short in (4, 7, 10, 13, 16, 19)]
+# So are these, short of 6 to 13 blocks.
+CACHED_LENGTHS = [128 * blocks - 8 for blocks in range(6, 14)]
 
 
 @dataclass(frozen=True)
@@ -49,3 +52,9 @@ def make_cases(tokenizer) -> list[Case]:
         *(Case(f"half-{len(prompt)}", prompt, 12) for prompt in halves),
         *(Case(f"crowded-{len(prompt)}", prompt, 24) for prompt in crowded),
     ]
+
+
+def make_cached_cases(tokenizer) -> list[Case]:
+    """8 prompts for the settings with a Selection Cache."""
+    prompts = (prompt_tokens(tokenizer, 500 + s, n) for s, n in enumerate(CACHED_LENGTHS))
+    return [Case(f"cached-{len(prompt)}", prompt, 24) for prompt in prompts]

@@ -1,6 +1,6 @@
-"""What the oracle says to every case, kept in `expected.json`: it takes minutes to compute.
+"""What the oracle says to every case, kept in `expected*.json`: it takes minutes to compute.
 
-    python -m tests.oracle.expected     # computes it anew
+    python -m tests.oracle.expected [expected_cached.json]    # computes all, or those named, anew
 
 `test_expected.py` computes some of it again, so that a stale file does not pass.
 """
@@ -9,26 +9,41 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tests.oracle.cases import SETTINGS, Case, make_cases
-from tests.oracle.model import OracleModel
+from tests.oracle.cases import (
+    CACHED_SETTINGS,
+    SETTINGS,
+    Case,
+    make_cached_cases,
+    make_cases,
+)
+from tests.oracle.model import OracleModel, Selection
 
-FILE = Path(__file__).with_name("expected.json")
+FILES = {
+    SETTINGS: Path(__file__).with_name("expected.json"),
+    CACHED_SETTINGS: Path(__file__).with_name("expected_cached.json"),
+}
 # Where the oracle itself cannot tell two tokens apart, rounding may decide between them.
 UNDECIDED_NATS = 1e-4
+UNDECIDED_COSINE = 3e-5
 LOGPROB_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
 class Expected:
-    """Greedy tokens, their log-probabilities, and how far each was ahead of the second (nats)."""
+    """Greedy tokens, their log-probabilities, how far each was ahead of the second (nats).
+
+    With a Selection Cache also the narrowest decision, as a cosine, that went before each.
+    """
 
     prompt_sha256: str
     tokens: list[int]
     logprobs: list[float]
     leads: list[float]
+    margins: list[float] | None = None
 
 
 def sha256(prompt: list[int]) -> str:
@@ -36,15 +51,18 @@ def sha256(prompt: list[int]) -> str:
 
 
 def ask(oracle: OracleModel, case: Case) -> Expected:
-    return Expected(sha256(case.prompt), *oracle.generate(case.prompt, case.max_tokens))
+    tokens, logprobs, leads, margins = oracle.generate(case.prompt, case.max_tokens)
+    cached = oracle.settings.similarity_threshold < 1
+    return Expected(sha256(case.prompt), tokens, logprobs, leads, margins if cached else None)
 
 
-def load(cases: list[Case]) -> dict[str, Expected]:
-    """The file's content by name of the case; fails when it was made for other cases."""
-    content = json.loads(FILE.read_text())
+def load(cases: list[Case], settings: Selection = SETTINGS) -> dict[str, Expected]:
+    """A file's content by name of the case; fails when it was made for other cases."""
+    file = FILES[settings]
+    content = json.loads(file.read_text())
     expected = {name: Expected(**values) for name, values in content["cases"].items()}
-    stale = f"{FILE.name} is stale: run python -m tests.oracle.expected"
-    assert content["settings"] == asdict(SETTINGS), stale
+    stale = f"{file.name} is stale: run python -m tests.oracle.expected"
+    assert content["settings"] == asdict(settings), stale
     assert {c.name: (sha256(c.prompt), c.max_tokens) for c in cases} == {
         name: (e.prompt_sha256, len(e.tokens)) for name, e in expected.items()
     }, stale
@@ -57,11 +75,15 @@ def difference(
     """Compare what was generated with what the oracle says.
 
     Returns:
-        what differs (None: nothing), and whether an undecided token ended the comparison early.
+        what differs (None: nothing), and whether the comparison ended early, at something that the
+        oracle leaves open: two tokens that are equally likely, or a selection that it reused, or did
+        not reuse, by a hair's breadth.
     """
     if len(tokens) != len(expected.tokens):
         return f"{len(tokens)} tokens, the oracle's are {len(expected.tokens)}", False
     for position, (token, wanted) in enumerate(zip(tokens, expected.tokens, strict=True)):
+        if expected.margins is not None and expected.margins[position] < UNDECIDED_COSINE:
+            return None, True
         gap = logprobs[position] - expected.logprobs[position]
         if token != wanted:
             lead = expected.leads[position]
@@ -84,13 +106,21 @@ def main() -> None:
     from vllm_tokenselect.cli.model import ensure_smollm2
 
     model = ensure_smollm2()
-    cases = make_cases(AutoTokenizer.from_pretrained(model))
-    oracle = OracleModel(model, SETTINGS)
-    answers = {case.name: asdict(ask(oracle, case)) for case in track(cases, "asking the oracle")}
-    # One case a line: short enough to read, and a change shows where it is.
-    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(a)}" for name, a in answers.items())
-    settings = json.dumps(asdict(SETTINGS))
-    FILE.write_text(f'{{"settings": {settings},\n "cases": {{\n{lines}\n}}}}\n')
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    sets = {SETTINGS: make_cases(tokenizer), CACHED_SETTINGS: make_cached_cases(tokenizer)}
+    chosen = [s for s in sets if not sys.argv[1:] or FILES[s].name in sys.argv[1:]]
+    for settings in chosen:
+        oracle = OracleModel(model, settings)
+        asked = track(sets[settings], f"asking the oracle for {FILES[settings].name}")
+        answers = {case.name: _known(ask(oracle, case)) for case in asked}
+        # One case a line: short enough to read, and a change shows where it is.
+        lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(a)}" for name, a in answers.items())
+        content = f'{{"settings": {json.dumps(asdict(settings))},\n "cases": {{\n{lines}\n}}}}\n'
+        FILES[settings].write_text(content)
+
+
+def _known(expected: Expected) -> dict[str, object]:
+    return {name: value for name, value in asdict(expected).items() if value is not None}
 
 
 if __name__ == "__main__":

@@ -36,15 +36,18 @@ class LastSelection:
     candidates: range
     chosen: torch.Tensor
 
-    def serves(
+    def margin(
         self, query: torch.Tensor, candidates: range, num_kv_heads: int, settings: Selection
-    ) -> bool:
-        """Whether a later token may attend to what was chosen then."""
+    ) -> float:
+        """By how much a later token's query is similar enough to attend to what was chosen then.
+
+        Below zero it is not, as when the selection is too old.
+        """
         if candidates.stop - self.candidates.stop > settings.refresh_interval:
-            return False
+            return -1.0
         heads = (x.reshape(num_kv_heads, -1) for x in (query, self.query))
-        similarities = F.cosine_similarity(*heads, dim=1)
-        return bool((similarities >= settings.similarity_threshold).all())
+        similarity = F.cosine_similarity(*heads, dim=1).min()
+        return float(similarity) - settings.similarity_threshold
 
 
 def query_chunks(first: int, end: int, prompt_len: int, settings: Selection) -> list[range]:
@@ -62,7 +65,7 @@ def attended_positions(
     scale: float,
     settings: Selection,
     last: LastSelection | None,
-) -> tuple[torch.Tensor, LastSelection | None]:
+) -> tuple[torch.Tensor, LastSelection | None, float]:
     """Positions that a chunk attends to, ascending; its own queries see them causally.
 
     Args:
@@ -71,20 +74,22 @@ def attended_positions(
         last: the selection that may be reused; None if there is none.
 
     Returns:
-        the positions, and the selection that they are from, None if the chunk sees everything.
+        the positions, the selection that they are from, None if the chunk sees everything, and how
+        clearly it was decided whether the last one is reused.
     """
     candidates = range(settings.n_init, chunk.start - settings.n_local)
     everything = torch.arange(chunk.stop)
     if len(candidates) <= settings.top_k:
-        return everything, None
+        return everything, None, 1.0
     mean = queries.mean(dim=0)  # [Hq, D]
-    if last is None or not last.serves(mean, candidates, len(keys), settings):
+    margin = -1.0 if last is None else last.margin(mean, candidates, len(keys), settings)
+    if last is None or margin < 0:
         last = LastSelection(mean, candidates, vote(mean, keys, candidates, scale, settings.top_k))
     attended = torch.zeros(chunk.stop, dtype=torch.bool)
     attended[: settings.n_init] = True
     attended[last.chosen] = True
     attended[last.candidates.stop :] = True
-    return everything[attended], last
+    return everything[attended], last, abs(margin)
 
 
 def vote(
@@ -123,6 +128,7 @@ class OracleModel:
         self.last: list[LastSelection | None] = []
         self.prompt_len = 0
         self.num_reused = 0  # selections, over layers and generated tokens
+        self.margin = 1.0  # the narrowest decision so far
 
     @torch.inference_mode()
     def start(self, prompt: list[int]) -> torch.Tensor:
@@ -136,12 +142,15 @@ class OracleModel:
     @torch.inference_mode()
     def generate(
         self, prompt: list[int], max_tokens: int
-    ) -> tuple[list[int], list[float], list[float]]:
+    ) -> tuple[list[int], list[float], list[float], list[float]]:
         """Greedy decoding.
 
         Returns:
-            tokens, their log-probabilities, and how far each was ahead of the second (nats).
+            tokens, their log-probabilities, how far each was ahead of the second (nats), and the
+            narrowest decision to reuse a selection or not that went before it.
         """
+        self.margin = 1.0
+        margins = []
         tokens, logprobs, leads = [], [], []
         following = self.start(prompt)
         for position in range(len(prompt), len(prompt) + max_tokens):
@@ -149,9 +158,10 @@ class OracleModel:
             tokens.append(int(best.indices[0]))
             logprobs.append(float(best.values[0]))
             leads.append(float(best.values[0] - best.values[1]))
+            margins.append(self.margin)
             if len(tokens) < max_tokens:
                 following = self.next_logprobs(tokens[-1:], position)
-        return tokens, logprobs, leads
+        return tokens, logprobs, leads, margins
 
     def next_logprobs(self, tokens: list[int], first: int) -> torch.Tensor:
         """Log-probabilities [vocabulary] after `tokens`, which stand at positions `first` and on."""
@@ -182,9 +192,10 @@ class OracleModel:
             # Only generated tokens reuse a selection and leave one.
             generated = chunk.start >= self.prompt_len
             before = self.last[layer] if generated else None
-            seen, last = attended_positions(
+            seen, last, margin = attended_positions(
                 queries, keys[:, : chunk.stop], chunk, scale, self.settings, before
             )
+            self.margin = min(self.margin, margin)
             self.num_reused += last is not None and last is before
             self.last[layer] = last if generated else None
             causal = seen[None] <= torch.arange(chunk.start, chunk.stop)[:, None]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.oracle.cases import SETTINGS, make_cases
+from tests.oracle.cases import CACHED_SETTINGS, SETTINGS, make_cached_cases, make_cases
 from tests.oracle.expected import ask, difference, load
 from tests.oracle.model import OracleModel
 
@@ -22,3 +22,13 @@ def test_the_file_holds_what_the_oracle_says(name, cases, oracle):
     expected = load(list(cases.values()))[name]
     again = ask(oracle, cases[name])
     assert difference(again.tokens, again.logprobs, expected) == (None, False)
+
+
+def test_the_file_for_the_selection_cache_does_too(smollm2, tokenizer):
+    cases = {case.name: case for case in make_cached_cases(tokenizer)}
+    expected = load(list(cases.values()), CACHED_SETTINGS)
+    oracle = OracleModel(smollm2, CACHED_SETTINGS)
+    for name in ("cached-888", "cached-1528"):
+        again = ask(oracle, cases[name])
+        assert difference(again.tokens, again.logprobs, expected[name]) == (None, False)
+    assert 0 < oracle.num_reused < 2 * 24 * oracle.num_layers

@@ -19,7 +19,7 @@ SMALL = Selection(
 
 def test_with_a_budget_that_covers_the_context_it_is_transformers_llama(smollm2, tokenizer):
     prompt = prompt_tokens(tokenizer, seed=1, length=300)
-    tokens, logprobs, _ = OracleModel(smollm2, None).generate(prompt, 5)
+    tokens, logprobs, *_ = OracleModel(smollm2, None).generate(prompt, 5)
     llama = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
     with torch.inference_mode():
         logits = llama(torch.tensor([prompt + tokens[:-1]])).logits[0, len(prompt) - 1 :]
@@ -51,21 +51,21 @@ def test_sink_selected_and_local_tokens_are_attended_and_ties_go_to_the_lower_po
     keys = torch.zeros(1, 12, 4)
     keys[0, 5, 0] = 1.0  # the one key that the query likes; all others tie
     query = torch.tensor([[[1.0, 0, 0, 0]]])
-    seen, _ = attended_positions(query, keys, range(11, 12), 1.0, SMALL, None)
+    seen, *_ = attended_positions(query, keys, range(11, 12), 1.0, SMALL, None)
     assert seen.tolist() == [0, 1, 2, 5, 9, 10, 11]
 
 
 def test_candidates_that_fit_the_budget_make_a_chunk_dense():
     for tokens, dense in ((7, True), (8, False)):
         keys, query = torch.randn(1, tokens, 4), torch.randn(1, 1, 4)
-        seen, last = attended_positions(query, keys, range(tokens - 1, tokens), 1.0, SMALL, None)
+        seen, last, _ = attended_positions(query, keys, range(tokens - 1, tokens), 1.0, SMALL, None)
         assert len(seen) == 7
         assert (last is None) == dense
 
 
 def test_a_selection_is_reused_while_queries_resemble_each_other_and_it_is_not_too_old():
     keys, query = torch.randn(2, 30, 4), torch.randn(1, 4, 4)
-    first, last = attended_positions(query, keys[:, :20], range(19, 20), 1.0, SMALL, None)
+    first, last, _ = attended_positions(query, keys[:, :20], range(19, 20), 1.0, SMALL, None)
     for position, other, reused in (
         (21, query, True),
         (22, query, False),  # three tokens have left the local window
@@ -73,5 +73,5 @@ def test_a_selection_is_reused_while_queries_resemble_each_other_and_it_is_not_t
         (20, torch.cat([query[:, :2], -query[:, 2:]], dim=1), False),  # one KV head of two
     ):
         chunk = range(position, position + 1)
-        seen, _ = attended_positions(other, keys[:, : position + 1], chunk, 1.0, SMALL, last)
+        seen, *_ = attended_positions(other, keys[:, : position + 1], chunk, 1.0, SMALL, last)
         assert (seen.tolist() == [*first.tolist(), *range(20, position + 1)]) == reused
