@@ -89,9 +89,11 @@ def test_with_the_selection_cache(smollm2, tokenizer):
 def test_with_the_selection_cache_and_preemption(smollm2, tokenizer):
     cases = make_cached_cases(tokenizer)
     expected = load(cases, CACHED_SETTINGS)
-    # Most prompts fit, and little of what they generate.
-    arguments = ("--num-gpu-blocks-override", "65", "--max-model-len", "1700")
-    arguments += ("--dtype", "float32", "--max-num-seqs", "8", "--max-num-batched-tokens", "300")
+    crowded = cases[-3:]
+    blocks = sum(-(-len(case.prompt) // BLOCK_SIZE) for case in crowded)
+    # The three prompts fit, and none of what they generate. One block is vLLM's own.
+    arguments = ("--num-gpu-blocks-override", str(blocks + 1), "--max-model-len", "1700")
+    arguments += ("--dtype", "float32", "--max-num-seqs", "4", "--max-num-batched-tokens", "1024")
     with serving(smollm2, settings=asdict(CACHED_SETTINGS), extra_args=arguments) as client:
-        assert_says_what_the_oracle_says(client, cases, expected)
+        assert_says_what_the_oracle_says(client, crowded, expected)
         assert client.metric("vllm:num_preemptions_total") > 0
