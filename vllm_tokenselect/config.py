@@ -70,7 +70,8 @@ class TokenSelectConfig(BaseModel):
     )
     log_requests: bool = Field(
         default=False,
-        description="log for each finished request how many tokens were attended of how many",
+        description="log for each finished request how many tokens were attended of how many, "
+        "reused selections as if they were made anew",
     )
 
     @property

@@ -38,6 +38,10 @@ class Request:
         self.keys, self.values = torch.randn(
             2, TOKENS, KV_HEADS, HEAD_SIZE, generator=generator
         ).unbind(0)
+        self.define()
+
+    def define(self) -> None:
+        """Define what is attended anew, for queries or keys that were changed."""
         self.rows = dict(self._defined_rows())
 
     def _defined_rows(self):
@@ -110,8 +114,12 @@ class Server:
     def stop(self, request: Request) -> None:
         self.table.finish(request.name)
 
-    def step(self, *work: tuple[Request, int]) -> None:
-        """Compute the next tokens of each request and check them against the definition."""
+    def step(self, *work: tuple[Request, int]) -> torch.Tensor:
+        """Compute the next tokens of each request and check them against the definition.
+
+        Returns:
+            [T, Hq, D], the output for the tokens in order.
+        """
         requests = [request for request, _ in work]
         lens = np.array([count for _, count in work], np.int32)
         slots = self.table.slots_of([request.name for request in requests])
@@ -134,6 +142,7 @@ class Server:
         torch.testing.assert_close(out, expected, rtol=2e-4, atol=2e-5)
         for request, end in zip(requests, ends, strict=True):
             request.done = int(end)
+        return out
 
     def _write(self, request: Request, blocks: torch.Tensor, first: int, end: int) -> None:
         positions = torch.arange(first, end)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.method.definition import HEAD_SIZE
 from tests.method.serving import METHOD, Request, Server
 from vllm_tokenselect.kernels.operations import cpu_operations, reference_operations
 from vllm_tokenselect.method import FULL_ATTENTION
@@ -111,3 +112,19 @@ def test_from_a_threshold_of_one_on_no_row_takes_part():
     for threshold, caches in ((0.9, True), (1.0, False)):
         method = replace(METHOD, similarity_threshold=threshold)
         assert SelectionPlan.build(starts, ends, batch, method).caches.tolist() == [caches]
+
+
+def test_a_needle_that_leaves_the_local_window_while_a_selection_is_reused_is_still_found(server):
+    request, position = Request("needle", 90), 95
+    direction = torch.nn.functional.normalize(torch.randn(HEAD_SIZE), dim=0)
+    request.keys[position] = 20 * direction
+    request.values[position] = 7.0
+    request.queries[position:] += 20 * direction  # all that follow look for it, and alike
+    request.define()
+    left_window = range(position + METHOD.n_local + 1, 130)
+    assert "reused" in {request.rows[p][1] for p in left_window}
+    server.start(request)
+    server.step((request, position + 1))
+    for later in range(position + 1, 130):
+        found = server.step((request, 1))
+        torch.testing.assert_close(found, torch.full_like(found, 7.0), msg=f"lost at {later}")
