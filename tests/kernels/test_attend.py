@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from tests.kernels.cases import DTYPES, SHAPES, Case, int32, paged_cache
 from vllm_tokenselect.kernels.attend import reference
 from vllm_tokenselect.kernels.single_queries.cpu import single_queries
+from vllm_tokenselect.kernels.single_queries.rows import SingleQueryRows
 
 TOLERANCE = {"fp32": 2e-5, "fp16": 1e-3, "bf16": 8e-3}  # of the output's own rounding
 
@@ -17,8 +18,9 @@ def _random_slots(case: Case, kv_cache: torch.Tensor, rows: int, width: int) -> 
 
 def attend_on_the_cpu(query, index, kv_cache, slots, lengths, scale, out) -> None:
     none = torch.zeros(len(index), dtype=torch.int32)
-    table = (none.view(-1, 1), none, 0, 0, none, none, kv_cache.shape[3])
-    single_queries(index, *table, slots, lengths, selects=False)(query, kv_cache, scale, out)
+    table = (none.view(-1, 1), none, 0, none, none, none, kv_cache.shape[3])
+    rows = SingleQueryRows(index, *table, slots, lengths, selects=False)
+    single_queries(rows)(query, kv_cache, scale, out, None)
 
 
 BOTH = [attend_on_the_cpu, reference.attend_single_queries]

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
+from numba import get_num_threads, njit
 
 from vllm_tokenselect.kernels.attend.cpu import attend_rows
 from vllm_tokenselect.kernels.block_table.cpu import build_rows
@@ -26,6 +26,9 @@ from vllm_tokenselect.kernels.vote.cpu import vote_rows
 
 def single_queries(rows: SingleQueryRows) -> Layer:
     """As `reference.single_queries`; `slots` and `lengths` are contiguous int32."""
+    # Starts numba's threads where nothing has yet: a kernel that calls parallel ones and comes from
+    # numba's cache does not do so itself, and would crash.
+    get_num_threads()
     query_index, ends = int32_array(rows.query_index), int32_array(rows.candidate_ends)
     table = (
         int32_array(rows.block_table),
