@@ -99,6 +99,15 @@ def test_pytorch_keeps_its_threads_when_numba_starts():
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
+def test_kernels_out_of_numbas_cache_run_in_a_process_that_has_not_started_its_threads():
+    program = (
+        "from tests.kernels.test_attend import test_a_row_without_tokens_gives_zeros as attend;"
+        "attend()"
+    )
+    for _ in ("compiled, or out of the cache", "out of the cache"):
+        subprocess.run([sys.executable, "-c", program], check=True)
+
+
 def test_a_missing_openmp_library_is_named(monkeypatch):
     def fail(threads: int) -> None:
         raise ValueError("No threading layer could be loaded.")
