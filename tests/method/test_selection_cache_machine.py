@@ -74,5 +74,11 @@ class Serving(RuleBasedStateMachine):
         assert len(self.server.table) == 0
 
 
-Serving.TestCase.settings = settings(deadline=None)
+# Each step computes a layer: a tenth of the usual number of them, but for `make endurance`.
+endurance = settings.get_current_profile_name() == "endurance"
+Serving.TestCase.settings = settings(
+    deadline=None,
+    max_examples=1000 if endurance else 20,
+    stateful_step_count=100 if endurance else 25,
+)
 test_serving = Serving.TestCase

@@ -28,7 +28,7 @@ def test_the_file_for_the_selection_cache_does_too(smollm2, tokenizer):
     cases = {case.name: case for case in make_cached_cases(tokenizer)}
     expected = load(list(cases.values()), CACHED_SETTINGS)
     oracle = OracleModel(smollm2, CACHED_SETTINGS)
-    for name in ("cached-888", "cached-1528"):
+    for name in ("cached-1144", "cached-1272"):
         again = ask(oracle, cases[name])
         assert difference(again.tokens, again.logprobs, expected[name]) == (None, False)
     assert 0 < oracle.num_reused < 2 * 24 * oracle.num_layers
