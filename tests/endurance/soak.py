@@ -197,7 +197,7 @@ def report_of(soak: Soak, metrics: str) -> dict[str, Any]:
 def main() -> None:
     args = arguments()
     model = ensure_smollm2()
-    extra = ["--dtype", "float32", "--max-num-seqs", str(MAX_NUM_SEQS), "--max-model-len", "8192"]
+    extra = ["--dtype", "float32", "--max-num-seqs", str(MAX_NUM_SEQS), "--max-model-len", "4096"]
     extra += ["--max-num-batched-tokens", "700", "--block-size", str(BLOCK_SIZE)]
     extra += ["--num-gpu-blocks-override", str(BLOCKS)]
     with VllmServer(model, settings=asdict(CACHED_SETTINGS), extra_args=extra) as started:
