@@ -13,9 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_tokenselect.method import Method
-from vllm_tokenselect.requests import NO_SLOT, BatchRequests
-
-Int32 = npt.NDArray[np.int32]
+from vllm_tokenselect.requests import NO_SLOT, BatchRequests, Int32
 
 
 @dataclass(frozen=True)

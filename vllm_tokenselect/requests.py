@@ -106,7 +106,7 @@ class RequestTable:
             self.owners[slot] = NO_OWNER
             self._free.append(slot)
 
-    def slots_of(self, request_ids: Iterable[str]) -> npt.NDArray[np.int32]:
+    def slots_of(self, request_ids: Iterable[str]) -> Int32:
         """Slots of the requests, int32 [S].
 
         Raises:

@@ -14,10 +14,10 @@ import numpy.typing as npt
 import torch
 
 from vllm_tokenselect.kernels.score.gpu import tile_rows
+from vllm_tokenselect.kernels.selection_cache.state import SELECTS
 from vllm_tokenselect.method import Method, SettingsError
 from vllm_tokenselect.plan import SelectionPlan
-
-Int32 = npt.NDArray[np.int32]
+from vllm_tokenselect.requests import NO_SLOT, Int32
 
 # Rows that are selected and attended together at most: lines of the sparse block table.
 MAX_GROUP_ROWS = 512
@@ -25,7 +25,6 @@ MAX_GROUP_ROWS = 512
 TABLE_BYTES = 64 << 20
 # Entries of what the host sends of a row: six numbers, a tile and a chain; and of what is found there.
 SENT_FIELDS, ENDS = 6 + 3 + 4, 5
-NOT_REUSED, NO_REQUEST = -1, -1
 # Widths of the scores are multiples of it, so that one compiled kernel fits all of them.
 WIDTH_STEP = 64
 
@@ -284,7 +283,7 @@ class _Sent:
         self.array = np.zeros(SENT_FIELDS * size, np.int32)
         fields = self.array[: 6 * size].reshape(6, size)
         self.row_seq, self.query_len, self.after, self.query_start, self.top_k, self.slot = fields
-        self.slot[:] = NO_REQUEST
+        self.slot[:] = NO_SLOT
         self.tiles = self.array[6 * size : 9 * size].reshape(-1, 3)
         self.chains = self.array[9 * size :].reshape(-1, 4)
 
@@ -317,7 +316,7 @@ class _Sent:
         candidate_end = context_end - query_len - method.n_local
         selects = candidate_end - method.n_init > top_k
         scored_end = torch.where(selects, candidate_end, method.n_init)
-        reused_end = torch.full_like(context_end, NOT_REUSED)
+        reused_end = torch.full_like(context_end, SELECTS)
         ends = buffers.ends[: ENDS * self.size].view(ENDS, self.size)
         torch.stack([candidate_end, context_end, scored_end, context_end, reused_end], out=ends)
         return _OnDevice(

@@ -15,8 +15,7 @@ from numba import njit
 
 from vllm_tokenselect.kernels.block_table.cpu import write_range
 from vllm_tokenselect.kernels.cpu_tiles import FAST_MATH, widen
-
-SELECTS = -1  # in place of where a reused selection's candidates ended
+from vllm_tokenselect.kernels.selection_cache.state import SELECTS
 
 
 @njit(fastmath=FAST_MATH)

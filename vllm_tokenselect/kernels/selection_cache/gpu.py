@@ -16,11 +16,12 @@ import triton
 import triton.language as tl
 
 from vllm_tokenselect.kernels.block_table.gpu import write_range
+from vllm_tokenselect.kernels.selection_cache import state as cache_state
 from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
 
 ENTRIES_PER_PROGRAM = 512  # of a line of the sparse block table
 ROWS_PER_STEP = 512
-SELECTS = tl.constexpr(-1)  # in place of where a reused selection's candidates ended
+SELECTS = tl.constexpr(cache_state.SELECTS)
 # A kernel is compiled once, not again for every number that 16 happens to divide.
 NUMBERS = ["n_init", "refresh_interval", "num_rows"]
 ROW_ARRAYS = [

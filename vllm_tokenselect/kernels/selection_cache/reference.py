@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
-
-SELECTS = -1  # in place of where a reused selection's candidates ended
+from vllm_tokenselect.kernels.selection_cache.state import SELECTS, SelectionCacheState
 
 
 def decide(

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+SELECTS = -1  # of a row that reuses no selection, in place of where that one's candidates ended
+
 
 @dataclass(frozen=True)
 class SelectionCacheState:

@@ -18,9 +18,9 @@ from vllm_tokenselect.kernels.block_table.cpu import build_rows
 from vllm_tokenselect.kernels.cpu_arrays import cache_elements, int32_array, token_elements
 from vllm_tokenselect.kernels.cpu_tiles import LANES, widen
 from vllm_tokenselect.kernels.score.cpu import score_rows
-from vllm_tokenselect.kernels.selection_cache.cpu import SELECTS, decide_rows, finish_rows
-from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
-from vllm_tokenselect.kernels.single_queries.rows import Layer, SingleQueryRows
+from vllm_tokenselect.kernels.selection_cache.cpu import decide_rows, finish_rows
+from vllm_tokenselect.kernels.selection_cache.state import SELECTS, SelectionCacheState
+from vllm_tokenselect.kernels.single_queries.rows import CachingRows, Layer, SingleQueryRows
 from vllm_tokenselect.kernels.vote.cpu import vote_rows
 
 
@@ -41,17 +41,7 @@ def single_queries(rows: SingleQueryRows) -> Layer:
         rows.slots.numpy(),
         rows.lengths.numpy(),
     )
-    caching = rows.caching
-    uses_state: tuple[Any, ...] = _nothing(len(ends))
-    if caching is not None:
-        uses_state = (
-            caching.caches.numpy(),
-            int32_array(caching.slot),
-            int32_array(caching.owner),
-            np.float32(caching.similarity_threshold),
-            caching.refresh_interval,
-            caching.counts.numpy(),
-        )
+    uses_state = _caching_arrays(rows.caching, len(ends))
 
     def layer(
         query: torch.Tensor,
@@ -84,10 +74,18 @@ def single_queries(rows: SingleQueryRows) -> Layer:
     return layer
 
 
-def _nothing(num_rows: int) -> tuple[Any, ...]:
-    """`CachingRows` of rows that do not take part, as arrays."""
-    none = np.zeros(num_rows, np.int32)
-    return np.zeros(num_rows, np.bool_), none, none, np.float32(1), 0, np.zeros(5, np.int64)
+def _caching_arrays(caching: CachingRows | None, num_rows: int) -> tuple[Any, ...]:
+    if caching is None:
+        none = np.zeros(num_rows, np.int32)
+        return np.zeros(num_rows, np.bool_), none, none, np.float32(1), 0, np.zeros(5, np.int64)
+    return (
+        caching.caches.numpy(),
+        int32_array(caching.slot),
+        int32_array(caching.owner),
+        np.float32(caching.similarity_threshold),
+        caching.refresh_interval,
+        caching.counts.numpy(),
+    )
 
 
 def _state_arrays(state: SelectionCacheState | None, query: torch.Tensor) -> tuple[Any, ...]:

@@ -7,13 +7,8 @@ import torch
 from vllm_tokenselect.kernels.attend.reference import attend_single_queries
 from vllm_tokenselect.kernels.block_table.reference import build_sparse_block_table
 from vllm_tokenselect.kernels.score.reference import score_paged_keys
-from vllm_tokenselect.kernels.selection_cache.reference import (
-    SELECTS,
-    count_rows,
-    decide,
-    finish,
-)
-from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
+from vllm_tokenselect.kernels.selection_cache.reference import count_rows, decide, finish
+from vllm_tokenselect.kernels.selection_cache.state import SELECTS, SelectionCacheState
 from vllm_tokenselect.kernels.single_queries.rows import CachingRows, Layer, SingleQueryRows
 from vllm_tokenselect.kernels.vote.reference import soft_vote
 
