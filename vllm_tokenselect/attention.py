@@ -12,6 +12,8 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
+from vllm_tokenselect.kernels.rotate.reference import rotate
+from vllm_tokenselect.kernels.rotate.rotation import Rotation
 from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
 from vllm_tokenselect.selection import StepSelection
 
@@ -73,6 +75,7 @@ def attend(
     library: LibraryAttention,
     scratch: torch.Tensor,
     out: torch.Tensor,
+    rotation: Rotation | None = None,
 ) -> None:
     """Attend every row of the step to the tokens that its row of the table names.
 
@@ -85,16 +88,20 @@ def attend(
         library: attention for rows of several queries.
         scratch: [2, m, Hkv, D] of the cache's dtype, overwritten; m is the longest row's length.
         out: [T, Hq, D], written.
+        rotation: the layer's, if positions are reassigned: queries and keys are not rotated yet.
     """
     plan = step.plan
     step.counts += step.fixed_counts
     for single_queries in step.single_queries:
-        single_queries(query, kv_cache, scale, out, state)
+        single_queries(query, kv_cache, scale, out, state, rotation)
     for row in step.several_queries:
         length = int(step.lengths[row])
         keys, values = scratch[0, :length], scratch[1, :length]
-        step.operations.gather_tokens(kv_cache, step.slots[row, :length], keys, values)
-        queries = slice(
-            int(plan.query_start[row]), int(plan.query_start[row] + plan.query_len[row])
-        )
-        library(row, query[queries], keys, values, out[queries])
+        start, count = int(plan.query_start[row]), int(plan.query_len[row])
+        queries = slice(start, start + count)
+        asking, cos_sin = query[queries], None
+        if rotation is not None:
+            cos_sin = rotation.cos_sin
+            asking = rotate(asking, cos_sin[length - count : length])
+        step.operations.gather_tokens(kv_cache, step.slots[row, :length], keys, values, cos_sin)
+        library(row, asking, keys, values, out[queries])

@@ -58,6 +58,10 @@ class TokenSelectConfig(BaseModel):
         ge=0,
         description="most tokens by which a reused selection may be out of date",
     )
+    positions: Literal["native", "reassigned"] = Field(
+        default=Method.positions,
+        description="reassigned reads past the trained length: attended tokens are numbered anew",
+    )
     workspace_mb: int = Field(
         default=0,
         ge=0,

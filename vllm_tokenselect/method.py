@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 # The `top_k` of a request that attends to its whole context: more candidates than any context has.
 FULL_ATTENTION = 1 << 30
@@ -28,6 +29,9 @@ class Method:
         similarity_threshold: cosine of a generated token's query with that of the last selection,
             in every KV head, from which on the selection is reused; at 1 or above none is.
         refresh_interval: most tokens that may have left the local window since a reused selection.
+        positions: `native`: keys are cached as the model rotates them. `reassigned`: keys are cached
+            before their rotation, and the tokens that a query attends to get the positions
+            `0 .. m - 1` in their order; so no position passes what the model was trained on.
     """
 
     top_k: int = 2048
@@ -37,6 +41,11 @@ class Method:
     tail_queries: int = 64
     similarity_threshold: float = 0.9
     refresh_interval: int = 64
+    positions: Literal["native", "reassigned"] = "native"
+
+    @property
+    def reassigns_positions(self) -> bool:
+        return self.positions == "reassigned"
 
     @property
     def reuses_selections(self) -> bool:

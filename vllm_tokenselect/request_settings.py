@@ -73,6 +73,7 @@ def fingerprint(method: Method, top_k: int) -> str:
         "n_init": method.n_init,
         "n_local": method.n_local,
         "query_chunk": method.query_chunk,
+        "positions": method.positions,
     }
     return f"v{METHOD_VERSION}:" + ",".join(f"{name}={value}" for name, value in settings.items())
 

@@ -15,6 +15,8 @@ import numpy.typing as npt
 import torch
 
 from vllm_tokenselect.kernels.operations import Operations
+from vllm_tokenselect.kernels.rotate.reference import rotate
+from vllm_tokenselect.kernels.rotate.rotation import Rotation
 from vllm_tokenselect.kernels.single_queries.rows import CachingRows, Layer, SingleQueryRows
 from vllm_tokenselect.method import Method
 from vllm_tokenselect.plan import SelectionPlan
@@ -112,17 +114,27 @@ class StepSelection:
                 self.groups.append(rows)
         self.several_queries: list[int] = (plan.query_len > 1).nonzero()[0].tolist()
 
-    def select(self, query: torch.Tensor, kv_cache: torch.Tensor, scale: float) -> None:
+    def select(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        scale: float,
+        rotation: Rotation | None = None,
+    ) -> None:
         """Fill the table's rows of several queries that select, for one layer.
 
         Args:
             query: [T, Hq, D], the layer's queries of this step.
             kv_cache: [num_blocks, Hkv, 2, block_size, D].
             scale: the attention's own scale of q . k.
+            rotation: the layer's, if positions are reassigned.
         """
         for rows in self.groups:
+            mean = self._mean_query(query, rows)
+            if rotation is not None:
+                mean = rotate(mean, rotation.vote[None])
             logits = self.operations.score_paged_keys(
-                self._mean_query(query, rows),
+                mean,
                 kv_cache,
                 self.block_table,
                 rows.row_seq,

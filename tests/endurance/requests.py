@@ -99,7 +99,8 @@ def session_of(base_url: str) -> aiohttp.ClientSession:
     return aiohttp.ClientSession(
         base_url,
         timeout=aiohttp.ClientTimeout(total=None),
-        connector=aiohttp.TCPConnector(limit=0),
+        # The server closes idle connections, perhaps just as they are used again.
+        connector=aiohttp.TCPConnector(limit=0, force_close=True),
     )
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_tokenselect.kernels.rotate.rotation import Rotation
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -57,6 +59,16 @@ def paged_cache(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     if case.rows > 1:
         block_table[1, 0] = block_table[0, 0]
     return kv_cache, block_table
+
+
+def make_rotation(case: Case, share: float = 1.0, num_positions: int | None = None) -> Rotation:
+    """RoPE of the first part of each head, with a magnitude as YaRN has; the vote's distance is 9."""
+    rotated = max(int(case.head_size * share) // 2 * 2, 2)
+    frequencies = 100.0 ** -(torch.arange(0, rotated, 2) / rotated)
+    positions = torch.arange(num_positions or case.tokens + 9)
+    angles = torch.outer(positions.float(), frequencies)
+    table = torch.cat([angles.cos(), angles.sin()], dim=1) * 1.1
+    return Rotation.from_table(table, len(table), n_local=9)
 
 
 def int32(*values: int) -> torch.Tensor:

@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.kernels.cases import DTYPES, SHAPES, Case, int32, paged_cache
+from tests.kernels.cases import DTYPES, SHAPES, Case, int32, make_rotation, paged_cache
 from vllm_tokenselect.kernels.attend import reference
+from vllm_tokenselect.kernels.rotate.rotation import Rotation
 from vllm_tokenselect.kernels.single_queries.cpu import single_queries
 from vllm_tokenselect.kernels.single_queries.rows import SingleQueryRows
 
@@ -16,11 +17,13 @@ def _random_slots(case: Case, kv_cache: torch.Tensor, rows: int, width: int) -> 
     return torch.randint(0, kv_cache.shape[0] * case.block_size, (rows, width), dtype=torch.int32)
 
 
-def attend_on_the_cpu(query, index, kv_cache, slots, lengths, scale, out) -> None:
+def attend_on_the_cpu(
+    query, index, kv_cache, slots, lengths, scale, out, rotation: Rotation | None = None
+) -> None:
     none = torch.zeros(len(index), dtype=torch.int32)
     table = (none.view(-1, 1), none, 0, none, none, none, kv_cache.shape[3])
     rows = SingleQueryRows(index, *table, slots, lengths, selects=False)
-    single_queries(rows)(query, kv_cache, scale, out, None)
+    single_queries(rows)(query, kv_cache, scale, out, None, rotation)
 
 
 BOTH = [attend_on_the_cpu, reference.attend_single_queries]
@@ -40,6 +43,22 @@ def test_attention_is_that_of_the_definition(case: Case):
     actual, expected = torch.empty_like(query), torch.empty_like(query)
     for operation, out in zip(BOTH, (actual, expected), strict=True):
         operation(query, every(query), kv_cache, slots, lengths, 0.3, out)
+    tolerance = TOLERANCE[case.dtype]
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("case", SHAPES, ids=str)
+@pytest.mark.parametrize("share", [1.0, 0.4])
+def test_tokens_are_rotated_in_their_order_and_the_query_as_the_last(case: Case, share: float):
+    kv_cache, _ = paged_cache(case)
+    slots = _random_slots(case, kv_cache, case.rows, case.tokens)
+    lengths = torch.randint(1, case.tokens + 1, (case.rows,), dtype=torch.int32)
+    query = torch.randn(case.rows, case.num_heads, case.head_size).to(case.torch_dtype)
+    actual, expected = torch.empty_like(query), torch.empty_like(query)
+    rotation = make_rotation(case, share)
+    arguments = (query, every(query), kv_cache, slots, lengths, 0.3)
+    attend_on_the_cpu(*arguments, actual, rotation)
+    reference.attend_single_queries(*arguments, expected, rotation.cos_sin)
     tolerance = TOLERANCE[case.dtype]
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 

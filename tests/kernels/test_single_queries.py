@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.kernels.cases import SHAPES, Case, int32, paged_cache
+from tests.kernels.cases import SHAPES, Case, int32, make_rotation, paged_cache
 from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
 from vllm_tokenselect.kernels.single_queries import cpu, reference
 from vllm_tokenselect.kernels.single_queries.rows import CachingRows, SingleQueryRows
@@ -33,7 +33,8 @@ def rows_of(case: Case, block_table, query_index, ends, top_k=TOP_K, row_seq=Non
 
 @pytest.mark.parametrize("case", SHAPES, ids=str)
 @pytest.mark.parametrize("selects", [True, False])
-def test_both_fill_the_same_table_and_give_the_same_output(case: Case, selects: bool):
+@pytest.mark.parametrize("rotated", [0, 0.5, 1])
+def test_both_fill_the_same_table_and_give_the_same_output(case: Case, selects: bool, rotated):
     kv_cache, block_table = paged_cache(case)
     ends = torch.randint(N_INIT + TOP_K + 1, case.tokens - 1, (case.rows,), dtype=torch.int32)
     top_k = torch.randint(1, TOP_K + 1, (case.rows,))
@@ -43,7 +44,8 @@ def test_both_fill_the_same_table_and_give_the_same_output(case: Case, selects: 
     for operation in (cpu, reference):
         rows = rows_of(case, block_table, tokens, ends, top_k, selects=selects)
         out = torch.full_like(query, 9.0)
-        operation.single_queries(rows)(query, kv_cache, 0.2, out, None)
+        rotation = make_rotation(case, rotated) if rotated else None
+        operation.single_queries(rows)(query, kv_cache, 0.2, out, None, rotation)
         results.append((rows.slots, rows.lengths, out))
     for actual, expected in zip(*(result[:2] for result in results), strict=True):
         assert torch.equal(actual, expected)
@@ -89,7 +91,7 @@ class Cached:
         )
         out = torch.empty_like(queries)
         layer = self.operation.single_queries(replace(rows, caching=caching))
-        layer(queries, self.kv_cache, 0.2, out, self.state)
+        layer(queries, self.kv_cache, 0.2, out, self.state, None)
         lines = [rows.slots[r, :length].tolist() for r, length in enumerate(rows.lengths.tolist())]
         return lines, out
 

@@ -68,7 +68,7 @@ def test_no_kernel_is_compiled_after_the_warm_up(case: Case):
         for part, kept in ((None, None), (caching, state)):
             rows = SingleQueryRows(row_seq, *table_rows, selects, part if selects else None)
             layer = operations.single_queries(rows)
-            layer(query.to(case.torch_dtype), kv_cache, 0.1, out, kept)
+            layer(query.to(case.torch_dtype), kv_cache, 0.1, out, kept, None)
     write.write_tokens(keys, keys, kv_cache, slots[0, :16].long())
     operations.gather_tokens(kv_cache, slots[0, :16], keys, keys.clone())
 

@@ -2,6 +2,7 @@
 
 import torch
 
+from vllm_tokenselect.kernels.rotate.rotation import Rotation
 from vllm_tokenselect.method import Method
 
 CONFIG = Method(top_k=24, n_init=4, n_local=16, query_chunk=32, tail_queries=3)
@@ -9,14 +10,36 @@ BLOCK_SIZE, HEAD_SIZE = 16, 32
 SCALE = HEAD_SIZE**-0.5
 
 
-def defined_attention(query, keys, values, position, chunk, mean_query):
+# Angle of each pair of elements, half of the rotated part apart, for one position.
+FREQUENCIES = torch.tensor([1.0, 0.5, 0.21, 0.08, 0.03, 0.011, 0.004, 0.002, 0.0009, 0.0001])
+
+
+def turned(vectors, positions):
+    """RoPE by complex numbers: vectors [n, H, D] at positions [n]; the last elements stay."""
+    half = len(FREQUENCIES)
+    pairs = torch.complex(vectors[..., :half], vectors[..., half : 2 * half])
+    angles = torch.outer(torch.as_tensor(positions).float(), FREQUENCIES)[:, None]
+    pairs = pairs * torch.polar(torch.ones_like(angles), angles)
+    return torch.cat([pairs.real, pairs.imag, vectors[..., 2 * half :]], dim=-1)
+
+
+def rotation():
+    """What a layer with this RoPE rotates by where positions are reassigned."""
+    angles = torch.outer(torch.arange(CONFIG.max_attended).float(), FREQUENCIES)
+    table = torch.cat([angles.cos(), angles.sin()], dim=1)
+    return Rotation.from_table(table, CONFIG.max_attended, CONFIG.n_local)
+
+
+def defined_attention(query, keys, values, position, chunk, mean_query, reassigned=False):
     """Output of one query.
 
-    query, mean_query [Hq, D]; keys, values [n, Hkv, D].
+    query, mean_query [Hq, D]; keys, values [n, Hkv, D]; not rotated yet if positions are reassigned.
     """
     start = chunk[0]
     group = len(query) // keys.shape[1]
     k, v = (x.repeat_interleave(group, dim=1) for x in (keys, values))
+    if reassigned:
+        mean_query = turned(mean_query[None], [CONFIG.n_local])[0]
     candidates = range(CONFIG.n_init, start - CONFIG.n_local)
     visible = set(range(position + 1))
     if len(candidates) > CONFIG.top_k:
@@ -27,7 +50,11 @@ def defined_attention(query, keys, values, position, chunk, mean_query):
         local = {p for p in visible if p >= start - CONFIG.n_local}
         visible = set(range(CONFIG.n_init)) | selected | local
     index = sorted(visible)
-    weights = (torch.einsum("hd,nhd->hn", query, k[index]) * SCALE).softmax(-1)
+    seen = k[index]
+    if reassigned:
+        seen = turned(seen, range(len(index)))
+        query = turned(query[None], [len(index) - 1])[0]
+    weights = (torch.einsum("hd,nhd->hn", query, seen) * SCALE).softmax(-1)
     return torch.einsum("hn,nhd->hd", weights, v[index])
 
 
@@ -47,7 +74,7 @@ def paged_step(requests, num_heads, num_kv_heads, dtype, seed=0):
     return query, kv_cache, block_table
 
 
-def expected_attention(requests, query, kv_cache, block_table):
+def expected_attention(requests, query, kv_cache, block_table, reassigned=False):
     outputs, first_query = [], 0
     for row, (first, end, prompt) in enumerate(requests):
         pages = kv_cache[block_table[row].long()].float()  # [W, Hkv, 2, block, D]
@@ -68,6 +95,7 @@ def expected_attention(requests, query, kv_cache, block_table):
                         position,
                         (start, stop),
                         chunk.mean(0),
+                        reassigned,
                     )
                 )
         first_query += end - first

@@ -12,6 +12,7 @@ from tests.method.definition import (
     SCALE,
     expected_attention,
     paged_step,
+    rotation,
 )
 from vllm_tokenselect.attention import SdpaAttention, attend
 from vllm_tokenselect.kernels.operations import cpu_operations, reference_operations
@@ -20,7 +21,9 @@ from vllm_tokenselect.requests import BatchRequests
 from vllm_tokenselect.selection import StepSelection
 
 
-def served_attention(requests, query, kv_cache, block_table, operations, workspace_bytes=32 << 20):
+def served_attention(
+    requests, query, kv_cache, block_table, operations, workspace_bytes=32 << 20, turn=None
+):
     lens = [end - first for first, end, _ in requests]
     plan = SelectionPlan.build(
         np.cumsum([0, *lens]).astype(np.int32),
@@ -34,10 +37,10 @@ def served_attention(requests, query, kv_cache, block_table, operations, workspa
     step = StepSelection(
         plan, block_table, BLOCK_SIZE, query.shape[1], CONFIG, operations, counts, workspace_bytes
     )
-    step.select(query, kv_cache, SCALE)
+    step.select(query, kv_cache, SCALE, turn)
     out = torch.full_like(query, float("nan"))
     scratch = kv_cache.new_empty(2, CONFIG.max_attended, kv_cache.shape[1], HEAD_SIZE)
-    attend(query, kv_cache, step, None, SCALE, SdpaAttention(SCALE), scratch, out)
+    attend(query, kv_cache, step, None, SCALE, SdpaAttention(SCALE), scratch, out, turn)
     assert not counts.any(), "these requests are nobody's"
     return out
 
@@ -50,6 +53,17 @@ def test_every_query_attends_to_what_the_definition_says(name, heads, operations
     tensors = paged_step(requests, *heads, torch.float32)
     served = served_attention(requests, *tensors, operations())
     torch.testing.assert_close(served, expected_attention(requests, *tensors), rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (7, 1)], ids=lambda h: f"H{h[0]}/{h[1]}")
+@pytest.mark.parametrize("operations", [reference_operations, cpu_operations])
+def test_reassigned_positions_are_those_of_the_definition(name, heads, operations):
+    requests = REQUESTS[name]
+    tensors = paged_step(requests, *heads, torch.float32)
+    served = served_attention(requests, *tensors, operations(), turn=rotation())
+    expected = expected_attention(requests, *tensors, reassigned=True)
+    torch.testing.assert_close(served, expected, rtol=2e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

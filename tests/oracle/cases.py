@@ -20,12 +20,16 @@ SETTINGS = Selection(
 # Of 24 generated tokens some reuse a selection because they resemble the one that made it, some may not,
 # and none may once more than 8 tokens have left its local window.
 CACHED_SETTINGS = replace(SETTINGS, similarity_threshold=0.75, refresh_interval=8)
+# As many tokens are attended to, and never a position above 1,000.
+REASSIGNED_SETTINGS = replace(CACHED_SETTINGS, positions="reassigned")
 
 LENGTHS = [1000 + 37 * i for i in range(12)] + [1600, 1900, 2300, 2700, 3300, 4000, 4900, 6000]
 # A few tokens short of nine blocks of 128: each needs a tenth block while it generates.
 CROWDED_LENGTHS = [9 * 128 - short for short in (4, 7, 10, 13, 16, 19)]
 # So are these, short of 6 to 13 blocks.
 CACHED_LENGTHS = [128 * blocks - 8 for blocks in range(6, 14)]
+# SmolLM2 was trained on 8,192 tokens.
+REASSIGNED_LENGTHS = [700, 1010, 1337, 1900, 2690, 4000, 9000, 11000]
 
 
 @dataclass(frozen=True)
@@ -58,3 +62,9 @@ def make_cached_cases(tokenizer) -> list[Case]:
     """8 prompts for the settings with a Selection Cache."""
     prompts = (prompt_tokens(tokenizer, 500 + s, n) for s, n in enumerate(CACHED_LENGTHS))
     return [Case(f"cached-{len(prompt)}", prompt, 24) for prompt in prompts]
+
+
+def make_reassigned_cases(tokenizer) -> list[Case]:
+    """8 prompts for reassigned positions, two of them beyond what the model was trained on."""
+    prompts = (prompt_tokens(tokenizer, 600 + s, n) for s, n in enumerate(REASSIGNED_LENGTHS))
+    return [Case(f"reassigned-{len(prompt)}", prompt, 12) for prompt in prompts]

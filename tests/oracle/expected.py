@@ -15,16 +15,19 @@ from pathlib import Path
 
 from tests.oracle.cases import (
     CACHED_SETTINGS,
+    REASSIGNED_SETTINGS,
     SETTINGS,
     Case,
     make_cached_cases,
     make_cases,
+    make_reassigned_cases,
 )
 from tests.oracle.model import OracleModel, Selection
 
 FILES = {
     SETTINGS: Path(__file__).with_name("expected.json"),
     CACHED_SETTINGS: Path(__file__).with_name("expected_cached.json"),
+    REASSIGNED_SETTINGS: Path(__file__).with_name("expected_reassigned.json"),
 }
 # Where the oracle itself cannot tell two tokens apart, rounding may decide between them.
 UNDECIDED_NATS = 1e-4
@@ -107,7 +110,11 @@ def main() -> None:
 
     model = ensure_smollm2()
     tokenizer = AutoTokenizer.from_pretrained(model)
-    sets = {SETTINGS: make_cases(tokenizer), CACHED_SETTINGS: make_cached_cases(tokenizer)}
+    sets = {
+        SETTINGS: make_cases(tokenizer),
+        CACHED_SETTINGS: make_cached_cases(tokenizer),
+        REASSIGNED_SETTINGS: make_reassigned_cases(tokenizer),
+    }
     chosen = [s for s in sets if not sys.argv[1:] or FILES[s].name in sys.argv[1:]]
     for settings in chosen:
         oracle = OracleModel(model, settings)

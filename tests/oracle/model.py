@@ -7,6 +7,7 @@ definition is spelled out in `attended_positions`; everything else is an ordinar
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ class Selection:
     tail_queries: int
     similarity_threshold: float
     refresh_interval: int
+    positions: str = "native"
 
 
 @dataclass(frozen=True)
@@ -65,13 +67,15 @@ def attended_positions(
     scale: float,
     settings: Selection,
     last: LastSelection | None,
+    asking: Callable[[torch.Tensor], torch.Tensor] = lambda mean: mean,
 ) -> tuple[torch.Tensor, LastSelection | None, float]:
     """Positions that a chunk attends to, ascending; its own queries see them causally.
 
     Args:
-        queries: [n, Hq, D], the chunk's, rotated.
-        keys: [Hkv, T, D], every cached key, rotated.
+        queries: [n, Hq, D], the chunk's.
+        keys: [Hkv, T, D], every cached key.
         last: the selection that may be reused; None if there is none.
+        asking: makes of the mean query the one that votes.
 
     Returns:
         the positions, the selection that they are from, None if the chunk sees everything, and how
@@ -84,7 +88,8 @@ def attended_positions(
     mean = queries.mean(dim=0)  # [Hq, D]
     margin = -1.0 if last is None else last.margin(mean, candidates, len(keys), settings)
     if last is None or margin < 0:
-        last = LastSelection(mean, candidates, vote(mean, keys, candidates, scale, settings.top_k))
+        chosen = vote(asking(mean), keys, candidates, scale, settings.top_k)
+        last = LastSelection(mean, candidates, chosen)
     attended = torch.zeros(chunk.stop, dtype=torch.bool)
     attended[: settings.n_init] = True
     attended[last.chosen] = True
@@ -181,7 +186,9 @@ class OracleModel:
         q = F.linear(x, w["self_attn.q_proj"]).view(n, self.num_heads, self.head_size)
         k = F.linear(x, w["self_attn.k_proj"]).view(n, self.num_kv_heads, self.head_size)
         v = F.linear(x, w["self_attn.v_proj"]).view(n, self.num_kv_heads, self.head_size)
-        q, k = self._rotate(q, first), self._rotate(k, first)
+        reassigned = self.settings.positions == "reassigned"
+        if not reassigned:
+            q, k = self._rotate(q, first), self._rotate(k, first)
         keys = torch.cat([self.cache[layer][0], k.transpose(0, 1)], dim=1)
         values = torch.cat([self.cache[layer][1], v.transpose(0, 1)], dim=1)
         self.cache[layer] = keys, values
@@ -193,16 +200,21 @@ class OracleModel:
             generated = chunk.start >= self.prompt_len
             before = self.last[layer] if generated else None
             seen, last, margin = attended_positions(
-                queries, keys[:, : chunk.stop], chunk, scale, self.settings, before
+                queries, keys[:, : chunk.stop], chunk, scale, self.settings, before, self._asking
             )
             self.margin = min(self.margin, margin)
             self.num_reused += last is not None and last is before
             self.last[layer] = last if generated else None
+            seen_keys = keys[:, seen]
+            if reassigned:
+                # What is seen is numbered from 0 in its order, and the chunk's own queries last.
+                seen_keys = self._rotate(seen_keys.transpose(0, 1), 0).transpose(0, 1)
+                queries = self._rotate(queries, len(seen) - len(queries))
             causal = seen[None] <= torch.arange(chunk.start, chunk.stop)[:, None]
             outputs.append(
                 F.scaled_dot_product_attention(
                     queries.transpose(0, 1),
-                    keys[:, seen],
+                    seen_keys,
                     values[:, seen],
                     attn_mask=causal,
                     scale=scale,
@@ -210,6 +222,12 @@ class OracleModel:
                 ).transpose(0, 1)
             )
         return torch.cat(outputs).reshape(n, -1)
+
+    def _asking(self, mean: torch.Tensor) -> torch.Tensor:
+        """The mean query [Hq, D] as it votes: reassigned, all keys stand `n_local` tokens before it."""
+        if self.settings.positions == "reassigned":
+            return self._rotate(mean[None], self.settings.n_local)[0]
+        return mean
 
     def _rotate(self, x: torch.Tensor, first: int) -> torch.Tensor:
         cos, sin = (t[first : first + len(x), None] for t in (self.cos, self.sin))

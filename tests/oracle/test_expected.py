@@ -2,7 +2,14 @@
 
 import pytest
 
-from tests.oracle.cases import CACHED_SETTINGS, SETTINGS, make_cached_cases, make_cases
+from tests.oracle.cases import (
+    CACHED_SETTINGS,
+    REASSIGNED_SETTINGS,
+    SETTINGS,
+    make_cached_cases,
+    make_cases,
+    make_reassigned_cases,
+)
 from tests.oracle.expected import ask, difference, load
 from tests.oracle.model import OracleModel
 
@@ -32,3 +39,12 @@ def test_the_file_for_the_selection_cache_does_too(smollm2, tokenizer):
         again = ask(oracle, cases[name])
         assert difference(again.tokens, again.logprobs, expected[name]) == (None, False)
     assert 0 < oracle.num_reused < 2 * 24 * oracle.num_layers
+
+
+def test_the_file_for_reassigned_positions_does_too(smollm2, tokenizer):
+    cases = {case.name: case for case in make_reassigned_cases(tokenizer)}
+    expected = load(list(cases.values()), REASSIGNED_SETTINGS)
+    oracle = OracleModel(smollm2, REASSIGNED_SETTINGS)
+    for name in ("reassigned-1010", "reassigned-1337"):
+        again = ask(oracle, cases[name])
+        assert difference(again.tokens, again.logprobs, expected[name]) == (None, False)

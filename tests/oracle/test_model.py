@@ -1,5 +1,8 @@
 """The oracle itself: a Llama when it attends to everything, the method's definition when it selects."""
 
+from dataclasses import replace
+
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -17,9 +20,13 @@ SMALL = Selection(
 )
 
 
-def test_with_a_budget_that_covers_the_context_it_is_transformers_llama(smollm2, tokenizer):
+@pytest.mark.parametrize("positions", ["native", "reassigned"])
+def test_with_a_budget_that_covers_the_context_it_is_transformers_llama(
+    smollm2, tokenizer, positions
+):
     prompt = prompt_tokens(tokenizer, seed=1, length=300)
-    tokens, logprobs, *_ = OracleModel(smollm2, None).generate(prompt, 5)
+    everything = Selection(10**9, 0, 1, 512, 0, 1.0, 0, positions)
+    tokens, logprobs, *_ = OracleModel(smollm2, everything).generate(prompt, 5)
     llama = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
     with torch.inference_mode():
         logits = llama(torch.tensor([prompt + tokens[:-1]])).logits[0, len(prompt) - 1 :]
@@ -75,3 +82,14 @@ def test_a_selection_is_reused_while_queries_resemble_each_other_and_it_is_not_t
         chunk = range(position, position + 1)
         seen, *_ = attended_positions(other, keys[:, : position + 1], chunk, 1.0, SMALL, last)
         assert (seen.tolist() == [*first.tolist(), *range(20, position + 1)]) == reused
+
+
+def test_only_reassigned_positions_turn_the_query_that_votes():
+    model = object.__new__(OracleModel)
+    model.settings = replace(SMALL, positions="reassigned", n_local=2)
+    angles = torch.outer(torch.arange(12).float(), torch.tensor([1.0, 0.1]).repeat(2))
+    model.cos, model.sin = angles.cos(), angles.sin()
+    mean = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
+    torch.testing.assert_close(model._asking(mean), model._rotate(mean[None], 2)[0])
+    model.settings = SMALL
+    assert model._asking(mean) is mean

@@ -14,7 +14,7 @@ import openai
 import pytest
 
 from tests.oracle.cases import SETTINGS
-from vllm_tokenselect.cli.server import VllmServer
+from vllm_tokenselect.cli.server import ServerFailed, VllmServer
 
 SPARSE = {**asdict(SETTINGS), "log_requests": True}
 BLOCK_SIZE = 128  # vLLM's default on CPUs
@@ -35,8 +35,13 @@ class Client:
     def __init__(self, server: VllmServer) -> None:
         self.server = server
         self.model = server.model
+        # The server closes idle connections after five seconds, perhaps just as they are used again.
         self.openai = openai.OpenAI(
-            base_url=f"{server.base_url}/v1", api_key="none", timeout=600, max_retries=0
+            base_url=f"{server.base_url}/v1",
+            api_key="none",
+            timeout=600,
+            max_retries=0,
+            default_headers={"Connection": "close"},
         )
 
     def complete(self, prompt: list[int], max_tokens: int, **xargs: object) -> Completion:
@@ -90,3 +95,17 @@ def prompts(tokenizer) -> Callable[..., list[int]]:
     from tests.oracle.prompts import prompt_tokens
 
     return lambda seed, length, shared=None: prompt_tokens(tokenizer, seed, length, shared)
+
+
+@pytest.fixture
+def refusal(smollm2, tmp_path) -> Callable[..., str]:
+    """Start a server with settings that it must refuse; returns its log."""
+
+    def start(settings: dict, *extra_args: str) -> str:
+        log_path = tmp_path / "refused.log"
+        server = VllmServer(smollm2, settings=settings, extra_args=extra_args, log_path=log_path)
+        with pytest.raises(ServerFailed):
+            server.start()
+        return server.log()
+
+    return start

@@ -5,23 +5,8 @@ import os
 import pytest
 
 from tests.server.conftest import FP32, serving
-from vllm_tokenselect.cli.server import ServerFailed, VllmServer
 
 pytestmark = pytest.mark.server
-
-
-@pytest.fixture
-def refusal(smollm2, tmp_path):
-    """Start a server with settings that it must refuse; returns its log."""
-
-    def start(settings: dict, *extra_args: str) -> str:
-        log_path = tmp_path / "refused.log"
-        server = VllmServer(smollm2, settings=settings, extra_args=extra_args, log_path=log_path)
-        with pytest.raises(ServerFailed):
-            server.start()
-        return server.log()
-
-    return start
 
 
 def test_unknown_settings_stop_the_server_and_the_allowed_ones_are_listed(refusal):

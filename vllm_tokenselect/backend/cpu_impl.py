@@ -31,9 +31,11 @@ class CpuTokenSelectImpl(TokenSelectImpl[CpuTokenSelectMetadata]):
             vllm_config.cache_config.block_size,
         )
         method = self.config.method
-        # A request may ask for full attention: its rows are as long as its context. Memory that no
-        # such request has touched is only reserved.
-        longest = max(method.max_attended, vllm_config.model_config.max_model_len)
+        longest = method.max_attended
+        if not method.reassigns_positions:
+            # A request may ask for full attention: its rows are as long as its context. Memory that
+            # no such request has touched is only reserved.
+            longest = max(longest, vllm_config.model_config.max_model_len)
         self.library, self.scratch = _shared_scratch(
             self.num_kv_heads, self.head_size, self.dtype, longest
         )
@@ -63,15 +65,16 @@ class CpuTokenSelectImpl(TokenSelectImpl[CpuTokenSelectMetadata]):
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attend `query` [T, Hq, D] to the cached tokens; writes and returns `output` [T, Hq, D]."""
+        rotation = self.layer_rotation()
         if attn_metadata is None:  # profiling run
             return output
         step = attn_metadata.step
         num_tokens = attn_metadata.num_actual_tokens
         queries, out = query[:num_tokens], output[:num_tokens]
         pages = self._pages(kv_cache)
-        step.select(queries, pages, self.scale)
+        step.select(queries, pages, self.scale, rotation)
         library = partial(self._attend_row, attn_metadata)
-        attend(queries, pages, step, self.state, self.scale, library, self.scratch, out)
+        attend(queries, pages, step, self.state, self.scale, library, self.scratch, out, rotation)
         return output
 
     def _attend_row(

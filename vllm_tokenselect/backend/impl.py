@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -10,7 +11,8 @@ from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.v1.attention.backend import AttentionImpl, AttentionMetadata, AttentionType
 
 from vllm_tokenselect.config import TokenSelectConfig
-from vllm_tokenselect.hooks import install_in_worker
+from vllm_tokenselect.hooks import install_in_worker, rotary_embedding
+from vllm_tokenselect.kernels.rotate.rotation import Rotation
 from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
 from vllm_tokenselect.method import SettingsError
 
@@ -56,11 +58,36 @@ class TokenSelectImpl(AttentionImpl[M]):
         self.kv_cache_dtype = kv_cache_dtype
         self.config = TokenSelectConfig.from_additional_config(vllm_config.additional_config)
         self.dtype: torch.dtype = vllm_config.model_config.dtype
+        self.rotation: Rotation | None = None
+        if self.config.method.reassigns_positions:
+            rotary_embedding.install()
         self.prepare(vllm_config)
 
     @abstractmethod
     def prepare(self, vllm_config: VllmConfig) -> None:
         """Allocate and compile what the layer needs, before vLLM measures the memory that is left."""
+
+    def take_rotation(self, table: torch.Tensor) -> None:
+        """Take over the rotation of this layer's queries and keys, which come without from now on.
+
+        Args:
+            table: [positions, rotated] of the rotary embedding, on the layer's device.
+        """
+        method = self.config.method
+        self.rotation = _rotation(table, method.max_attended, method.n_local)
+
+    def layer_rotation(self) -> Rotation | None:
+        """The layer's rotation; None where positions are native.
+
+        Raises:
+            SettingsError: when nothing handed one to the layer.
+        """
+        if self.config.method.reassigns_positions and self.rotation is None:
+            raise SettingsError(
+                "tokenselect positions='reassigned' cannot be used with this --load-format, which does "
+                "not load models as vLLM's other loaders do. Use another one, or leave positions out."
+            )
+        return self.rotation
 
     def selection_cache(
         self, vllm_config: VllmConfig, device: torch.device
@@ -77,3 +104,9 @@ class TokenSelectImpl(AttentionImpl[M]):
             self.dtype,
             device,
         )
+
+
+@cache
+def _rotation(table: torch.Tensor, num_positions: int, n_local: int) -> Rotation:
+    """Layers that had the same rotary embedding share one rotation."""
+    return Rotation.from_table(table, num_positions, n_local)

@@ -2,6 +2,8 @@
 
 registration        the name TOKENSELECT, in every process
 platform_backend    which layers run on it
+model_length        a longer --max-model-len than trained, where positions are reassigned
+rotary_embedding    the rotation of queries and keys taken over from the model, likewise
 engine_config       settings checked at start, the scheduler put in place
 request_validation  a request's own settings checked when it arrives
 scheduler           whole query chunks, prefix-cache limits, whom to preempt
@@ -28,9 +30,11 @@ def all_seams() -> Sequence[Seam]:
         block_hashes,
         engine_config,
         metrics,
+        model_length,
         platform_backend,
         registration,
         request_validation,
+        rotary_embedding,
         runner_v1,
         runner_v2,
         scheduler_seams,
@@ -39,10 +43,12 @@ def all_seams() -> Sequence[Seam]:
     return (
         registration.SEAM,
         *platform_backend.SEAMS.values(),
+        model_length.SEAM,
         *engine_config.SEAMS.values(),
         request_validation.SEAM,
         *scheduler_seams.SEAMS,
         block_hashes.SEAM,
+        rotary_embedding.SEAM,
         *runner_v1.SEAMS,
         *runner_v2.SEAMS,
         *metrics.SEAMS.values(),
@@ -60,12 +66,14 @@ def install_in_every_process() -> None:
 
     from vllm_tokenselect.hooks import (
         engine_config,
+        model_length,
         platform_backend,
         registration,
         request_validation,
     )
 
     registration.install()
+    model_length.install()
     platform = type(current_platform)
     platform_backend.install(platform)
     engine_config.install(platform)

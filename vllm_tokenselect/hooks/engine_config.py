@@ -16,7 +16,7 @@ from vllm_tokenselect.config import (
     DEFAULT_WORKSPACE_MB,
     TokenSelectConfig,
 )
-from vllm_tokenselect.hooks import block_hashes, metrics, request_validation
+from vllm_tokenselect.hooks import block_hashes, metrics, model_length, request_validation
 from vllm_tokenselect.hooks.log import get_logger
 from vllm_tokenselect.hooks.registration import is_selected
 from vllm_tokenselect.hooks.seam import Seam
@@ -88,9 +88,10 @@ def configure(vllm_config: Any, device_type: str) -> None:
         max_num_seqs=scheduler.max_num_seqs,
         long_prefill_token_threshold=scheduler.long_prefill_token_threshold,
     )
+    model_length.check_trained_length(vllm_config.model_config, config)
     _choose_scheduler(scheduler)
     metrics.serve_counters()
-    request_validation.use(request_validation.Engine(vllm_config, config.top_k, device_type))
+    request_validation.use(request_validation.Engine(vllm_config, config.method, device_type))
     if device_type == "cpu":
         # A worker starts bound to one core, and numba, which vLLM's model runner imports, would count
         # one. Inherited by the workers; each then takes as many threads as its PyTorch has.

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from vllm_tokenselect.hooks.seam import Seam
-from vllm_tokenselect.method import FULL_ATTENTION, SettingsError
+from vllm_tokenselect.method import FULL_ATTENTION, Method, SettingsError
 from vllm_tokenselect.request_settings import SWITCH, requested_top_k
 
 SEAM = Seam(
@@ -27,14 +27,19 @@ SEAM = Seam(
 class Engine:
     """What requests may ask of the engine that this process sends them to."""
 
-    def __init__(self, vllm_config: Any, top_k: int, device_type: str) -> None:
+    def __init__(self, vllm_config: Any, method: Method, device_type: str) -> None:
         self.vllm_config = vllm_config
-        self.top_k = top_k
+        self.method = method
         self.device_type = device_type
 
     @cached_property
     def why_not_full_attention(self) -> str | None:
         """Why `"off"` cannot be served; None if it can. Asked late: it loads GPU libraries."""
+        if self.method.reassigns_positions:
+            return (
+                "positions are reassigned, and a whole context may have more tokens than the model was "
+                "trained on; it takes a server without that setting"
+            )
         if self.device_type != "cuda":
             return None
         from vllm_tokenselect.backend.gpu_attention import serves_full_attention
@@ -70,7 +75,7 @@ def validate(params: Any) -> None:
 
 
 def _check(engine: Engine, extra_args: Mapping[str, Any] | None) -> None:
-    top_k = requested_top_k(extra_args, engine.top_k)
+    top_k = requested_top_k(extra_args, engine.method.top_k)
     if top_k == FULL_ATTENTION and engine.why_not_full_attention is not None:
         raise SettingsError(
             f'{SWITCH}="off" cannot be served here: {engine.why_not_full_attention}'

@@ -48,3 +48,8 @@ def token_elements(tokens: torch.Tensor) -> tuple[np.ndarray, int]:
     distance = tokens.stride(0)
     span = (num_tokens - 1) * distance + num_heads * head_size if num_tokens else 0
     return tokens.as_strided((span,), (1,)).view(_BITS[tokens.dtype]).numpy(), distance
+
+
+def rotation_table(cos_sin: torch.Tensor | None) -> np.ndarray:
+    """fp32 [positions, rotated]; of width 0 where nothing is rotated."""
+    return np.zeros((0, 0), np.float32) if cos_sin is None else cos_sin.numpy()

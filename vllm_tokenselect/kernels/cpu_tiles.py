@@ -16,7 +16,7 @@ import numpy as np
 from llvmlite import ir
 from numba import config, njit, types
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 
 # The OpenMP layer runs in PyTorch's own thread pool where vLLM preloads its libgomp. numba's other pools
 # would put their threads on the one core that vLLM binds the worker's main thread to.
@@ -240,18 +240,61 @@ def prefetch_run(elements, first, count):
         prefetch(elements, index)
 
 
-@njit
 def narrow(numbers, out, target):
-    """Write fp32 numbers to `out[target:]`, fp32 or bf16 bits as uint16, rounded to nearest even."""
-    if out.itemsize == 4:
-        copy_run(numbers, 0, out, target, len(numbers))
-        return
-    bits = numbers.view(np.uint32)
-    for i in range(len(numbers)):
-        is_nan = (bits[i] & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
-        odd = (bits[i] >> np.uint32(16)) & np.uint32(1)
-        rounded = np.uint32(bits[i] + np.uint32(0x7FFF) + odd) >> np.uint32(16)
-        out[target + i] = np.uint32(0x7FC0) if is_nan else rounded
+    """Write fp32 numbers to `out[target:]`, rounded to nearest even; compiled code only.
+
+    `out` holds fp32 numbers, bf16 bits as uint16 or fp16 bits as int16.
+    """
+    raise NotImplementedError
+
+
+@overload(narrow)
+def _narrow(numbers, out, target):
+    if out.dtype == types.float32:
+        return lambda numbers, out, target: copy_run(numbers, 0, out, target, len(numbers))
+    to_bits = _bf16_bits if out.dtype == types.uint16 else _fp16_bits
+
+    def narrow_bits(numbers, out, target):
+        bits, narrowed = numbers.view(np.uint32), out[target : target + len(numbers)]
+        for i in range(len(numbers)):
+            narrowed[i] = to_bits(bits[i])
+
+    return narrow_bits
+
+
+@njit
+def _bf16_bits(bits):
+    odd = (bits >> np.uint32(16)) & np.uint32(1)
+    rounded = np.uint32(bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)
+    is_nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+    return np.uint16(np.uint32(0x7FC0) if is_nan else rounded)
+
+
+@njit
+def _fp16_bits(bits):
+    """As `_from_fp16` reads them. Too large a number becomes infinity."""
+    magnitude = np.uint32(bits & np.uint32(0x7FFFFFFF))  # numba widens what it computes
+    odd = (magnitude >> np.uint32(13)) & np.uint32(1)
+    rebased = np.uint32(magnitude - np.uint32(112 << 23) + np.uint32(0xFFF) + odd)
+    narrowed = np.uint32(rebased >> np.uint32(13))
+    if magnitude < np.uint32(113 << 23):  # subnormal: a number of the smallest steps
+        steps = magnitude.view(np.float32) * np.float32(1 << 24)
+        narrowed = np.uint32(np.rint(steps))
+    elif magnitude >= np.uint32(143 << 23):  # 65,536 and above
+        narrowed = np.uint32(0x7E00 if magnitude > np.uint32(0x7F800000) else 0x7C00)
+    return np.int16(narrowed | ((bits >> np.uint32(16)) & np.uint32(0x8000)))
+
+
+@njit(fastmath=FAST_MATH)
+def rotate_run(numbers, start, cos_sin, position):
+    """Rotate `numbers[start:]` to a position, in place; `cos_sin` as in `Rotation`."""
+    half = cos_sin.shape[1] // 2
+    first, second = numbers[start : start + half], numbers[start + half : start + 2 * half]
+    cosine, sine = cos_sin[position, :half], cos_sin[position, half:]
+    for i in range(half):
+        a, b = first[i], second[i]
+        first[i] = a * cosine[i] - b * sine[i]
+        second[i] = b * cosine[i] + a * sine[i]
 
 
 @njit

@@ -73,5 +73,5 @@ def compile_cpu_kernels(
     build_sparse_block_table(votes, *table)
     gather_tokens(kv_cache, slots[0, :1], keys, torch.empty_like(keys))
     layer = single_queries(SingleQueryRows(row_seq, *table, selects=True))
-    layer(query, kv_cache, 1.0, torch.empty_like(query), None)
+    layer(query, kv_cache, 1.0, torch.empty_like(query), None, None)
     return numba_threads

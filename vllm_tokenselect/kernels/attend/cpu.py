@@ -22,6 +22,7 @@ from vllm_tokenselect.kernels.cpu_tiles import (
     largest,
     narrow,
     prefetch_run,
+    rotate_run,
     widen,
 )
 
@@ -41,6 +42,7 @@ def attend_rows(
     num_kv_heads,
     block_size,
     head_size,
+    cos_sin,
     out,
 ):
     """As `reference.attend_single_queries`, on arrays: see `single_queries.cpu`, which calls it."""
@@ -68,6 +70,7 @@ def attend_rows(
                 num_kv_heads,
                 block_size,
                 head_size,
+                cos_sin,
                 row,
                 work // num_splits % num_kv_heads,
                 split,
@@ -110,6 +113,7 @@ def _attend_split(
     num_kv_heads,
     block_size,
     head_size,
+    cos_sin,
     row,
     kv_head,
     split,
@@ -128,6 +132,8 @@ def _attend_split(
     for member in range(group):
         source = first_element + (kv_head * group + member) * head_size
         widen(queries, source, head_size, padded_queries, member * stride)
+        if cos_sin.shape[1] > 0:
+            rotate_run(padded_queries, member * stride, cos_sin, length - 1)
     tile = np.zeros(TILE_TOKENS * stride, np.float32)
     weights = np.zeros(group * MAX_SPLIT_TOKENS, np.float32)
     tokens = np.empty(num_tokens, np.int64)  # where each token's key starts
@@ -148,6 +154,9 @@ def _attend_split(
     for begin in range(0, num_tokens, TILE_TOKENS):
         count = min(TILE_TOKENS, num_tokens - begin)
         _widen_listed(elements, tokens, begin, count, 0, head_size, tile, stride)
+        if cos_sin.shape[1] > 0:
+            for token in range(count):
+                rotate_run(tile, token * stride, cos_sin, first + begin + token)
         for member in range(group):
             target = member * MAX_SPLIT_TOKENS + begin
             dot_tile(padded_queries, member * stride, tile, stride, scale, weights, target)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from vllm_tokenselect.kernels.rotate.reference import rotate
+
 
 def attend(
     query: torch.Tensor,
@@ -13,6 +15,7 @@ def attend(
     lengths: torch.Tensor,
     scale: float,
     out: torch.Tensor,
+    cos_sin: torch.Tensor | None = None,
 ) -> None:
     """Attend every row's queries to the tokens that its line of `slots` names.
 
@@ -27,6 +30,8 @@ def attend(
         lengths: int32 [R], entries of each row.
         scale: scale of q . k.
         out: [T, Hq, D] of the query's dtype, written; a query that sees no token gives zeros.
+        cos_sin: fp32 [positions, rotated], as in `Rotation`: the tokens of a row are rotated to the
+            positions `0 .. m - 1` in their order, its queries to the last of these.
     """
     num_kv_heads, block_size = kv_cache.shape[1], kv_cache.shape[3]
     group = query.shape[1] // num_kv_heads
@@ -36,8 +41,12 @@ def attend(
         index = slots[row, :length].long()
         tokens = kv_cache[index // block_size, :, :, index % block_size].float()  # [m, Hkv, 2, D]
         keys, values = tokens.repeat_interleave(group, dim=1).unbind(dim=2)  # [m, Hq, D]
-        logits = torch.einsum("nhd,mhd->hnm", query[queries].float(), keys) * scale
         num_queries = starts[row + 1] - starts[row]
+        asking = query[queries].float()
+        if cos_sin is not None:
+            keys = rotate(keys, cos_sin[:length])
+            asking = rotate(asking, cos_sin[length - num_queries : length])
+        logits = torch.einsum("nhd,mhd->hnm", asking, keys) * scale
         visible = torch.ones(num_queries, length, dtype=torch.bool, device=query.device)
         visible = visible.tril(length - num_queries)
         weights = logits.masked_fill(~visible, float("-inf")).softmax(dim=-1)
@@ -53,6 +62,7 @@ def attend_single_queries(
     lengths: torch.Tensor,
     scale: float,
     out: torch.Tensor,
+    cos_sin: torch.Tensor | None = None,
 ) -> None:
     """`attend` for rows of one query each: row `r` is `query[query_index[r]]`.
 
@@ -62,5 +72,5 @@ def attend_single_queries(
     index = query_index.long()
     query_start_loc = torch.arange(len(index) + 1, dtype=torch.int32, device=query.device)
     attended = torch.empty((len(index), *out.shape[1:]), dtype=out.dtype, device=out.device)
-    attend(query[index], query_start_loc, kv_cache, slots, lengths, scale, attended)
+    attend(query[index], query_start_loc, kv_cache, slots, lengths, scale, attended, cos_sin)
     out[index] = attended

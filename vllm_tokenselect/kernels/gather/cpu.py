@@ -4,11 +4,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from numba import njit, prange
 
-from vllm_tokenselect.kernels.cpu_arrays import cache_elements, int32_array
-from vllm_tokenselect.kernels.cpu_tiles import copy_run
+from vllm_tokenselect.kernels.cpu_arrays import cache_elements, int32_array, rotation_table
+from vllm_tokenselect.kernels.cpu_tiles import copy_run, narrow, rotate_run, widen
 
 
 def gather_tokens(
@@ -16,6 +17,7 @@ def gather_tokens(
     slots: torch.Tensor,
     out_keys: torch.Tensor,
     out_values: torch.Tensor,
+    cos_sin: torch.Tensor | None = None,
 ) -> None:
     """As `reference.gather_tokens`; the buffers are contiguous."""
     _gather(
@@ -24,20 +26,27 @@ def gather_tokens(
         kv_cache.shape[1],
         kv_cache.shape[3],
         kv_cache.shape[4],
+        rotation_table(cos_sin),
         cache_elements(out_keys),
         cache_elements(out_values),
     )
 
 
 @njit(parallel=True, cache=True)
-def _gather(elements, slots, num_kv_heads, block_size, head_size, out_keys, out_values):
+def _gather(elements, slots, num_kv_heads, block_size, head_size, cos_sin, out_keys, out_values):
     head_stride = 2 * block_size * head_size
     for index in prange(len(slots)):
         slot = slots[index]
         token = slot // block_size * num_kv_heads * head_stride + slot % block_size * head_size
+        turned = np.empty(head_size, np.float32)
         for head in range(num_kv_heads):
             key = token + head * head_stride
             value = key + block_size * head_size
             target = (index * num_kv_heads + head) * head_size
-            copy_run(elements, key, out_keys, target, head_size)
+            if cos_sin.shape[1] > 0:
+                widen(elements, key, head_size, turned, 0)
+                rotate_run(turned, 0, cos_sin, index)
+                narrow(turned, out_keys, target)
+            else:
+                copy_run(elements, key, out_keys, target, head_size)
             copy_run(elements, value, out_values, target, head_size)

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import torch
 
+from vllm_tokenselect.kernels.rotate.reference import rotate
+
 
 def gather_tokens(
     kv_cache: torch.Tensor,
     slots: torch.Tensor,
     out_keys: torch.Tensor,
     out_values: torch.Tensor,
+    cos_sin: torch.Tensor | None = None,
 ) -> None:
-    """Copy the cached tokens that `slots` names, in its order.
+    """Copy the cached tokens that `slots` names, in its order, and rotate the keys if asked.
 
     Args:
         kv_cache: fp32, bf16 or fp16 [num_blocks, Hkv, 2, block_size, D], contiguous.
         slots: int32 [n], `block_id * block_size + offset`.
         out_keys, out_values: [n, Hkv, D] of the cache's dtype, written.
+        cos_sin: fp32 [positions, rotated], as in `Rotation`; token `i` is rotated to position `i`.
     """
     block_size = kv_cache.shape[3]
     index = slots.long()
     tokens = kv_cache[index // block_size, :, :, index % block_size]  # [n, Hkv, 2, D]
-    out_keys.copy_(tokens[:, :, 0])
+    keys = tokens[:, :, 0]
+    out_keys.copy_(keys if cos_sin is None else rotate(keys, cos_sin[: len(slots)]))
     out_values.copy_(tokens[:, :, 1])
 
 
@@ -42,9 +47,8 @@ def gather_rows(
         slots: int32 [R, width], sparse block table of page size 1.
         lengths: int32 [R], entries of each row.
         out_keys, out_values: [R, W, Hkv, D], written up to each row's length.
-        cos_sin: fp32 [positions, rotated], cosines in the first half of each line and sines in the
-            second. Entry `i` of a row is rotated to position `i`; elements `j` and `j + rotated / 2`
-            are a pair, elements from `rotated` on stay as they are.
+        cos_sin: fp32 [positions, rotated], as in `Rotation`; entry `i` of a row is rotated to
+            position `i`.
         key_scale, value_scale: fp32 [1], what a quantised cache is multiplied by.
     """
     block_size = kv_cache.shape[3]
@@ -54,10 +58,6 @@ def gather_rows(
         keys = tokens[:, :, 0] * (1.0 if key_scale is None else key_scale.float())
         values = tokens[:, :, 1] * (1.0 if value_scale is None else value_scale.float())
         if cos_sin is not None:
-            half = cos_sin.shape[1] // 2
-            cosine, sine = cos_sin[:length, None].float().chunk(2, dim=-1)
-            first, second = keys[..., :half].clone(), keys[..., half : 2 * half].clone()
-            keys[..., :half] = first * cosine - second * sine
-            keys[..., half : 2 * half] = second * cosine + first * sine
+            keys = rotate(keys, cos_sin[:length])
         out_keys[row, :length] = keys.to(out_keys.dtype)
         out_values[row, :length] = values.to(out_values.dtype)

@@ -15,8 +15,14 @@ from numba import get_num_threads, njit
 
 from vllm_tokenselect.kernels.attend.cpu import attend_rows
 from vllm_tokenselect.kernels.block_table.cpu import build_rows
-from vllm_tokenselect.kernels.cpu_arrays import cache_elements, int32_array, token_elements
-from vllm_tokenselect.kernels.cpu_tiles import LANES, widen
+from vllm_tokenselect.kernels.cpu_arrays import (
+    cache_elements,
+    int32_array,
+    rotation_table,
+    token_elements,
+)
+from vllm_tokenselect.kernels.cpu_tiles import LANES, rotate_run, widen
+from vllm_tokenselect.kernels.rotate.rotation import Rotation
 from vllm_tokenselect.kernels.score.cpu import score_rows
 from vllm_tokenselect.kernels.selection_cache.cpu import decide_rows, finish_rows
 from vllm_tokenselect.kernels.selection_cache.state import SELECTS, SelectionCacheState
@@ -49,10 +55,10 @@ def single_queries(rows: SingleQueryRows) -> Layer:
         scale: float,
         out: torch.Tensor,
         state: SelectionCacheState | None,
+        rotation: Rotation | None,
     ) -> None:
-        # The kernel writes fp32 and bf16 where they belong, and does not narrow to fp16.
-        in_place = out.is_contiguous() and out.dtype != torch.float16
-        attended = out if in_place else torch.empty_like(out, dtype=torch.float32)
+        in_place = out.is_contiguous()
+        attended = out if in_place else torch.empty_like(out, memory_format=torch.contiguous_format)
         _single_queries(
             *token_elements(query),
             query_index,
@@ -65,11 +71,13 @@ def single_queries(rows: SingleQueryRows) -> Layer:
             kv_cache.shape[4],
             *uses_state,
             *_state_arrays(state, query),
+            rotation_table(None if rotation is None else rotation.vote[None]),
+            rotation_table(None if rotation is None else rotation.cos_sin),
             cache_elements(attended),
         )
         if not in_place:
             index = rows.query_index.long()
-            out[index] = attended[index].to(out.dtype)
+            out[index] = attended[index]
 
     return layer
 
@@ -130,6 +138,8 @@ def _single_queries(
     stored_selections,
     stored_ends,
     stored_owners,
+    vote_turn,
+    cos_sin,
     out,
 ):
     if selects:
@@ -172,6 +182,7 @@ def _single_queries(
                 num_heads,
                 num_kv_heads,
                 head_size,
+                vote_turn,
             )
         finish_rows(
             caches,
@@ -200,6 +211,7 @@ def _single_queries(
         num_kv_heads,
         block_size,
         head_size,
+        cos_sin,
         out,
     )
 
@@ -224,6 +236,7 @@ def _select_rows(
     num_heads,
     num_kv_heads,
     head_size,
+    vote_turn,
 ):
     """Score, vote and build the table for some of the rows."""
     ends = candidate_ends[rows]
@@ -235,6 +248,8 @@ def _select_rows(
         source = query_index[rows[line // num_heads]] * query_distance
         source += line % num_heads * head_size
         widen(queries, source, head_size, flat, line * stride)
+        if vote_turn.shape[1] > 0:
+            rotate_run(flat, line * stride, vote_turn, 0)
     logits = np.empty((len(rows), num_heads, width), np.float32)
     votes = np.empty((len(rows), width), np.float32)
     score_rows(

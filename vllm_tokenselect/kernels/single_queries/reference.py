@@ -6,6 +6,8 @@ import torch
 
 from vllm_tokenselect.kernels.attend.reference import attend_single_queries
 from vllm_tokenselect.kernels.block_table.reference import build_sparse_block_table
+from vllm_tokenselect.kernels.rotate.reference import rotate
+from vllm_tokenselect.kernels.rotate.rotation import Rotation
 from vllm_tokenselect.kernels.score.reference import score_paged_keys
 from vllm_tokenselect.kernels.selection_cache.reference import count_rows, decide, finish
 from vllm_tokenselect.kernels.selection_cache.state import SELECTS, SelectionCacheState
@@ -17,8 +19,8 @@ def single_queries(rows: SingleQueryRows) -> Layer:
     """Prepare rows of one query for all layers of a step.
 
     Returns:
-        `layer(query, kv_cache, scale, out, state)`: fills the rows' lines of the table for this layer
-        if they select, each anew or out of the Selection Cache, and attends.
+        `layer(query, kv_cache, scale, out, state, rotation)`: fills the rows' lines of the table for
+        this layer if they select, each anew or out of the Selection Cache, and attends.
     """
 
     def layer(
@@ -27,14 +29,16 @@ def single_queries(rows: SingleQueryRows) -> Layer:
         scale: float,
         out: torch.Tensor,
         state: SelectionCacheState | None,
+        rotation: Rotation | None,
     ) -> None:
         caching = rows.caching
         if rows.selects and caching is not None and state is not None:
-            _select_or_reuse(rows, caching, query, kv_cache, scale, state)
+            _select_or_reuse(rows, caching, query, kv_cache, scale, state, rotation)
         elif rows.selects:
-            _select(rows, torch.arange(len(rows.query_index)), query, kv_cache, scale)
+            _select(rows, torch.arange(len(rows.query_index)), query, kv_cache, scale, rotation)
+        cos_sin = None if rotation is None else rotation.cos_sin
         attend_single_queries(
-            query, rows.query_index, kv_cache, rows.slots, rows.lengths, scale, out
+            query, rows.query_index, kv_cache, rows.slots, rows.lengths, scale, out, cos_sin
         )
 
     return layer
@@ -47,6 +51,7 @@ def _select_or_reuse(
     kv_cache: torch.Tensor,
     scale: float,
     state: SelectionCacheState,
+    rotation: Rotation | None,
 ) -> None:
     reused_ends = decide(
         query,
@@ -62,7 +67,7 @@ def _select_or_reuse(
     )
     selecting = (reused_ends == SELECTS).nonzero()[:, 0]
     if len(selecting):
-        _select(rows, selecting, query, kv_cache, scale)
+        _select(rows, selecting, query, kv_cache, scale, rotation)
     finish(
         reused_ends,
         caching.caches,
@@ -94,9 +99,12 @@ def _select(
     query: torch.Tensor,
     kv_cache: torch.Tensor,
     scale: float,
+    rotation: Rotation | None,
 ) -> None:
     table, ends = (rows.block_table, rows.row_seq[which], rows.n_init), rows.candidate_ends[which]
     queries = query[rows.query_index[which].long()].float()
+    if rotation is not None:
+        queries = rotate(queries, rotation.vote[None])
     slots, lengths = rows.slots[which], rows.lengths[which]
     build_sparse_block_table(
         soft_vote(score_paged_keys(queries, kv_cache, *table, ends, scale)),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_tokenselect.kernels.rotate.rotation import Rotation
 from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
 
 
@@ -56,7 +57,15 @@ class CachingRows:
     counts: torch.Tensor
 
 
-# query [T, Hq, D], kv_cache, scale, out [T, Hq, D], the layer's state.
+# query [T, Hq, D], kv_cache, scale, out [T, Hq, D], the layer's state, its rotation.
 Layer = Callable[
-    [torch.Tensor, torch.Tensor, float, torch.Tensor, SelectionCacheState | None], None
+    [
+        torch.Tensor,
+        torch.Tensor,
+        float,
+        torch.Tensor,
+        SelectionCacheState | None,
+        Rotation | None,
+    ],
+    None,
 ]

@@ -1,0 +1,102 @@
+"""What a layer rotates in the model's stead is what the model's rotary embedding would have."""
+
+import pytest
+
+pytest.importorskip("vllm")
+
+import torch
+from torch import nn
+from vllm.config import set_current_vllm_config
+from vllm.model_executor.layers.rotary_embedding import get_rope
+
+from vllm_tokenselect.hooks.rotary_embedding import AttentionLayer, Unrotated, _extend_table
+from vllm_tokenselect.kernels.rotate.reference import rotate
+from vllm_tokenselect.kernels.rotate.rotation import Rotation
+from vllm_tokenselect.method import SettingsError
+
+HEAD_SIZE, TOKENS, N_LOCAL = 32, 40, 7
+
+KINDS = {
+    "default": {},
+    "partial": {"partial_rotary_factor": 0.5},
+    "linear": {"rope_type": "linear", "factor": 2.0},
+    "dynamic": {"rope_type": "dynamic", "factor": 2.0},
+    "dynamic, alpha": {"rope_type": "dynamic", "alpha": 3.0},
+    "ntk": {"rope_type": "ntk", "factor": 2.0},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+    "proportional": {"rope_type": "proportional", "partial_rotary_factor": 0.5},
+}
+
+
+@pytest.fixture
+def make_rope(make_vllm_config):
+    def make(kind: str, neox: bool, max_position: int = 128):
+        parameters = {"rope_type": "default", "rope_theta": 100.0, **KINDS[kind]}
+        with set_current_vllm_config(make_vllm_config()):
+            return get_rope(HEAD_SIZE, max_position, neox, parameters, torch.float32)
+
+    return make
+
+
+def vectors(heads: int) -> torch.Tensor:
+    return torch.randn(TOKENS, heads, HEAD_SIZE, generator=torch.Generator().manual_seed(heads))
+
+
+def products(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    query, key = (x.view(TOKENS, -1, HEAD_SIZE) for x in (query, key))
+    return torch.einsum("nhd,mkd->hknm", query, key)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("neox", [True, False], ids=["neox", "interleaved"])
+def test_queries_and_keys_rotated_later_have_the_same_products(make_rope, kind, neox):
+    rope, query, key = make_rope(kind, neox), vectors(3), vectors(2)
+    flat = (x.reshape(TOKENS, -1) for x in (query, key))
+    rotated = rope.forward_native(torch.arange(TOKENS), *(x.clone() for x in flat))
+    rotation = Rotation.from_table(rope.cos_sin_cache, TOKENS, N_LOCAL)
+    later = Unrotated(rope)(torch.zeros(TOKENS), query, key)
+    assert all(x.shape == y.shape for x, y in zip(later, (query, key), strict=True))
+    ours = products(*(rotate(x, rotation.cos_sin) for x in later))
+    torch.testing.assert_close(ours, products(*rotated), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_query_that_votes_stands_n_local_tokens_behind_every_key(make_rope, kind):
+    rope, query, key = make_rope(kind, True), vectors(3), vectors(2)
+    rotation = Rotation.from_table(rope.cos_sin_cache, TOKENS, N_LOCAL)
+    at = (torch.full((TOKENS,), position) for position in (N_LOCAL, 0))
+    flat = (x.reshape(TOKENS, -1).clone() for x in (query, key))
+    rotated = [rope.forward_native(p, x, None)[0] for p, x in zip(at, flat, strict=True)]
+    voting = rotate(query, rotation.vote[None])
+    torch.testing.assert_close(products(voting, key), products(*rotated), rtol=1e-4, atol=1e-3)
+
+
+def test_a_table_shorter_than_what_is_attended_is_told():
+    with pytest.raises(ValueError, match="has 40 positions of 41 needed"):
+        Rotation.from_table(torch.zeros(40, HEAD_SIZE), 41, N_LOCAL)
+
+
+def layer_with(rope) -> AttentionLayer:
+    owner = nn.Module()
+    owner.rotary_emb, owner.attn = rope, nn.Module()
+    owner.attn.impl = object()
+    return AttentionLayer("model.layers.3.self_attn.attn", owner.attn, owner)
+
+
+@pytest.mark.parametrize("kind", ["default", "llama3"])
+def test_a_table_made_longer_is_one_that_was_long_from_the_start(make_rope, kind):
+    rope, long = make_rope(kind, True, 96), make_rope(kind, True, 500)
+    _extend_table(layer_with(rope), 500)
+    assert torch.equal(rope.cos_sin_cache, long.cos_sin_cache)
+
+
+def test_a_table_that_cannot_be_made_longer_names_the_layer_and_the_limit(make_rope):
+    with pytest.raises(SettingsError, match="layers.3.*DynamicNTK.*Set --max-model-len to 96"):
+        _extend_table(layer_with(make_rope("dynamic", True, 96)), 500)

@@ -1,0 +1,95 @@
+"""Tiny random models of many families: every kind of RoPE, and every way to be refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+TRAINED = 512  # tokens
+
+COMMON: dict[str, Any] = {
+    "vocab_size": 256,
+    "hidden_size": 128,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": TRAINED,
+    "initializer_range": 0.3,  # so large that attention matters
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def rope(kind: str, **options: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **options}}
+
+
+# Family of transformers, and what differs from COMMON. Head size 32.
+SERVED: dict[str, tuple[str, dict[str, Any]]] = {
+    "default": ("Llama", {}),
+    "linear": ("Llama", rope("linear", factor=2.0)),
+    "dynamic NTK": ("Llama", rope("dynamic", factor=2.0)),
+    "llama3": (
+        "Llama",
+        rope(
+            "llama3",
+            factor=8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=128,
+        ),
+    ),
+    "yarn": ("Llama", rope("yarn", factor=4.0, original_max_position_embeddings=128)),
+    "interleaved": ("Cohere", {"logit_scale": 1.0}),
+    "partial": ("StableLm", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
+                "partial_rotary_factor": 0.5}}),
+    "partial interleaved": ("Glm", {"head_dim": 32}),
+    "q/k norm": ("Qwen3", {"head_dim": 32}),
+    "q/k norm of all heads": ("Olmo2", {}),
+    "biases": ("Qwen2", {}),
+    "Mistral": ("Mistral", {"sliding_window": None}),
+    "Phi": ("Phi", {}),
+    "GPT-NeoX": ("GPTNeoX", {}),
+    "GPT-J": ("GPTJ", {}),
+    "Gemma 3, with sliding windows": (
+        "Gemma3Text",
+        {
+            "head_dim": 32,
+            "sliding_window": 64,
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
+    ),
+}  # fmt: skip
+
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "learned positions": ("OPT", {"ffn_dim": 96, "word_embed_proj_dim": 128}, "no rotary embedding"),
+    "layers without positions": (
+        "Cohere2",
+        {"logit_scale": 1.0, "sliding_window": 64,
+         "layer_types": ["sliding_attention", "full_attention"]},
+        "does not rotate queries and keys directly before it attends (model.layers.1.self_attn.attn)",
+    ),
+    "a norm after the rotation": (
+        "HunYuanDenseV1",
+        {"head_dim": 32},
+        "does not rotate queries and keys directly before it attends (model.layers.0.self_attn.attn",
+    ),
+}  # fmt: skip
+
+
+def save(folder: Path, family: str, options: dict[str, Any]) -> Path:
+    """Write a random model of the family, once."""
+    import torch
+    import transformers
+
+    if (folder / "config.json").exists():
+        return folder
+    config = getattr(transformers, f"{family}Config")(**{**COMMON, **options})
+    torch.manual_seed(0)
+    names = (f"{family}ForCausalLM", f"{family.removesuffix('Text')}ForCausalLM")
+    model = next(getattr(transformers, n) for n in names if hasattr(transformers, n))
+    model(config).float().save_pretrained(folder)
+    return folder
