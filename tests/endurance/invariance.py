@@ -30,11 +30,11 @@ from tests.endurance.requests import (
     Answer,
     Prompt,
     complete_all,
-    metric,
     random_length,
 )
 from tests.oracle.cases import CACHED_SETTINGS
 from tests.oracle.prompts import prompt_tokens
+from tests.prometheus import metric
 from vllm_tokenselect.cli.model import ensure_smollm2
 from vllm_tokenselect.cli.server import VllmServer
 
@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
             "vllm:tokenselect_rows_total",
         ):
             found[name] = metric(metrics, name)
-        found["of these reused"] = metric(metrics, "vllm:tokenselect_rows_total", 'kind="reused"')
+        found["of these reused"] = metric(metrics, "vllm:tokenselect_rows_total", kind="reused")
         report.append(found)
         print(json.dumps(found), flush=True)
 

@@ -102,12 +102,3 @@ def session_of(base_url: str) -> aiohttp.ClientSession:
         # The server closes idle connections, perhaps just as they are used again.
         connector=aiohttp.TCPConnector(limit=0, force_close=True),
     )
-
-
-def metric(text: str, name: str, label: str = "") -> float:
-    """Sum of a metric over its labels, or those that have `label`, out of the text of `/metrics`."""
-    return sum(
-        float(line.rsplit(" ", 1)[1])
-        for line in text.splitlines()
-        if line.startswith((f"{name}{{", f"{name} ")) and label in line
-    )

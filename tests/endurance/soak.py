@@ -32,12 +32,12 @@ from tests.endurance.requests import (
     Prompt,
     complete,
     complete_all,
-    metric,
     random_length,
     session_of,
 )
 from tests.oracle.cases import CACHED_SETTINGS
 from tests.oracle.prompts import prompt_tokens
+from tests.prometheus import metric
 from vllm_tokenselect.cli.model import ensure_smollm2
 from vllm_tokenselect.cli.server import VllmServer
 
@@ -174,7 +174,7 @@ def report_of(soak: Soak, metrics: str) -> dict[str, Any]:
         "requests": dict(soak.seen),
         "preemptions": metric(metrics, "vllm:num_preemptions_total"),
         "rows": {
-            kind: metric(metrics, "vllm:tokenselect_rows_total", f'kind="{kind}"')
+            kind: metric(metrics, "vllm:tokenselect_rows_total", kind=kind)
             for kind in ("reselected", "reused", "dense")
         },
         "memory of all processes, MiB": {

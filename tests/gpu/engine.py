@@ -1,8 +1,6 @@
 """A whole vLLM engine with a tiny random model: run by `test_engine.py`, in a process alone.
 
-    python -m tests.gpu.engine FOLDER PATH [DRAFTS]     # PATH: cpu or gpu
-
-The Selection Cache is on where DRAFTS is not given: they exclude each other.
+    python -m tests.gpu.engine FOLDER PATH SETTINGS [DRAFTS]     # PATH: cpu or gpu; SETTINGS: JSON
 
 With PATH gpu on a machine without one, the layers, the metadata builder and the Triton kernels of the
 GPU path serve requests on the CPU, interpreted. Stand-ins are what only a GPU has: the device itself,
@@ -76,7 +74,7 @@ def serve_gpu_path_on_cpu() -> None:
     served.supported_kv_cache_layouts = classmethod(lambda cls: (KVCacheLayout.LBNHC,))
 
 
-def main(folder: str, path: str, drafts: int | None = None) -> None:
+def main(folder: str, path: str, settings: str, drafts: str = "0") -> None:
     os.environ.update(ENVIRONMENT)
     if not (Path(folder) / "config.json").exists():
         save_model(Path(folder))
@@ -85,11 +83,10 @@ def main(folder: str, path: str, drafts: int | None = None) -> None:
     from vllm import LLM, SamplingParams
 
     options: dict[str, Any] = {}
-    settings = SETTINGS if drafts is None else SETTINGS | {"similarity_threshold": 1}
-    if drafts:
+    if int(drafts):
         options["speculative_config"] = {
             "method": "ngram",
-            "num_speculative_tokens": drafts,
+            "num_speculative_tokens": int(drafts),
             "prompt_lookup_min": 1,
             "prompt_lookup_max": 3,
         }
@@ -103,7 +100,7 @@ def main(folder: str, path: str, drafts: int | None = None) -> None:
         block_size=16,
         enforce_eager=True,
         attention_backend="TOKENSELECT",
-        additional_config={"tokenselect": settings},
+        additional_config={"tokenselect": SETTINGS | json.loads(settings)},
         distributed_executor_backend="uni",
         **options,
     )
@@ -129,4 +126,4 @@ def main(folder: str, path: str, drafts: int | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:]))
+    main(*sys.argv[1:])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.gpu.test_step import Graph, Layer, groups_of
+from tests.gpu.test_step import REASSIGNING, Graph, Layer, groups_of
 from tests.kernels_gpu.cases import DEVICE
 from tests.method.definition import CONFIG, HEAD_SIZE, REQUESTS
 from vllm_tokenselect.gpu.attention import PAGE_TOKENS, GatherBuffer
@@ -12,6 +12,7 @@ from vllm_tokenselect.gpu.flash_attention import (
     PagedFlashAttention,
     single_token_pages,
 )
+from vllm_tokenselect.method import Method
 
 
 def defined_varlen(
@@ -52,8 +53,16 @@ def flash(layer: Layer, kind: str):
 @pytest.mark.parametrize("kind", ["in place", "gathered"])
 @pytest.mark.parametrize("name", REQUESTS)
 def test_flash_attention_gets_the_rows_of_the_table(name: str, kind: str):
+    assert_attends(name, (6, 2), CONFIG, kind)
+
+
+def test_flash_attention_gets_the_rows_of_the_table_at_reassigned_positions():
+    assert_attends("mixed", (4, 1), REASSIGNING, "gathered")
+
+
+def assert_attends(name: str, heads: tuple[int, int], method: Method, kind: str) -> None:
     requests = REQUESTS[name]
-    layer = Layer(requests, (6, 2))
+    layer = Layer(requests, heads, method=method)
     layer.attention = flash(layer, kind)
     out = layer.run(groups_of(requests, layer))
     torch.testing.assert_close(out, layer.expected(requests), rtol=2e-4, atol=2e-5)

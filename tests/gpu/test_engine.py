@@ -17,8 +17,9 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("model")
 
 
-def answers(folder, *arguments: str) -> list:
-    command = [sys.executable, "-m", "tests.gpu.engine", str(folder), *arguments]
+def answers(folder, path: str, drafts: int = 0, **settings: object) -> list:
+    command = [sys.executable, "-m", "tests.gpu.engine", str(folder), path]
+    command += [json.dumps(settings), str(drafts)]
     done = subprocess.run(command, capture_output=True, text=True)
     rounds = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[{")]
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -45,9 +46,15 @@ def test_the_gpu_path_says_what_the_cpu_path_says(folder, expected):
 
 @pytest.fixture(scope="module")
 def without_cache(folder):
-    return answers(folder, "cpu", "0")
+    return answers(folder, "cpu", similarity_threshold=1)
 
 
 @pytest.mark.parametrize("path", ["cpu", "gpu"])
 def test_drafts_by_n_gram_change_nothing_that_is_said(folder, without_cache, path):
-    assert_same(answers(folder, path, "3"), without_cache)
+    assert_same(answers(folder, path, 3, similarity_threshold=1), without_cache)
+
+
+def test_the_gpu_path_says_what_the_cpu_path_says_at_reassigned_positions(folder, expected):
+    reassigned = answers(folder, "cpu", positions="reassigned")
+    assert_same(answers(folder, "gpu", positions="reassigned"), reassigned)
+    assert [a["tokens"] for a in reassigned[0]] != [a["tokens"] for a in expected[0]]

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from tests.gpu.test_attention import defined_varlen
-from tests.gpu.test_step import on_device
+from tests.gpu.test_step import on_device, rotation_of
 from tests.kernels_gpu.cases import DEVICE
-from tests.method.definition import CONFIG, HEAD_SIZE, SCALE, paged_step
-from vllm_tokenselect.gpu.attention import LayerCache
-from vllm_tokenselect.gpu.flash_attention import PagedFlashAttention
+from tests.method.definition import CONFIG, HEAD_SIZE, SCALE, paged_step, turned
+from vllm_tokenselect.gpu.attention import GatherBuffer, LayerCache, RowAttention
+from vllm_tokenselect.gpu.flash_attention import GatheredFlashAttention, PagedFlashAttention
 from vllm_tokenselect.gpu.rows import RowBuffers, RowGroup, StepLimits, graph_rows, step_rows
 from vllm_tokenselect.gpu.step import GpuStep
 from vllm_tokenselect.gpu.workspace import Workspace
@@ -64,7 +64,10 @@ class Running:
             ):
                 return "reused", [*selected, *range(stored_end, position + 1)]
         keys = text.keys[method.n_init : end].repeat_interleave(HEADS // KV_HEADS, dim=1)
-        votes = (torch.einsum("hd,nhd->hn", query, keys) * SCALE).softmax(-1).sum(0)
+        asking = query
+        if method.reassigns_positions:
+            asking = turned(query[None], [method.n_local])[0]
+        votes = (torch.einsum("hd,nhd->hn", asking, keys) * SCALE).softmax(-1).sum(0)
         best = votes.argsort(descending=True, stable=True)[: self.top_k].sort().values
         selected = [*range(method.n_init), *(method.n_init + best).tolist()]
         if position >= self.prompt_len:
@@ -88,7 +91,9 @@ class Server:
         ]
         device = torch.device(DEVICE)
         self.limits = StepLimits(
-            method, HEADS, KV_HEADS, MAX_LEN, workspace_bytes, full_attention=True
+            *(method, HEADS, KV_HEADS, MAX_LEN, workspace_bytes),
+            full_attention=not method.reassigns_positions,
+            max_tokens=MAX_LEN,
         )
         self.counters = torch.zeros(5, dtype=torch.int64, device=device)
         self.workspace = Workspace(self.limits, HEAD_SIZE, device, self.counters)
@@ -97,8 +102,16 @@ class Server:
         )
         pages = kv_cache.permute(0, 3, 1, 2, 4).contiguous().permute(0, 2, 3, 1, 4)
         self.cache = LayerCache(
-            pages.to(DEVICE), selections=state if method.reuses_selections else None
+            pages.to(DEVICE),
+            selections=state if method.reuses_selections else None,
+            rotation=rotation_of(method),
         )
+        self.attention: RowAttention = PagedFlashAttention(defined_varlen)
+        if method.reassigns_positions:
+            buffer = GatherBuffer(
+                *(KV_HEADS, HEAD_SIZE, torch.float32, method.max_attended, device)
+            )
+            self.attention = GatheredFlashAttention(defined_varlen, 2, buffer)
         self.expected = Counter[str]()
 
     def groups(
@@ -126,9 +139,8 @@ class Server:
         for seq, (request, _, _) in enumerate(parts):
             blocks[seq] = self.block_table[request.text]
         out = torch.full_like(query, float("nan")).to(DEVICE)
-        attention = PagedFlashAttention(defined_varlen)
         GpuStep(groups, blocks.to(DEVICE)).run_layer(
-            query.to(DEVICE), self.cache, SCALE, self.workspace, attention, out
+            query.to(DEVICE), self.cache, SCALE, self.workspace, self.attention, out
         )
         return out.cpu()
 
@@ -159,7 +171,11 @@ class Server:
         keys, values = (
             x[visible].repeat_interleave(HEADS // KV_HEADS, dim=1) for x in (text.keys, text.values)
         )
-        weights = (torch.einsum("hd,nhd->hn", text.queries[position], keys) * SCALE).softmax(-1)
+        query = text.queries[position]
+        if self.method.reassigns_positions:
+            keys = turned(keys, range(len(visible)))
+            query = turned(query[None], [len(visible) - 1])[0]
+        weights = (torch.einsum("hd,nhd->hn", query, keys) * SCALE).softmax(-1)
         return torch.einsum("hn,nhd->hd", weights, values)
 
 
@@ -211,6 +227,15 @@ def test_decoding_reuses_and_selects_as_the_definition_does(captured, workspace_
     kinds = [[r.kinds[p] for p in sorted(r.kinds)] for r in running]
     assert kinds[0] != kinds[1]
     assert {*kinds[2]} == {*KINDS}, "a request that grows out of being dense"
+
+
+@pytest.mark.parametrize("captured", [False, True], ids=["eager", "replayed"])
+def test_a_reused_selection_gets_positions_anew_with_every_token(captured):
+    server = Server([150, 90], replace(METHOD, positions="reassigned"))
+    graph = Graph(server, 3) if captured else None
+    running = [Running(0, 2, 1, 100), Running(1, 3, 3, 40)]
+    decode(server, running, [100, 42], 10, graph)
+    assert all(server.expected[kind] >= 3 for kind in KINDS)
 
 
 def test_a_row_that_reuses_a_selection_is_neither_scored_nor_voted_on_nor_selected():

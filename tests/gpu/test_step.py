@@ -1,5 +1,7 @@
 """A step on a GPU is the definition of the method: eager, and as a CUDA graph would replay it."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -12,16 +14,19 @@ from tests.method.definition import (
     SCALE,
     expected_attention,
     paged_step,
+    rotation,
 )
 from vllm_tokenselect.gpu.attention import GatherBuffer, LayerCache, SdpaAttention
 from vllm_tokenselect.gpu.rows import RowBuffers, StepLimits, graph_rows, step_rows
 from vllm_tokenselect.gpu.step import GpuStep
 from vllm_tokenselect.gpu.workspace import Workspace
+from vllm_tokenselect.kernels.rotate.rotation import Rotation
 from vllm_tokenselect.method import Method, SettingsError
 from vllm_tokenselect.plan import SelectionPlan
 from vllm_tokenselect.requests import BatchRequests
 
-MAX_LEN = 256
+REASSIGNING = replace(CONFIG, positions="reassigned")
+MAX_LEN, MAX_TOKENS = 256, 256
 Request = tuple[int, int, int]  # first position, end, prompt length
 
 
@@ -34,13 +39,15 @@ class Layer:
         heads: tuple[int, int],
         dtype: torch.dtype = torch.float32,
         workspace_bytes: int = 1 << 20,
+        method: Method = CONFIG,
     ) -> None:
+        self.method = method
         self.query, self.kv_cache, self.block_table = paged_step(requests, *heads, dtype)
         # As vLLM lays it out on GPUs: all heads of a token together.
         pages = self.kv_cache.permute(0, 3, 1, 2, 4).contiguous().permute(0, 2, 3, 1, 4)
-        self.cache = LayerCache(pages.to(DEVICE))
-        self.limits = StepLimits(CONFIG, *heads, MAX_LEN, workspace_bytes)
-        self.workspace = Workspace(self.limits, HEAD_SIZE, torch.device(DEVICE))
+        self.cache = LayerCache(pages.to(DEVICE), rotation=rotation_of(method))
+        self.limits = StepLimits(method, *heads, MAX_LEN, workspace_bytes, max_tokens=MAX_TOKENS)
+        self.workspace = Workspace(self.limits, HEAD_SIZE, torch.device(DEVICE), dtype=dtype)
         self.attention = SdpaAttention(
             GatherBuffer(heads[1], HEAD_SIZE, dtype, CONFIG.max_attended, torch.device(DEVICE))
         )
@@ -53,7 +60,16 @@ class Layer:
         return out.cpu()
 
     def expected(self, requests: list[Request]) -> torch.Tensor:
-        return expected_attention(requests, self.query, self.kv_cache, self.block_table)
+        reassigned = self.method.reassigns_positions
+        return expected_attention(requests, self.query, self.kv_cache, self.block_table, reassigned)
+
+
+def rotation_of(method: Method) -> Rotation | None:
+    """The definition's on the device; None where positions are native."""
+    if not method.reassigns_positions:
+        return None
+    defined = rotation()
+    return Rotation(defined.cos_sin.to(DEVICE), defined.vote.to(DEVICE))
 
 
 def ends_of(requests: list[Request]) -> np.ndarray:

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from tests.gpu.test_attention import buffer_of
-from tests.gpu.test_step import Layer, groups_of
-from tests.method.definition import REQUESTS
+from tests.gpu.test_step import REASSIGNING, Layer, groups_of
+from tests.method.definition import CONFIG, REQUESTS
 from vllm_tokenselect.gpu import xformers
+from vllm_tokenselect.method import Method
 
 
 def defined_attention(query, keys, values, attn_bias, scale):
@@ -20,12 +21,18 @@ def defined_attention(query, keys, values, attn_bias, scale):
     return torch.einsum("bhgnm,bmhgd->bnhgd", logits.softmax(-1), values)
 
 
-@pytest.mark.parametrize("name", REQUESTS)
-def test_xformers_gets_the_rows_of_the_table(name: str, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [*((name, CONFIG) for name in REQUESTS), ("chunked", REASSIGNING)],
+    ids=[*REQUESTS, "chunked, reassigned"],
+)
+def test_xformers_gets_the_rows_of_the_table(
+    name: str, method: Method, monkeypatch: pytest.MonkeyPatch
+):
     if not torch.cuda.is_available():  # it has no kernel for CPUs
         monkeypatch.setattr(xformers, "memory_efficient_attention_forward", defined_attention)
     requests = REQUESTS[name]
-    layer = Layer(requests, (6, 2), torch.float32)
+    layer = Layer(requests, (6, 2), method=method)
     layer.attention = xformers.XformersAttention(buffer_of(layer, lines=3))
     out = layer.run(groups_of(requests, layer))
     torch.testing.assert_close(out, layer.expected(requests), rtol=2e-4, atol=2e-5)

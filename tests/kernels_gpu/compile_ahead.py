@@ -94,6 +94,7 @@ def launches(architecture: int) -> Iterator[tuple[str, Callable[[], object]]]:
     from vllm_tokenselect.kernels.block_table.gpu import TableScratch, build_sparse_block_table
     from vllm_tokenselect.kernels.gather.gpu import gather_rows
     from vllm_tokenselect.kernels.mean_query.gpu import mean_queries
+    from vllm_tokenselect.kernels.rotate.gpu import rotate_means, rotate_queries
     from vllm_tokenselect.kernels.score.gpu import Scores, score_paged_keys, tile_rows
     from vllm_tokenselect.kernels.selection_cache.gpu import decide_rows, finish_rows
     from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
@@ -113,6 +114,16 @@ def launches(architecture: int) -> Iterator[tuple[str, Callable[[], object]]]:
         means = torch.zeros(rows, 4, head_size)
         name = f"D{head_size}"
         yield name, lambda q=query, m=means: mean_queries(q, ints(rows), ints(rows), m)
+        for rotated in (head_size, head_size // 4):
+            table = torch.zeros(4096, rotated)
+            name = f"D{head_size}, {rotated} rotated"
+            yield (
+                name,
+                lambda q=query, t=table: rotate_queries(
+                    *(q, ints(rows), ints(rows), 1, ints(rows), t, torch.empty_like(q))
+                ),
+            )
+            yield name, lambda m=means, t=table: rotate_means(m, t[0])
     for block_size in (16, 64, 128):
         slots, scratch = ints(rows, 3200), TableScratch(rows, torch.device("cpu"))
         for votes, parts in (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +13,7 @@ import openai
 import pytest
 
 from tests.oracle.cases import SETTINGS
+from tests.prometheus import metric
 from vllm_tokenselect.cli.server import ServerFailed, VllmServer
 
 SPARSE = {**asdict(SETTINGS), "log_requests": True}
@@ -69,10 +69,7 @@ class Client:
     def metric(self, name: str) -> float:
         """Sum of a counter over its labels, from `/metrics`."""
         with urllib.request.urlopen(f"{self.server.base_url}/metrics", timeout=30) as answer:
-            text = answer.read().decode()
-        values = re.findall(rf"^{re.escape(name)}(?:{{.*}})? (\S+)$", text, re.MULTILINE)
-        assert values, f"/metrics has no {name}"
-        return sum(map(float, values))
+            return metric(answer.read().decode(), name)
 
 
 @contextmanager

@@ -60,15 +60,20 @@ def serves_full_attention(vllm_config: VllmConfig) -> str | None:
     Raises:
         SettingsError: when the library that the setting `attention` names cannot attend.
     """
+    settings = TokenSelectConfig.from_additional_config(vllm_config.additional_config)
+    if settings.method.reassigns_positions:
+        return (
+            "positions are reassigned while tokens are gathered; it takes the tokenselect setting "
+            "positions 'native'"
+        )
     cache_dtype = vllm_config.cache_config.cache_dtype
     if is_quantized_kv_cache(cache_dtype):
         return f"a KV cache of {cache_dtype} is read token by token; it takes --kv-cache-dtype auto"
-    settings = TokenSelectConfig.from_additional_config(vllm_config.additional_config)
     head_size, dtype = vllm_config.model_config.get_head_size(), vllm_config.model_config.dtype
     with set_current_vllm_config(vllm_config):  # which may name the version
         library = choose_library(settings.attention, head_size, dtype)
         version = _flash_version(library, head_size)
-    if reads_in_place(version, quantised=False):
+    if reads_in_place(version, as_cached=True):
         return None
     return (
         f"{library_name(library, version)} attends over gathered tokens here; it takes FlashAttention 3, "
@@ -76,9 +81,13 @@ def serves_full_attention(vllm_config: VllmConfig) -> str | None:
     )
 
 
-def reads_in_place(version: int | None, quantised: bool) -> bool:
-    """Whether this version of FlashAttention reads the cache through the sparse block table."""
-    return version == 3 and not quantised
+def reads_in_place(version: int | None, as_cached: bool) -> bool:
+    """Whether this version of FlashAttention reads the cache through the sparse block table.
+
+    Args:
+        as_cached: whether keys are attended as they are cached, neither widened nor rotated.
+    """
+    return version == 3 and as_cached
 
 
 def library_name(library: Library, version: int | None) -> str:
@@ -98,6 +107,7 @@ def make_attention(
     head_size: int,
     dtype: torch.dtype,
     quantised: bool,
+    reassigned: bool,
     width: int,
     device: torch.device,
 ) -> RowAttention:
@@ -106,15 +116,17 @@ def make_attention(
     Args:
         dtype: of the queries.
         quantised: whether the KV cache is.
+        reassigned: whether positions are.
         width: most tokens of a row.
     """
     log = get_logger(__name__)
     version = _flash_version(library, head_size)
-    in_place = reads_in_place(version, quantised)
+    in_place = reads_in_place(version, as_cached=not (quantised or reassigned))
     log.info(
-        "TOKENSELECT attends with %s, %s",
+        "TOKENSELECT attends with %s, %s%s",
         library_name(library, version),
         "through the sparse block table" if in_place else "over gathered tokens",
+        ", positions reassigned" if reassigned else "",
     )
     if version is not None:
         from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func

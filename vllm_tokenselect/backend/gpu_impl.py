@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -18,6 +19,7 @@ from vllm_tokenselect.gpu.rows import StepLimits
 from vllm_tokenselect.gpu.warmup import compile_gpu_kernels
 from vllm_tokenselect.gpu.workspace import Workspace
 from vllm_tokenselect.hooks.log import get_logger
+from vllm_tokenselect.kernels.rotate.rotation import Rotation
 from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
 
 logger = get_logger(__name__)
@@ -30,6 +32,26 @@ FP8_DTYPES = {
 }
 
 
+@dataclass(frozen=True)
+class LayerShape:
+    """What the buffers and the compiled kernels of a layer depend on.
+
+    Attributes:
+        limits: of the steps.
+        library: that attends.
+        dtype: of the queries.
+        fp8_dtype: of the KV cache, if it is quantised.
+    """
+
+    limits: StepLimits
+    library: Library
+    head_size: int
+    dtype: torch.dtype
+    fp8_dtype: torch.dtype | None
+    block_size: int
+    device: torch.device
+
+
 class GpuTokenSelectImpl(TokenSelectImpl[GpuTokenSelectMetadata]):
     """Writes with vLLM's kernel, selects with Triton's, attends with a library."""
 
@@ -38,7 +60,7 @@ class GpuTokenSelectImpl(TokenSelectImpl[GpuTokenSelectMetadata]):
         device = torch.device("cuda", torch.cuda.current_device())
         self.fp8_dtype = FP8_DTYPES.get(self.kv_cache_dtype)
         self.selections = self.selection_cache(vllm_config, device)
-        self.workspace, self.attention = _shared(
+        self.shape = LayerShape(
             step_limits(vllm_config, self.num_heads, self.num_kv_heads),
             choose_library(self.config.attention, self.head_size, self.dtype),
             self.head_size,
@@ -47,6 +69,14 @@ class GpuTokenSelectImpl(TokenSelectImpl[GpuTokenSelectMetadata]):
             vllm_config.cache_config.block_size,
             device,
         )
+        self.workspace, self.attention = _shared(self.shape)
+        if not self.config.method.reassigns_positions:
+            _compile(self.shape, None)
+
+    def take_rotation(self, table: torch.Tensor) -> None:
+        super().take_rotation(table)
+        # Not earlier: how many elements of a head are rotated is compiled in.
+        _compile(self.shape, table.shape[1])
 
     def do_kv_cache_update(
         self,
@@ -82,39 +112,33 @@ class GpuTokenSelectImpl(TokenSelectImpl[GpuTokenSelectMetadata]):
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attend `query` [T, Hq, D] to the cached tokens; writes and returns `output` [T, Hq, D]."""
+        rotation = self.layer_rotation()
         if attn_metadata is None:  # profiling run
             return output.zero_()
+        cache = self._cache(layer, kv_cache, rotation)
         attn_metadata.step.run_layer(
-            query, self._cache(layer, kv_cache), self.scale, self.workspace, self.attention, output
+            query, cache, self.scale, self.workspace, self.attention, output
         )
         return output
 
-    def _cache(self, layer: AttentionLayer, kv_cache: torch.Tensor) -> LayerCache:
+    def _cache(
+        self, layer: AttentionLayer, kv_cache: torch.Tensor, rotation: Rotation | None
+    ) -> LayerCache:
         """vLLM's [num_blocks, Hkv, block_size, 2 D], of any strides, as the kernels read it."""
         keys_and_values = kv_cache.unfold(-1, self.head_size, self.head_size)
-        pages = keys_and_values.movedim(3, 2)
-        if self.fp8_dtype is None:
-            return LayerCache(pages, selections=self.selections)
-        return LayerCache(
-            pages.view(self.fp8_dtype), layer._k_scale, layer._v_scale, self.selections
-        )
+        pages, scales = keys_and_values.movedim(3, 2), (None, None)
+        if self.fp8_dtype is not None:
+            pages, scales = pages.view(self.fp8_dtype), (layer._k_scale, layer._v_scale)
+        return LayerCache(pages, *scales, self.selections, rotation)
 
 
 @cache
-def _shared(
-    limits: StepLimits,
-    library: Library,
-    head_size: int,
-    dtype: torch.dtype,
-    fp8_dtype: torch.dtype | None,
-    block_size: int,
-    device: torch.device,
-) -> tuple[Workspace, RowAttention]:
-    """Layers run one after the other, so those of a shape share their buffers.
-
-    Also compiles their kernels: at start, not in the first request.
-    """
-    workspace = Workspace(limits, head_size, device, worker_counters(device))
+def _shared(shape: LayerShape) -> tuple[Workspace, RowAttention]:
+    """Layers run one after the other, so those of a shape share their buffers."""
+    limits = shape.limits
+    workspace = Workspace(
+        limits, shape.head_size, shape.device, worker_counters(shape.device), shape.dtype
+    )
     logger.info(
         "TOKENSELECT: %d MiB of workspace, scores of %d queries at a time over %d tokens, "
         "top-k by the own radix selection",
@@ -123,25 +147,46 @@ def _shared(
         limits.max_model_len,
     )
     attention = make_attention(
-        library,
+        shape.library,
         limits.num_kv_heads,
-        head_size,
-        dtype,
-        fp8_dtype is not None,
+        shape.head_size,
+        shape.dtype,
+        shape.fp8_dtype is not None,
+        limits.method.reassigns_positions,
         limits.table_width,
-        device,
+        shape.device,
     )
+    return workspace, attention
+
+
+@cache
+def _compile(shape: LayerShape, rotated: int | None) -> None:
+    """Compile the kernels of such layers: at start, not in the first request.
+
+    Args:
+        rotated: elements of a head that the layer rotates; None if it rotates nothing.
+    """
+    limits, device = shape.limits, shape.device
+    workspace, attention = _shared(shape)
     block = torch.zeros(
-        (1, block_size, limits.num_kv_heads, 2, head_size), dtype=dtype, device=device
+        (1, shape.block_size, limits.num_kv_heads, 2, shape.head_size),
+        dtype=shape.dtype,
+        device=device,
     )
-    scale = None if fp8_dtype is None else torch.ones((), device=device)
-    selections = None
+    scale, selections, rotation = None, None, None
+    if shape.fp8_dtype is not None:
+        # As vLLM's scales, whatever default dtype the model is built with.
+        scale = torch.ones((), dtype=torch.float32, device=device)
     if limits.method.reuses_selections:
         selections = SelectionCacheState.allocate(
-            1, limits.method.selection_size, limits.num_heads, head_size, dtype, device
+            *(1, limits.method.selection_size, limits.num_heads, shape.head_size),
+            *(shape.dtype, device),
         )
-    pages = block.to(fp8_dtype or dtype).permute(0, 2, 3, 1, 4)
-    cache = LayerCache(pages, scale, scale, selections)
+    if rotated is not None:
+        table = torch.zeros((limits.table_width, rotated), dtype=torch.float32, device=device)
+        rotation = Rotation(table, table[0])
+    pages = block.to(shape.fp8_dtype or shape.dtype).permute(0, 2, 3, 1, 4)
+    cache = LayerCache(pages, scale, scale, selections, rotation)
     logger.info("TOKENSELECT: compiling the Triton kernels")
-    compile_gpu_kernels(workspace, attention, cache, -(-limits.max_model_len // block_size), dtype)
-    return workspace, attention
+    block_table_width = -(-limits.max_model_len // shape.block_size)
+    compile_gpu_kernels(workspace, attention, cache, block_table_width, shape.dtype)

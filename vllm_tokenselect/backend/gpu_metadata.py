@@ -45,6 +45,7 @@ def step_limits(vllm_config: VllmConfig, num_heads: int, num_kv_heads: int) -> S
         max_model_len=vllm_config.model_config.max_model_len,
         workspace_bytes=config.workspace_bytes("cuda"),
         full_attention=serves_full_attention(vllm_config) is None,
+        max_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
     )
 
 

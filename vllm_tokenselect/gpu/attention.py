@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from vllm_tokenselect.gpu.rows import RowGroup
 from vllm_tokenselect.kernels.gather.gpu import gather_rows
+from vllm_tokenselect.kernels.rotate.rotation import Rotation
 from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
 
 # Keys and values of the rows that are gathered together; at least one row's.
@@ -33,12 +34,15 @@ class LayerCache:
         key_scale, value_scale: fp32 [1] on the device, what a quantised cache is multiplied by; None
             for one that is not quantised.
         selections: the Selection Cache; None for a layer without.
+        rotation: of queries and keys to the positions that they are given anew; None for a layer whose
+            cache holds keys that the model has rotated.
     """
 
     pages: torch.Tensor
     key_scale: torch.Tensor | None = None
     value_scale: torch.Tensor | None = None
     selections: SelectionCacheState | None = None
+    rotation: Rotation | None = None
 
 
 class RowAttention(Protocol):
@@ -63,8 +67,8 @@ class RowAttention(Protocol):
         """Attend the rows of a group.
 
         Args:
-            query: [T, Hq, D], queries of the step; those of the rows are read.
-            cache: the layer's.
+            query: [T, Hq, D], queries of the step, rotated; those of the rows are read.
+            cache: the layer's. Its keys are rotated here if they lie there un-rotated.
             group: rows of the step.
             slots: int32 [R, width], sparse block table of page size 1, ascending by position.
             lengths: int32 [R], entries of each row; 0 for a padded row.
@@ -109,6 +113,7 @@ class GatherBuffer:
         self, cache: LayerCache, slots: torch.Tensor, lengths: torch.Tensor
     ) -> Iterator[tuple[int, int]]:
         """Gather rows, as many at a time as there are lines; yields their first and last."""
+        cos_sin = cache.rotation.cos_sin if cache.rotation is not None else None
         for first in range(0, len(slots), self.num_lines):
             last = min(first + self.num_lines, len(slots))
             gather_rows(
@@ -117,6 +122,7 @@ class GatherBuffer:
                 lengths[first:last],
                 self.keys[: last - first],
                 self.values[: last - first],
+                cos_sin=cos_sin,
                 key_scale=cache.key_scale,
                 value_scale=cache.value_scale,
             )

@@ -56,7 +56,7 @@ class PagedFlashAttention:
 
 
 class GatheredFlashAttention:
-    """FlashAttention of any version over gathered tokens: for a quantised cache, and before Hopper.
+    """FlashAttention of any version over gathered tokens: before Hopper, and for keys to widen or rotate.
 
     Args:
         varlen: `flash_attn_varlen_func` of vLLM's `vllm_flash_attn`.

@@ -39,6 +39,8 @@ class StepLimits:
         max_model_len: longest context.
         workspace_bytes: for the scores and votes of a group.
         full_attention: whether requests may ask for it, whose rows are as long as their context.
+        max_tokens: most tokens of a step, whose queries are rotated into a buffer where positions are
+            reassigned; needed there only.
 
     Raises:
         SettingsError: when the workspace cannot hold one query's scores over the longest context.
@@ -50,6 +52,7 @@ class StepLimits:
     max_model_len: int
     workspace_bytes: int
     full_attention: bool = False
+    max_tokens: int = 0
 
     def __post_init__(self) -> None:
         if self.rows_that_fit(self.max_width) < 1:

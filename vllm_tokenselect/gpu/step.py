@@ -1,7 +1,8 @@
 """One layer of one step on a GPU: decide -> mean query -> score -> vote -> table -> finish -> attention.
 
 Launches the same kernels whatever the rows are; a row that sees its whole context or reuses a selection,
-or a padded one, is left out by the kernels themselves.
+or a padded one, is left out by the kernels themselves. Where positions are reassigned, queries and keys
+come without their rotation: the mean queries are rotated for the vote, and the queries to attend.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from vllm_tokenselect.gpu.rows import RowGroup
 from vllm_tokenselect.gpu.workspace import Workspace
 from vllm_tokenselect.kernels.block_table.gpu import build_sparse_block_table
 from vllm_tokenselect.kernels.mean_query.gpu import mean_queries
+from vllm_tokenselect.kernels.rotate.gpu import rotate_means, rotate_queries
 from vllm_tokenselect.kernels.score.gpu import Scores, score_paged_keys
 from vllm_tokenselect.kernels.selection_cache.gpu import decide_rows, finish_rows
 from vllm_tokenselect.kernels.vote.gpu import soft_vote
@@ -95,6 +97,8 @@ class GpuStep:
         """Score the candidates of the group's rows with their mean queries."""
         buffers = workspace.for_scores(group)
         mean_queries(query, group.query_start_loc[:-1], group.query_len, buffers.mean_queries)
+        if cache.rotation is not None:
+            rotate_means(buffers.mean_queries, cache.rotation.vote)
         for tiles in group.tiles:
             score_paged_keys(
                 buffers.mean_queries,
@@ -168,4 +172,17 @@ class GpuStep:
     ) -> None:
         """Attend to what the workspace's sparse block table names."""
         slots, lengths = workspace.slots[: group.num_rows], workspace.lengths[: group.num_rows]
+        if cache.rotation is not None:
+            # `view_as` refuses a step that is longer than the buffer.
+            rotated = workspace.rotated_queries[: len(query)].view_as(query)
+            rotate_queries(
+                query,
+                group.query_start_loc[:-1],
+                group.query_len,
+                group.max_query_len,
+                lengths,
+                cache.rotation.cos_sin,
+                rotated,
+            )
+            query = rotated
         attention(query, cache, group, slots, lengths, scale, out)

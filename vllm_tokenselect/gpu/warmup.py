@@ -37,7 +37,7 @@ def compile_gpu_kernels(
     prompts = {
         (0, min(method.query_chunk, longest)),  # dense
         (min(first_selecting, longest - 1), min(first_selecting + 2, longest)),  # few candidates
-        (max(longest - method.query_chunk - tail, 0), longest),  # a chunk and a tail
+        (max(longest - method.query_chunk, 0), longest),  # a chunk and a tail
         (longest - 1, longest),  # decoding
     }
     block_table = torch.zeros((1, block_table_width), dtype=torch.int32, device=device)

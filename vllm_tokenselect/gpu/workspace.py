@@ -32,10 +32,12 @@ class Workspace:
         counters: int64 [5] on the device, added to by every layer: rows that selected, reused a
             selection, and saw their whole context; tokens that were attended, and tokens in context.
             Zeros of its own when None.
+        dtype: of the queries; needed where positions are reassigned only.
 
     Attributes:
         slots: int32 [table_rows, table_width], the sparse block table of a group.
         lengths: int32 [table_rows], entries of each row.
+        rotated_queries: [max_tokens, Hq, D]; of no tokens where positions are the model's own.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Workspace:
         head_size: int,
         device: torch.device,
         counters: torch.Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
@@ -55,6 +58,8 @@ class Workspace:
         self.mean_queries = empty(rows, heads, head_size)
         self.parts = empty(2, rows * heads * MAX_SPLITS)
         self.scores = empty(limits.score_bytes // 4)
+        tokens = limits.max_tokens if limits.method.reassigns_positions else 0
+        self.rotated_queries = empty(tokens, heads, head_size, dtype=dtype)
         self.table_scratch = TableScratch(rows, device)
         if counters is None:
             counters = torch.zeros(5, dtype=torch.int64, device=device)
@@ -62,7 +67,10 @@ class Workspace:
 
     @property
     def num_bytes(self) -> int:
-        tensors = [self.slots, self.lengths, self.mean_queries, self.parts, self.scores]
+        tensors = (
+            *(self.slots, self.lengths, self.mean_queries, self.parts, self.scores),
+            self.rotated_queries,
+        )
         return sum(t.nbytes for t in tensors) + self.table_scratch.num_bytes
 
     def for_scores(self, group: RowGroup) -> ScoreBuffers:

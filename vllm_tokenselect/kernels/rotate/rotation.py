@@ -37,7 +37,9 @@ class Rotation:
             ValueError: when the table has fewer positions.
         """
         if len(table) < num_positions:
-            raise ValueError(f"the rotary table has {len(table)} positions of {num_positions} needed")
+            raise ValueError(
+                f"the rotary table has {len(table)} positions of {num_positions} needed"
+            )
         cos_sin = table[:num_positions].float().contiguous()
         cosine, sine = cos_sin[n_local].chunk(2)
         first_cosine, first_sine = cos_sin[0].chunk(2)

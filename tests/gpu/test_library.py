@@ -1,0 +1,47 @@
+"""Which attention a layer gets: what changes keys on their way gathers them first."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from vllm.v1.attention.backends import fa_utils
+
+from tests.gpu.test_attention import defined_varlen
+from tests.kernels_gpu.cases import DEVICE
+from vllm_tokenselect.backend import gpu_attention
+from vllm_tokenselect.gpu.flash_attention import GatheredFlashAttention, PagedFlashAttention
+
+
+@pytest.mark.parametrize(
+    ("quantised", "reassigned", "kind", "said"),
+    [
+        (False, False, PagedFlashAttention, "FlashAttention 3, through the sparse block table"),
+        (True, False, GatheredFlashAttention, "FlashAttention 3, over gathered tokens"),
+        (
+            *(False, True, GatheredFlashAttention),
+            "FlashAttention 3, over gathered tokens, positions reassigned",
+        ),
+    ],
+)
+def test_only_keys_that_are_attended_as_they_are_cached_are_read_in_place(
+    quantised, reassigned, kind, said, monkeypatch
+):
+    lines: list[str] = []
+    log = SimpleNamespace(info=lambda line, *values: lines.append(line % values))
+    monkeypatch.setattr(gpu_attention, "get_logger", lambda name: log)
+    monkeypatch.setattr(gpu_attention, "get_flash_attn_version", lambda head_size: 3)
+    monkeypatch.setattr(fa_utils, "flash_attn_varlen_func", defined_varlen, raising=False)
+    attention = gpu_attention.make_attention(
+        *("flash", 2, 64, torch.bfloat16, quantised, reassigned, 128, torch.device(DEVICE))
+    )
+    assert type(attention) is kind
+    assert lines == [f"TOKENSELECT attends with {said}"]
+
+
+def test_full_attention_is_not_served_at_reassigned_positions():
+    settings = {"tokenselect": {"positions": "reassigned"}}
+    answer = gpu_attention.serves_full_attention(SimpleNamespace(additional_config=settings))
+    assert answer.startswith("positions are reassigned")
