@@ -33,6 +33,9 @@ FILES = {
 UNDECIDED_NATS = 1e-4
 UNDECIDED_COSINE = 3e-5
 LOGPROB_TOLERANCE = 1e-3
+# Before their rotation the keys of one word are equal in the first layer, wherever it stands, but for the
+# rounding of a matrix product, which then decides which of them are selected.
+REASSIGNED_TOLERANCE = 1e-2
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,10 @@ def load(cases: list[Case], settings: Selection = SETTINGS) -> dict[str, Expecte
 
 
 def difference(
-    tokens: list[int], logprobs: list[float], expected: Expected
+    tokens: list[int],
+    logprobs: list[float],
+    expected: Expected,
+    tolerance: float = LOGPROB_TOLERANCE,
 ) -> tuple[str | None, bool]:
     """Compare what was generated with what the oracle says.
 
@@ -97,7 +103,7 @@ def difference(
                 f"log-probabilities {gap:+.2e} apart",
                 False,
             )
-        if abs(gap) > LOGPROB_TOLERANCE:
+        if abs(gap) > tolerance:
             return f"token {position} is {token} as expected, log-probability {gap:+.2e}", False
     return None, False
 

@@ -10,7 +10,7 @@ from dataclasses import asdict
 import pytest
 
 from tests.oracle.cases import CACHED_SETTINGS, Case, make_cached_cases, make_cases
-from tests.oracle.expected import Expected, difference, load
+from tests.oracle.expected import LOGPROB_TOLERANCE, Expected, difference, load
 from tests.server.conftest import BLOCK_SIZE, FP32, SPARSE, Client, serving
 
 pytestmark = pytest.mark.server
@@ -29,7 +29,11 @@ def expected(cases) -> dict[str, Expected]:
 
 
 def assert_says_what_the_oracle_says(
-    client: Client, cases: list[Case], expected: dict[str, Expected], concurrent: int = 10
+    client: Client,
+    cases: list[Case],
+    expected: dict[str, Expected],
+    concurrent: int = 10,
+    tolerance: float = LOGPROB_TOLERANCE,
 ) -> None:
     """Send the cases, `concurrent` at a time, and report every one that differs."""
     differing, undecided = [], 0
@@ -37,7 +41,9 @@ def assert_says_what_the_oracle_says(
         batch = cases[first : first + concurrent]
         served = client.complete_all([case.prompt for case in batch], batch[0].max_tokens)
         for case, answer in zip(batch, served, strict=True):
-            found, cut_short = difference(answer.tokens, answer.logprobs, expected[case.name])
+            found, cut_short = difference(
+                answer.tokens, answer.logprobs, expected[case.name], tolerance
+            )
             undecided += cut_short
             if found is not None:
                 differing.append(f"{case.name}: {found}")
