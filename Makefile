@@ -60,11 +60,12 @@ check-vllm: setup
 bench: setup
 	@$(BIN)/python benchmarks/serve.py $(ARGS)
 
-# 200 requests in every way that they can be served, 15 minutes of random load, and a hundred thousand
-# steps of each state machine.
+# 200 requests in every way that they can be served, 15 minutes of random load, models of many families, and
+# a hundred thousand steps of each state machine.
 endurance: setup
 	@$(BIN)/python -m tests.endurance.invariance --json benchmarks/results/invariance.json $(ARGS)
 	@$(BIN)/python -m tests.endurance.soak --json benchmarks/results/soak.json
+	@$(BIN)/python -m pytest -q -m endurance
 	@$(BIN)/python -m pytest -q --hypothesis-profile endurance \
 	    tests/hooks/test_request_table.py tests/method/test_selection_cache_machine.py
 

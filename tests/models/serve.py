@@ -1,18 +1,19 @@
-"""Serve a tiny model in several ways, one after the other, in this process.
+"""Serve tiny models in several ways, one after the other, each in a fork of this process.
 
-    python -m tests.models.serve FOLDER '[{"attention_backend": "CPU_ATTN"}, ...]'
+    python -m tests.models.serve JOBS.json
 
-Each way is a JSON object of arguments of `vllm.LLM`. Prints a line of JSON for each: tokens and the sum
-of their log-probabilities for every prompt, or the error that stopped the engine.
+A job is a folder and arguments of `vllm.LLM`. Prints a line of JSON for each: tokens and the sum of their
+log-probabilities for every prompt, or the error that stopped the engine.
 """
 
 from __future__ import annotations
 
-import gc
 import json
+import multiprocessing
 import os
 import random
 import sys
+from pathlib import Path
 from typing import Any
 
 ENVIRONMENT = {
@@ -48,19 +49,29 @@ def answers(folder: str, options: dict[str, Any], lengths: list[int]) -> list[An
     return [[list(o.token_ids), o.cumulative_logprob] for o in outputs]
 
 
-def main(folder: str, ways: str) -> None:
-    os.environ.update(ENVIRONMENT)
-    from vllm.distributed import cleanup_dist_env_and_memory
+def answer(folder: str, options: dict[str, Any]) -> None:
+    lengths = options.pop("lengths", [40, 200, 131])
+    try:
+        said: Any = answers(folder, options, lengths)
+    except Exception as error:  # any reason to refuse is for the test to read
+        said = {"error": f"{type(error).__name__}: {error}"}
+    print(json.dumps(said), flush=True)
+    os._exit(0)  # an engine that was refused half-way may not end by itself
 
-    for options in json.loads(ways):
-        lengths = options.pop("lengths", [40, 200, 131])
-        try:
-            print(json.dumps(answers(folder, options, lengths)), flush=True)
-        except Exception as error:  # any reason to refuse is for the test to read
-            print(json.dumps({"error": str(error)}), flush=True)
-        gc.collect()
-        cleanup_dist_env_and_memory()
+
+def main(jobs: str) -> None:
+    os.environ.update(ENVIRONMENT)
+    # Forks need not import it again, and vLLM's CPU platform starts one engine in a process: for a second
+    # one it looks for kernels in every module, and trips over numba's, which the first has loaded.
+    import vllm  # noqa: F401
+
+    for folder, options in json.loads(Path(jobs).read_text()):
+        fork = multiprocessing.get_context("fork").Process(target=answer, args=(folder, options))
+        fork.start()
+        fork.join()
+        if fork.exitcode:
+            print(json.dumps({"error": f"ended with {fork.exitcode}"}), flush=True)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1])

@@ -45,14 +45,18 @@ SERVED: dict[str, tuple[str, dict[str, Any]]] = {
     "interleaved": ("Cohere", {"logit_scale": 1.0}),
     "partial": ("StableLm", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
                 "partial_rotary_factor": 0.5}}),
-    "partial interleaved": ("Glm", {"head_dim": 32}),
+    "partial interleaved": ("Glm4", {"head_dim": 32}),
     "q/k norm": ("Qwen3", {"head_dim": 32}),
-    "q/k norm of all heads": ("Olmo2", {}),
+    "q/k norm of all heads": ("Olmoe", {"num_experts": 2, "num_experts_per_tok": 1}),
     "biases": ("Qwen2", {}),
     "Mistral": ("Mistral", {"sliding_window": None}),
-    "Phi": ("Phi", {}),
-    "GPT-NeoX": ("GPTNeoX", {}),
-    "GPT-J": ("GPTJ", {}),
+    "Phi-3": ("Phi3", {}),
+    "GPT-J": ("GPTJ", {"rotary_dim": 16}),
+    "transformers' code": ("Olmo2", {}),
+    "transformers' code, partial, yarn": (
+        "Phi",
+        rope("yarn", factor=4.0, original_max_position_embeddings=128, partial_rotary_factor=0.5),
+    ),
     "Gemma 3, with sliding windows": (
         "Gemma3Text",
         {
@@ -64,20 +68,52 @@ SERVED: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }  # fmt: skip
 
+NOT_DIRECTLY = "the model does not rotate queries and keys directly before it attends"
+
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "learned positions": ("OPT", {"ffn_dim": 96, "word_embed_proj_dim": 128}, "no rotary embedding"),
+    "learned positions": (
+        "OPT",
+        {"ffn_dim": 96, "word_embed_proj_dim": 128},
+        "OPTForCausalLM: no rotary embedding beside the attention layer",
+    ),
     "layers without positions": (
         "Cohere2",
         {"logit_scale": 1.0, "sliding_window": 64,
          "layer_types": ["sliding_attention", "full_attention"]},
-        "does not rotate queries and keys directly before it attends (model.layers.1.self_attn.attn)",
+        f"CohereForCausalLM: {NOT_DIRECTLY} (model.layers.1.self_attn.attn)",
     ),
-    "a norm after the rotation": (
+    "LongRoPE": (
+        "Phi3",
+        {"original_max_position_embeddings": 256, **rope("longrope", short_factor=[1.0] * 16,
+         long_factor=[2.0] * 16, original_max_position_embeddings=256)},
+        "Phi3ForCausalLM: Phi3LongRoPEScaledRotaryEmbedding rotates in a way of its own",
+    ),
+    "transformers' code, layers without positions": (
+        "SmolLM3",
+        {"no_rope_layers": [1, 0]},
+        f"TransformersForCausalLM: {NOT_DIRECTLY} (model.layers.1.self_attn.attn)",
+    ),
+    "transformers' code, a norm after the rotation": (
         "HunYuanDenseV1",
         {"head_dim": 32},
-        "does not rotate queries and keys directly before it attends (model.layers.0.self_attn.attn",
+        f"TransformersForCausalLM: {NOT_DIRECTLY} (model.layers.0.self_attn.attn, model.layers.1",
+    ),
+    "transformers' code, interleaved": (
+        "Glm",
+        {"head_dim": 32},
+        f"TransformersForCausalLM: {NOT_DIRECTLY} (model.layers.0.self_attn.attn, model.layers.1",
     ),
 }  # fmt: skip
+
+
+# The others are for `make endurance`: each engine takes seconds to start.
+EVERY_RUN = {
+    "partial interleaved",
+    "transformers' code, partial, yarn",
+    "Gemma 3, with sliding windows",
+    "layers without positions",
+    "transformers' code, a norm after the rotation",
+}
 
 
 def save(folder: Path, family: str, options: dict[str, Any]) -> Path:
@@ -91,5 +127,9 @@ def save(folder: Path, family: str, options: dict[str, Any]) -> Path:
     torch.manual_seed(0)
     names = (f"{family}ForCausalLM", f"{family.removesuffix('Text')}ForCausalLM")
     model = next(getattr(transformers, n) for n in names if hasattr(transformers, n))
-    model(config).float().save_pretrained(folder)
+    made = model(config).float()
+    for parameter in made.parameters():
+        if parameter.dim() == 1:  # the weights of norms would all be 1
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    made.save_pretrained(folder)
     return folder

@@ -67,7 +67,7 @@ class CpuTokenSelectImpl(TokenSelectImpl[CpuTokenSelectMetadata]):
         """Attend `query` [T, Hq, D] to the cached tokens; writes and returns `output` [T, Hq, D]."""
         rotation = self.layer_rotation()
         if attn_metadata is None:  # profiling run
-            return output
+            return output.zero_()
         step = attn_metadata.step
         num_tokens = attn_metadata.num_actual_tokens
         queries, out = query[:num_tokens], output[:num_tokens]

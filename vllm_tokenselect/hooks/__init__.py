@@ -3,7 +3,8 @@
 registration        the name TOKENSELECT, in every process
 platform_backend    which layers run on it
 model_length        a longer --max-model-len than trained, where positions are reassigned
-rotary_embedding    the rotation of queries and keys taken over from the model, likewise
+rotary_embedding    the rotation of queries and keys taken over from the model, likewise;
+                    transformers_rope is its part for models in transformers' own code
 engine_config       settings checked at start, the scheduler put in place
 request_validation  a request's own settings checked when it arrives
 scheduler           whole query chunks, prefix-cache limits, whom to preempt

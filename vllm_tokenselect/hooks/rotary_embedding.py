@@ -1,10 +1,12 @@
 """Take the rotation of queries and keys over from the model, where positions are reassigned.
 
 Once a model is loaded, each attention layer's rotary embedding, which stands beside the layer in the same
-module, is replaced by a pass-through, and its table handed to the layer. One token is then sent through
+module, is replaced by a pass-through, and its table handed to the layer. A few tokens are then sent through
 the model, to see that every layer gets its queries and keys straight from its own pass-through: a
 model may hold an embedding that it does not use (layers without positions), or go on working on what
-is rotated. Wraps `process_weights_after_loading` as `BaseModelLoader.load_model` calls it.
+is rotated. Models that vLLM runs in transformers' own code share one embedding: `transformers_rope`.
+
+Wraps `process_weights_after_loading` as `BaseModelLoader.load_model` calls it.
 """
 
 from __future__ import annotations
@@ -16,8 +18,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from vllm_tokenselect.hooks import transformers_rope
 from vllm_tokenselect.hooks.log import get_logger
 from vllm_tokenselect.hooks.seam import Seam
+from vllm_tokenselect.hooks.transformers_rope import Inputs
 from vllm_tokenselect.method import SettingsError
 
 logger = get_logger(__name__)
@@ -33,6 +37,10 @@ SEAM = Seam(
     ),
     why="takes the rotation of queries and keys over from the model where positions are reassigned",
 )
+
+
+NUM_TRIED = 8  # tokens that a model is tried with
+_NOT_DIRECTLY = "the model does not rotate queries and keys directly before it attends"
 
 
 class Unrotated(nn.Module):
@@ -66,7 +74,7 @@ class Unrotated(nn.Module):
     def _ordered(self, vectors: torch.Tensor) -> torch.Tensor:
         if self.order is None:
             return vectors
-        return vectors.view(-1, self.head_size)[:, self.order].view(vectors.shape)
+        return vectors.reshape(-1, self.head_size)[:, self.order].view(vectors.shape)
 
 
 class AttentionLayer(NamedTuple):
@@ -99,23 +107,11 @@ def take_over(model: nn.Module, vllm_config: Any, device: torch.device) -> None:
     reassigning = [layer for layer in layers if layer.reassigns]
     if not reassigning:
         return
-    problems: dict[str, list[str]] = {}  # what is wrong, and with which layers
-    replaced: dict[str, Unrotated] = {}
-    for layer in reassigning:
-        problem = _unusable(layer.embeddings())
-        if problem is not None:
-            problems.setdefault(problem, []).append(layer.name)
-            continue
-        [(name, embedding)] = layer.embeddings()
-        try:
-            layer.attention.impl.take_rotation(embedding.cos_sin_cache)
-        except ValueError as error:
-            problems.setdefault(str(error), []).append(layer.name)
-            continue
-        replaced[layer.name] = Unrotated(embedding)
-        setattr(layer.owner, name, replaced[layer.name])
-    _refuse(model, problems)
-    _refuse(model, _try(model, vllm_config, device, reassigning, replaced))
+    shared = transformers_rope.find(model)
+    if shared is not None and not any(layer.embeddings() for layer in layers):
+        _take_shared(model, vllm_config, device, layers, *shared)
+    else:
+        _take_each(model, vllm_config, device, reassigning)
     for layer in layers:
         if not layer.reassigns:
             _extend_table(layer, vllm_config.model_config.max_model_len)
@@ -123,6 +119,88 @@ def take_over(model: nn.Module, vllm_config: Any, device: torch.device) -> None:
         "TOKENSELECT rotates the queries and keys of %d attention layers in the model's stead.",
         len(reassigning),
     )
+
+
+def _take_each(
+    model: nn.Module, vllm_config: Any, device: torch.device, layers: list[AttentionLayer]
+) -> None:
+    """Take the rotation of layers that have a rotary embedding of vLLM beside each."""
+    problems: dict[str, list[str]] = {}  # what is wrong, and with which layers
+    replaced: dict[str, Unrotated] = {}
+    for layer in layers:
+        problem = _unusable(layer.embeddings())
+        if problem is None:
+            [(name, embedding)] = layer.embeddings()
+            try:
+                layer.attention.impl.take_rotation(embedding.cos_sin_cache)
+            except ValueError as error:  # its table is too short
+                problem = str(error)
+        if problem is not None:
+            problems.setdefault(problem, []).append(layer.name)
+            continue
+        replaced[layer.name] = Unrotated(embedding)
+        setattr(layer.owner, name, replaced[layer.name])
+    _refuse(model, problems)
+    given: dict[str, Inputs] = {}
+
+    def note_given(name: str, output: Inputs) -> None:
+        query, key = output
+        given[name] = query.flatten().clone(), key.flatten().clone()
+
+    hooks = [
+        unrotated.register_forward_hook(
+            lambda module, args, output, name=name: note_given(name, output)
+        )
+        for name, unrotated in replaced.items()
+    ]
+    try:
+        attended = _run_some_tokens(model, vllm_config, device, layers)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    wrong = [
+        layer.name
+        for layer in layers
+        if layer.name not in given
+        or layer.name not in attended
+        or not all(
+            torch.allclose(x, y, rtol=0, atol=0, equal_nan=True)
+            for x, y in zip(attended[layer.name], given[layer.name], strict=True)
+        )
+    ]
+    _refuse(model, {_NOT_DIRECTLY: wrong} if wrong else {})
+
+
+def _take_shared(
+    model: nn.Module,
+    vllm_config: Any,
+    device: torch.device,
+    layers: list[AttentionLayer],
+    name: str,
+    embedding: Any,
+) -> None:
+    """Take the rotation of a model in transformers' code, whose layers share one rotary embedding."""
+    problems = {}
+    if transformers_rope.changes_with_the_length(embedding):
+        problems[f"rotation of the type {embedding.rope_type!r}"] = [name]
+    keeping = [layer.name for layer in layers if not layer.reassigns]
+    if keeping:
+        problems["layers that stay on vLLM's default backend share its rotary embedding"] = keeping
+    _refuse(model, problems)
+    first = layers[0].attention.impl
+    table = transformers_rope.table_of(
+        embedding, first.config.method.max_attended, vllm_config.model_config.dtype
+    )
+    for layer in layers:
+        layer.attention.impl.take_rotation(table)
+    wrong = transformers_rope.take_over(
+        model,
+        name,
+        embedding,
+        {layer.name: layer.attention.impl.head_size for layer in layers},
+        functools.partial(_run_some_tokens, model, vllm_config, device, layers),
+    )
+    _refuse(model, {_NOT_DIRECTLY: wrong} if wrong else {})
 
 
 def _attention_layers(model: nn.Module) -> Iterator[AttentionLayer]:
@@ -147,57 +225,43 @@ def _unusable(embeddings: list[tuple[str, Any]]) -> str | None:
     return None
 
 
-def _try(
-    model: nn.Module,
-    vllm_config: Any,
-    device: torch.device,
-    layers: list[AttentionLayer],
-    replaced: dict[str, Unrotated],
-) -> dict[str, list[str]]:
-    """Send one token through the model, not compiled, as vLLM's own profiling run sends many.
+def _run_some_tokens(
+    model: nn.Module, vllm_config: Any, device: torch.device, layers: list[AttentionLayer]
+) -> dict[str, Inputs]:
+    """Send a few tokens through the model, not compiled, as vLLM's own profiling run sends many.
+
+    Tokens from all over the vocabulary: the embedding of some, such as padding, may be zero.
 
     Returns:
-        problems, and the layers that have them: those that did not get their queries and keys as
-        their pass-through gave them.
+        the queries and the keys that each layer attends with, flat; without layers where they are zero,
+        which would tell nothing.
     """
     from vllm.forward_context import set_forward_context
 
-    given: dict[str, tuple[torch.Tensor, ...]] = {}
-    attended: dict[str, bool] = {}
+    attended: dict[str, Inputs] = {}
 
-    def note_given(name: str, output: tuple[torch.Tensor, ...]) -> None:
-        given[name] = tuple(vectors.flatten().clone() for vectors in output)
-
-    def note_attended(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def note(layer: AttentionLayer, forward: Any, *args: Any, **kwargs: Any) -> Any:
         query, key = [*args, kwargs.get("query"), kwargs.get("key")][:2]
-        attended[name] = name in given and all(
-            torch.allclose(x.flatten(), y, rtol=0, atol=0, equal_nan=True)
-            for x, y in zip((query, key), given.pop(name), strict=True)
-        )
+        attended[layer.name] = query.flatten().clone(), key.flatten().clone()
+        return forward(*args, **kwargs)
 
-    hooks = []
     for layer in layers:
-        on_given = functools.partial(note_given, layer.name)
-        on_attended = functools.partial(note_attended, layer.name)
-        hooks += [
-            replaced[layer.name].register_forward_hook(lambda m, i, output, f=on_given: f(output)),
-            layer.attention.register_forward_pre_hook(
-                lambda m, args, kwargs, f=on_attended: f(args, kwargs), with_kwargs=True
-            ),
-        ]
-    token = torch.zeros(1, dtype=torch.int64, device=device)
+        # Not a forward hook: transformers' code calls `forward` itself.
+        forward = layer.attention.forward
+        layer.attention.forward = functools.partial(note, layer, forward)
+    last = vllm_config.model_config.get_vocab_size() - 1
+    tokens = torch.linspace(0, last, NUM_TRIED, device=device).int()
+    positions = torch.arange(NUM_TRIED, device=device)
     try:
         with (
             torch.inference_mode(),
-            set_forward_context(None, vllm_config, num_tokens=1, skip_compiled=True),
+            set_forward_context(None, vllm_config, num_tokens=NUM_TRIED, skip_compiled=True),
         ):
-            model(input_ids=token.int(), positions=token)
+            model(input_ids=tokens, positions=positions)
     finally:
-        for hook in hooks:
-            hook.remove()
-    wrong = [layer.name for layer in layers if not attended.get(layer.name)]
-    problem = "the model does not rotate queries and keys directly before it attends"
-    return {problem: wrong} if wrong else {}
+        for layer in layers:
+            del layer.attention.forward
+    return {name: inputs for name, inputs in attended.items() if all(x.any() for x in inputs)}
 
 
 def _refuse(model: nn.Module, problems: dict[str, list[str]]) -> None:
