@@ -73,7 +73,7 @@ def make_prompts(model: Path, args: argparse.Namespace) -> list[Prompt]:
 
 
 def server(model: Path, settings: dict[str, Any], budget: int, blocks: int | None) -> VllmServer:
-    extra = ["--dtype", "float32", "--max-num-seqs", str(CONCURRENT), "--max-model-len", "8192"]
+    extra = ["--dtype", "float32", "--max-num-seqs", str(CONCURRENT), "--max-model-len", "6144"]
     extra += ["--max-num-batched-tokens", str(budget), "--block-size", str(BLOCK_SIZE)]
     if blocks:
         extra += ["--num-gpu-blocks-override", str(blocks)]
@@ -132,11 +132,12 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
                     again += ask(started, [prompt], 1)
                 record("alone, sent again", started, again, begun)
         elif way == "preempted":
-            # As many blocks as the two longest prompts need: the others come and go.
-            with server(
-                model, settings, 700, 2 * (MOST + args.max_tokens) // BLOCK_SIZE
-            ) as started:
+            # As many blocks as the longest prompt needs, and vLLM's own.
+            blocks = -(-(MOST + args.max_tokens) // BLOCK_SIZE) + 2
+            with server(model, settings, 700, blocks) as started:
                 record(way, started, ask(started, prompts, CONCURRENT), begun)
+                if not report[-1]["vllm:num_preemptions_total"]:
+                    report[-1]["differences"].append("nothing was preempted")
         else:
             with server(model, settings, int(way), None) as started:
                 record(f"budget {way}", started, ask(started, prompts, CONCURRENT), begun)

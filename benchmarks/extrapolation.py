@@ -1,0 +1,185 @@
+"""Accuracy past the trained length, of reassigned positions against what else there is.
+
+    python -m benchmarks.extrapolation constructed --json benchmarks/results/extrapolation-constructed.json
+    python -m benchmarks.extrapolation needles     --json benchmarks/results/extrapolation-needles.json
+    python -m benchmarks.extrapolation perplexity  --json benchmarks/results/extrapolation-perplexity.json
+
+constructed: a model whose weights are constructed to recall exactly (`constructed_model`), trained, so to
+speak, for 2,048 tokens. A mechanism that is exact, without language.
+
+needles: SmolLM2-135M-Instruct, trained for 8,192 tokens, is asked for a passkey in noise, at depths from
+the start to the end, and for eight numbers that stand in one long text.
+
+perplexity: SmolLM2 reads long text. Text differs in difficulty from place to place; so the last 1,024
+tokens before each end are also read with full attention to only the 8,192 tokens up to there: what more
+context brings or costs is a difference on the same tokens. Texts are the same chapters in other orders, so
+their standard errors are a little small.
+
+Methods: full is vLLM's own CPU attention, past the trained length too; reassigned and native are ours
+with and without `positions`; sink+local attends to as many tokens, none of them (but for one) selected, at
+reassigned positions; window is a plain sliding window of as many. Text is the Python documentation that
+comes with Python. One server runs at a time. Whatever is done is in the JSON file at once: with --resume
+a run goes on where it was stopped, also with more lengths, methods or samples than before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from benchmarks.extrapolation_methods import (
+    FULL,
+    NATIVE,
+    REASSIGNED,
+    SINK_LOCAL,
+    WINDOW,
+    Asker,
+    Deadline,
+    Method,
+    OutOfTime,
+    methods,
+    server,
+)
+from benchmarks.extrapolation_parts import Constructed, Needles, Part, Perplexity
+from benchmarks.extrapolation_plots import draw
+from benchmarks.extrapolation_report import CannotResume, Cell, Report
+from vllm_tokenselect.config import TokenSelectConfig
+
+K = 1024
+# At most 912 tokens are attended to, of the 2,048 that the constructed model is exact for.
+CONSTRUCTED_SETTINGS = {"n_init": 16, "n_local": 128, "top_k": 512, "query_chunk": 256}
+PARTS: dict[str, type[Constructed] | type[Needles] | type[Perplexity]] = {
+    "constructed": Constructed,
+    "needles": Needles,
+    "perplexity": Perplexity,
+}
+
+
+def arguments(command: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parts = parser.add_subparsers(dest="part", required=True)
+    constructed, needles, perplexity = (parts.add_parser(name) for name in PARTS)
+    _common(constructed, [512 << i for i in range(8)], [REASSIGNED, WINDOW, FULL])
+    lengths = [n * K for n in (4, 8, 12, 16, 32, 64)]
+    _common(needles, lengths, [REASSIGNED, SINK_LOCAL, NATIVE, FULL])
+    _common(perplexity, [n * K for n in (8, 16, 32, 64)], [REASSIGNED, SINK_LOCAL, FULL])
+    constructed.set_defaults(base_settings=CONSTRUCTED_SETTINGS, full_up_to=64 * K)
+    for part in (constructed, needles):
+        part.add_argument("--samples", type=int, default=100, help="questions a length, at least")
+        part.add_argument("--questions", type=int, default=8, help="of them about one text")
+    needles.add_argument("--tasks", nargs="+", default=["facts", "passkey"], metavar="TASK")
+    needles.add_argument("--passkeys", type=int, default=100, help="passkeys a length, at least")
+    needles.add_argument("--depths", type=int, default=10, help="depths of passkeys")
+    perplexity.add_argument("--samples", type=int, default=4, help="texts")
+    return parser.parse_args(command)
+
+
+def _common(parser: argparse.ArgumentParser, lengths: list[int], asked: list[str]) -> None:
+    parser.set_defaults(base_settings={}, full_up_to=16 * K)
+    parser.add_argument("--lengths", type=int, nargs="+", default=lengths, help="tokens")
+    parser.add_argument("--methods", nargs="+", default=asked, choices=sorted(methods({})))
+    parser.add_argument(
+        "--full-up-to", type=int, help="tokens that full attention is asked to read at most"
+    )
+    parser.add_argument(
+        "--settings", type=json.loads, default={}, help="tokenselect settings but positions, JSON"
+    )
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--minutes", type=float, help="stop then, wherever the run is")
+    parser.add_argument("--json", type=Path, help="write everything here, cell by cell")
+    parser.add_argument("--resume", action="store_true", help="go on with what --json has")
+    parser.add_argument("--plots", type=Path, help="draw into this folder")
+
+
+def run(part: Part, ways: list[Method], report: Report, args: argparse.Namespace) -> bool:
+    """Ask all that is not in the report yet.
+
+    Returns:
+        Whether everything was asked before the time was over.
+    """
+    deadline = Deadline(args.minutes)
+    todo = {way.name: [cell for cell in part.cells(way.name) if cell not in report] for way in ways}
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns) as progress:
+        task = progress.add_task("", total=sum(map(len, todo.values())))
+        try:
+            for way in ways:
+                cells = todo[way.name]
+                if not cells:
+                    continue
+                deadline.seconds_left()
+                progress.update(task, description=f"{way.name}: starting the server")
+                longest = max(cell.length for cell in cells)
+                with server(part.model, way, longest, args.dtype) as started:
+                    asker = Asker(started, deadline)
+                    for cell in cells:
+                        progress.update(task, description=_describe(cell))
+                        begun = time.perf_counter()
+                        result = part.ask(asker, cell)
+                        seconds = round(time.perf_counter() - begun, 2)
+                        report.add(cell, {**result, "seconds": seconds})
+                        progress.advance(task)
+        except OutOfTime:
+            return False
+    return True
+
+
+def _describe(cell: Cell) -> str:
+    where = "" if cell.depth is None else f" at {cell.depth:.0%}"
+    return f"{cell.method}: {cell.task}{where} in {cell.length:,} tokens, {cell.number}"
+
+
+def fixed(part: Part, args: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Any]:
+    """What every cell of a report has in common."""
+    shared = {
+        "part": args.part,
+        "model": part.model_name,
+        "dtype": args.dtype,
+        "settings": TokenSelectConfig.from_mapping(settings).model_dump(),
+    }
+    return shared | {
+        name: getattr(args, name) for name in ("questions", "depths") if hasattr(args, name)
+    }
+
+
+def main() -> None:
+    # Without this a polite `kill` would leave the server behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    args = arguments()
+    settings = {**args.base_settings, **args.settings}
+    ways = methods(settings)
+    part = PARTS[args.part](args)
+    try:
+        report = Report(args.json, fixed(part, args, settings), args.resume)
+    except CannotResume as error:
+        sys.exit(str(error))
+    finished = run(part, [ways[name] for name in args.methods], report, args)
+    summary = part.summarise(report.cells)
+    report.write(summary)
+    console = Console(width=150)
+    for table in part.tables(summary):
+        console.print(table)
+    if args.plots:
+        for file in draw(args.part, summary, report.cells, args.plots):
+            console.print(str(file))
+    if not finished:
+        console.print("The time was over before everything was asked; --resume goes on from here.")
+
+
+if __name__ == "__main__":
+    main()
