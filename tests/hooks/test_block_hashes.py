@@ -15,7 +15,8 @@ from tests.hooks.serving import Serving
 from vllm_tokenselect.config import TokenSelectConfig
 from vllm_tokenselect.hooks import block_hashes
 from vllm_tokenselect.hooks.engine_config import configure
-from vllm_tokenselect.method import SettingsError
+from vllm_tokenselect.method import Method, SettingsError
+from vllm_tokenselect.request_settings import fingerprint
 
 FUNCTION = "generate_block_hash_extra_keys"
 PROMPT = list(range(1, 4 * BLOCK_SIZE + 1))
@@ -118,7 +119,7 @@ def test_pooling_requests_have_no_settings_of_their_own(vllm_utils):
     block_hashes.use(TokenSelectConfig())
     request = Request("id", PROMPT, None, PoolingParams())
     keys, _ = vllm_utils.generate_block_hash_extra_keys(request, 0, BLOCK_SIZE, 0)
-    assert keys == (("tokenselect", "v1:top_k=2048,n_init=128,n_local=512,query_chunk=512"),)
+    assert keys == (("tokenselect", fingerprint(Method(), Method.top_k)),)
 
 
 def test_events_about_cached_blocks_tell_the_same_keys(make_vllm_config, monkeypatch):

@@ -16,6 +16,7 @@ from vllm.v1.engine import input_processor
 from vllm_tokenselect.hooks import request_validation
 from vllm_tokenselect.hooks.engine_config import configure
 from vllm_tokenselect.hooks.registration import backend_member
+from vllm_tokenselect.method import Method
 
 PROMPT = {"type": "token", "prompt_token_ids": [1, 2, 3]}
 
@@ -121,7 +122,7 @@ OFF = SamplingParams(extra_args={"tokenselect": "off"})
 
 def test_off_is_refused_where_the_gpu_cannot_attend_to_everything(gpu_attention):
     gpu_attention.reason = "SDPA copies what it attends to"
-    request_validation.use(request_validation.Engine(None, 2048, "cuda"))
+    request_validation.use(request_validation.Engine(None, Method(), "cuda"))
     for _ in range(2):
         with pytest.raises(VLLMValidationError, match='="off" cannot be served here: SDPA copies'):
             request_validation.validate(OFF)
@@ -130,8 +131,16 @@ def test_off_is_refused_where_the_gpu_cannot_attend_to_everything(gpu_attention)
 
 
 def test_off_is_served_elsewhere(gpu_attention):
-    request_validation.use(request_validation.Engine(None, 2048, "cuda"))
+    request_validation.use(request_validation.Engine(None, Method(), "cuda"))
     request_validation.validate(OFF)
     gpu_attention.reason = "not asked on a CPU"
-    request_validation.use(request_validation.Engine(None, 2048, "cpu"))
+    request_validation.use(request_validation.Engine(None, Method(), "cpu"))
     request_validation.validate(OFF)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_off_is_refused_where_positions_are_reassigned(device):
+    method = Method(positions="reassigned")
+    request_validation.use(request_validation.Engine(None, method, device))
+    with pytest.raises(VLLMValidationError, match='="off" cannot be served .* are reassigned'):
+        request_validation.validate(OFF)

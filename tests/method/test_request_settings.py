@@ -51,7 +51,8 @@ def test_what_cannot_be_used_is_named_with_what_can(extra_args, named):
 
 
 def test_a_fingerprint_can_be_read():
-    assert fingerprint(Method(), 1024) == "v1:top_k=1024,n_init=128,n_local=512,query_chunk=512"
+    settings = "top_k=1024,n_init=128,n_local=512,query_chunk=512,positions=native"
+    assert fingerprint(Method(), 1024) == f"v1:{settings}"
     assert fingerprint(Method(), FULL_ATTENTION) == "v1:off"
 
 
@@ -62,6 +63,7 @@ UNSHARED = {"tail_queries", "similarity_threshold", "refresh_interval"}
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Method)])
 def test_a_fingerprint_tells_every_setting_that_a_shared_block_depends_on(name):
     default = Method()
-    changed = dataclasses.replace(default, **{name: getattr(default, name) + 1})
+    other = "reassigned" if name == "positions" else getattr(default, name) + 1
+    changed = dataclasses.replace(default, **{name: other})
     same = fingerprint(changed, changed.top_k) == fingerprint(default, default.top_k)
     assert same == (name in UNSHARED)

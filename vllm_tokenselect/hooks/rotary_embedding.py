@@ -24,8 +24,6 @@ from vllm_tokenselect.hooks.seam import Seam
 from vllm_tokenselect.hooks.transformers_rope import Inputs
 from vllm_tokenselect.method import SettingsError
 
-logger = get_logger(__name__)
-
 SEAM = Seam(
     name="rotary_embedding",
     module="vllm.model_executor.model_loader.base_loader",
@@ -115,7 +113,7 @@ def take_over(model: nn.Module, vllm_config: Any, device: torch.device) -> None:
     for layer in layers:
         if not layer.reassigns:
             _extend_table(layer, vllm_config.model_config.max_model_len)
-    logger.info(
+    get_logger(__name__).info(
         "TOKENSELECT rotates the queries and keys of %d attention layers in the model's stead.",
         len(reassigning),
     )
