@@ -21,7 +21,7 @@ SETTINGS = Selection(
 # and none may once more than 8 tokens have left its local window.
 CACHED_SETTINGS = replace(SETTINGS, similarity_threshold=0.75, refresh_interval=8)
 # As many tokens are attended to, and never a position above 1,000.
-REASSIGNED_SETTINGS = replace(CACHED_SETTINGS, positions="reassigned")
+REASSIGNED_SETTINGS = replace(SETTINGS, positions="reassigned")
 
 LENGTHS = [1000 + 37 * i for i in range(12)] + [1600, 1900, 2300, 2700, 3300, 4000, 4900, 6000]
 # A few tokens short of nine blocks of 128: each needs a tenth block while it generates.

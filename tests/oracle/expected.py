@@ -35,7 +35,7 @@ UNDECIDED_COSINE = 3e-5
 LOGPROB_TOLERANCE = 1e-3
 # Before their rotation the keys of one word are equal in the first layer, wherever it stands, but for the
 # rounding of a matrix product, which then decides which of them are selected.
-REASSIGNED_TOLERANCE = 1e-2
+REASSIGNED_TOLERANCE = 2e-2
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def difference(
         gap = logprobs[position] - expected.logprobs[position]
         if token != wanted:
             lead = expected.leads[position]
-            if lead < UNDECIDED_NATS:
+            if lead < (UNDECIDED_NATS if tolerance == LOGPROB_TOLERANCE else tolerance):
                 return None, True  # what follows an undecided token is another text
             return (
                 f"token {position} is {token}, the oracle's is {wanted}, ahead by {lead:.2e} nats; "
