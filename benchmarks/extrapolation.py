@@ -150,7 +150,7 @@ def fixed(part: Part, args: argparse.Namespace, settings: dict[str, Any]) -> dic
         "part": args.part,
         "model": part.model_name,
         "dtype": args.dtype,
-        "settings": TokenSelectConfig.from_mapping(settings).model_dump(),
+        "settings": TokenSelectConfig.from_mapping(settings).model_dump(exclude={"positions"}),
     }
     return shared | {
         name: getattr(args, name) for name in ("questions", "depths") if hasattr(args, name)

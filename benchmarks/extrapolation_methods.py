@@ -47,14 +47,14 @@ def methods(settings: dict[str, Any]) -> dict[str, Method]:
     so; such a model is compared with a plain sliding window.
 
     Args:
-        settings: TokenSelect's, without `positions`; what is left out has its default.
+        settings: TokenSelect's; `positions` are the methods' own, and what is left out has its default.
     """
     budget = TokenSelectConfig.from_mapping(settings)
     unselected = {"top_k": 1, "n_local": budget.n_local + budget.top_k - 1}
     reassigned = {**settings, "positions": "reassigned"}
     found = (
         Method(REASSIGNED, reassigned),
-        Method(NATIVE, settings),
+        Method(NATIVE, {**settings, "positions": "native"}),
         Method(SINK_LOCAL, {**reassigned, **unselected}),
         Method(
             WINDOW,

@@ -130,7 +130,7 @@ def _losses(cells: Rows, paired: Rows, file: Path) -> None:
     _length_axis(right, {row["end"] for row in paired} or {TARGET})
     right.set(
         ylabel="nats per token, 2 standard errors",
-        title="the same tokens: all before them, against 8K with full attention",
+        title="the same tokens, all before them read,\nagainst full attention to the last 8K",
     )
     right.legend()
     figure.savefig(file, dpi=120)

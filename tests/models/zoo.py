@@ -84,8 +84,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "LongRoPE": (
         "Phi3",
-        {"original_max_position_embeddings": 256, **rope("longrope", short_factor=[1.0] * 16,
-         long_factor=[2.0] * 16, original_max_position_embeddings=256)},
+        {"original_max_position_embeddings": TRAINED, **rope("longrope", short_factor=[1.0] * 16,
+         long_factor=[2.0] * 16, original_max_position_embeddings=TRAINED)},
         "Phi3ForCausalLM: Phi3LongRoPEScaledRotaryEmbedding rotates in a way of its own",
     ),
     "transformers' code, layers without positions": (

@@ -248,7 +248,8 @@ def _run_some_tokens(
         forward = layer.attention.forward
         layer.attention.forward = functools.partial(note, layer, forward)
     last = vllm_config.model_config.get_vocab_size() - 1
-    tokens = torch.linspace(0, last, NUM_TRIED, device=device).int()
+    # Models are loaded under a default dtype of their own, in which the last token may be rounded up.
+    tokens = torch.linspace(0, last, NUM_TRIED, dtype=torch.float64, device=device).int()
     positions = torch.arange(NUM_TRIED, device=device)
     try:
         with (
