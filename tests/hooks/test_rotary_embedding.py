@@ -9,6 +9,8 @@ from torch import nn
 from vllm.config import set_current_vllm_config
 from vllm.model_executor.layers.rotary_embedding import get_rope
 
+from vllm_tokenselect.backend.cpu_impl import CpuTokenSelectImpl
+from vllm_tokenselect.config import TokenSelectConfig
 from vllm_tokenselect.hooks.rotary_embedding import AttentionLayer, Unrotated, _extend_table
 from vllm_tokenselect.kernels.rotate.reference import rotate
 from vllm_tokenselect.kernels.rotate.rotation import Rotation
@@ -100,3 +102,14 @@ def test_a_table_made_longer_is_one_that_was_long_from_the_start(make_rope, kind
 def test_a_table_that_cannot_be_made_longer_names_the_layer_and_the_limit(make_rope):
     with pytest.raises(SettingsError, match="layers.3.*DynamicNTK.*Set --max-model-len to 96"):
         _extend_table(layer_with(make_rope("dynamic", True, 96)), 500)
+
+
+@pytest.mark.parametrize("positions", ["native", "reassigned"])
+def test_only_layers_that_reassign_positions_lose_their_rotation(positions):
+    """A vLLM with the diff asks this of every model, and so does a process that served one before."""
+    layer = layer_with(nn.Module())
+    assert not layer.reassigns, "a layer of another backend"
+    impl = object.__new__(CpuTokenSelectImpl)
+    impl.config = TokenSelectConfig(positions=positions)
+    layer.attention.impl = impl
+    assert layer.reassigns == (positions == "reassigned")

@@ -59,8 +59,8 @@ def answers(request, tmp_path_factory) -> Answers:
     jobs += [(name, reassigned()) for name in REFUSED if name in chosen]
     jobs += [(HYBRID, BEYOND), (HYBRID, BEYOND_WITH_LONG_TABLE)]
     folder = tmp_path_factory.mktemp("models")
-    models = {name: (family, options) for name, (family, options, _) in REFUSED.items()} | SERVED
-    paths = {name: save(folder / name.replace("/", "-"), *models[name]) for name, _ in jobs}
+    zoo = {name: (family, options) for name, (family, options, _) in REFUSED.items()} | SERVED
+    paths = {name: save(folder / name.replace("/", "-"), *zoo[name]) for name, _ in jobs}
     file = folder / "jobs.json"
     file.write_text(json.dumps([(str(paths[name]), way) for name, way in jobs]))
     command = [sys.executable, "-m", "tests.models.serve", str(file)]

@@ -70,7 +70,7 @@ class GpuTokenSelectImpl(TokenSelectImpl[GpuTokenSelectMetadata]):
             device,
         )
         self.workspace, self.attention = _shared(self.shape)
-        if not self.config.method.reassigns_positions:
+        if not self.reassigns_positions:
             _compile(self.shape, None)
 
     def take_rotation(self, table: torch.Tensor) -> None:

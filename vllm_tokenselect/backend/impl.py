@@ -59,13 +59,18 @@ class TokenSelectImpl(AttentionImpl[M]):
         self.config = TokenSelectConfig.from_additional_config(vllm_config.additional_config)
         self.dtype: torch.dtype = vllm_config.model_config.dtype
         self.rotation: Rotation | None = None
-        if self.config.method.reassigns_positions:
+        if self.reassigns_positions:
             rotary_embedding.install()
         self.prepare(vllm_config)
 
     @abstractmethod
     def prepare(self, vllm_config: VllmConfig) -> None:
         """Allocate and compile what the layer needs, before vLLM measures the memory that is left."""
+
+    @property
+    def reassigns_positions(self) -> bool:
+        """Whether the layer rotates its queries and keys in the model's stead."""
+        return self.config.method.reassigns_positions
 
     def take_rotation(self, table: torch.Tensor) -> None:
         """Take over the rotation of this layer's queries and keys, which come without from now on.
@@ -82,7 +87,7 @@ class TokenSelectImpl(AttentionImpl[M]):
         Raises:
             SettingsError: when nothing handed one to the layer.
         """
-        if self.config.method.reassigns_positions and self.rotation is None:
+        if self.reassigns_positions and self.rotation is None:
             raise SettingsError(
                 "tokenselect positions='reassigned' cannot be used with this --load-format, which does "
                 "not load models as vLLM's other loaders do. Use another one, or leave positions out."

@@ -84,7 +84,7 @@ class AttentionLayer(NamedTuple):
 
     @property
     def reassigns(self) -> bool:
-        return hasattr(self.attention.impl, "take_rotation")
+        return getattr(self.attention.impl, "reassigns_positions", False)
 
     def embeddings(self) -> list[tuple[str, Any]]:
         """Rotary embeddings beside the layer, with their names."""
@@ -126,9 +126,10 @@ def _take_each(
     problems: dict[str, list[str]] = {}  # what is wrong, and with which layers
     replaced: dict[str, Unrotated] = {}
     for layer in layers:
-        problem = _unusable(layer.embeddings())
+        found = layer.embeddings()
+        problem = _unusable(found)
         if problem is None:
-            [(name, embedding)] = layer.embeddings()
+            [(name, embedding)] = found
             try:
                 layer.attention.impl.take_rotation(embedding.cos_sin_cache)
             except ValueError as error:  # its table is too short
@@ -166,7 +167,7 @@ def _take_each(
             for x, y in zip(attended[layer.name], given[layer.name], strict=True)
         )
     ]
-    _refuse(model, {_NOT_DIRECTLY: wrong} if wrong else {})
+    _refuse(model, {_NOT_DIRECTLY: wrong})
 
 
 def _take_shared(
@@ -178,12 +179,12 @@ def _take_shared(
     embedding: Any,
 ) -> None:
     """Take the rotation of a model in transformers' code, whose layers share one rotary embedding."""
-    problems = {}
+    problems: dict[str, list[str]] = {}
     if transformers_rope.changes_with_the_length(embedding):
         problems[f"rotation of the type {embedding.rope_type!r}"] = [name]
-    keeping = [layer.name for layer in layers if not layer.reassigns]
-    if keeping:
-        problems["layers that stay on vLLM's default backend share its rotary embedding"] = keeping
+    problems["layers that stay on vLLM's default backend share its rotary embedding"] = [
+        layer.name for layer in layers if not layer.reassigns
+    ]
     _refuse(model, problems)
     first = layers[0].attention.impl
     table = transformers_rope.table_of(
@@ -198,7 +199,7 @@ def _take_shared(
         {layer.name: layer.attention.impl.head_size for layer in layers},
         functools.partial(_run_some_tokens, model, vllm_config, device, layers),
     )
-    _refuse(model, {_NOT_DIRECTLY: wrong} if wrong else {})
+    _refuse(model, {_NOT_DIRECTLY: wrong})
 
 
 def _attention_layers(model: nn.Module) -> Iterator[AttentionLayer]:
@@ -243,14 +244,14 @@ def _run_some_tokens(
         attended[layer.name] = query.flatten().clone(), key.flatten().clone()
         return forward(*args, **kwargs)
 
-    for layer in layers:
-        # Not a forward hook: transformers' code calls `forward` itself.
-        forward = layer.attention.forward
-        layer.attention.forward = functools.partial(note, layer, forward)
     last = vllm_config.model_config.get_vocab_size() - 1
     # Models are loaded under a default dtype of their own, in which the last token may be rounded up.
     tokens = torch.linspace(0, last, NUM_TRIED, dtype=torch.float64, device=device).int()
     positions = torch.arange(NUM_TRIED, device=device)
+    for layer in layers:
+        # Not a forward hook: transformers' code calls `forward` itself.
+        forward = layer.attention.forward
+        layer.attention.forward = functools.partial(note, layer, forward)
     try:
         with (
             torch.inference_mode(),
@@ -264,10 +265,12 @@ def _run_some_tokens(
 
 
 def _refuse(model: nn.Module, problems: dict[str, list[str]]) -> None:
-    if problems:
-        found = "; ".join(f"{problem} ({_some(names)})" for problem, names in problems.items())
+    """Refuse the model if any layer has one of the problems."""
+    found = [f"{problem} ({_some(names)})" for problem, names in problems.items() if names]
+    if found:
         raise SettingsError(
-            f"tokenselect positions='reassigned' cannot serve {type(model).__name__}: {found}. "
+            f"tokenselect positions='reassigned' cannot serve {type(model).__name__}: "
+            f"{'; '.join(found)}. "
             "Leave positions out of the settings for this model."
         )
 
@@ -306,7 +309,8 @@ def install() -> None:
     from vllm.model_executor.model_loader import base_loader
 
     process = base_loader.process_weights_after_loading
-    if SEAM.require() == "patched" or hasattr(process, "_tokenselect"):
+    # Every layer asks; the check reads vLLM's source.
+    if hasattr(process, "_tokenselect") or SEAM.require() == "patched":
         return
 
     @functools.wraps(process)
