@@ -4,6 +4,7 @@
 PYTHON  ?= python3
 VERSION ?= 0.33.0
 ARGS    ?=
+JOBS    ?= 2
 
 VENV  := .venv
 BIN   := $(VENV)/bin
@@ -46,7 +47,7 @@ demo: setup
 test: lint pytest
 
 pytest: setup
-	@$(BIN)/python -m pytest -q $(ARGS)
+	@$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: setup
 	@$(BIN)/ruff check .

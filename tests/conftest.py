@@ -17,6 +17,11 @@ from vllm_tokenselect.cli.model import ensure_smollm2
 settings.register_profile("endurance", max_examples=1000, stateful_step_count=100)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Servers first: the longest files must not be what is left for one of two processes at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("server") is None)
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """Folder of SmolLM2-135M-Instruct, converted once into the cache."""

