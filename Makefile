@@ -59,7 +59,7 @@ check-vllm: setup
 	@$(BIN)/python -m vllm_tokenselect.hooks.check --version $(VERSION)
 
 bench: setup
-	@$(BIN)/python benchmarks/serve.py $(ARGS)
+	@$(BIN)/python -m benchmarks.serve $(ARGS)
 
 # 200 requests in every way that they can be served, 15 minutes of random load, models of many families, and
 # a hundred thousand steps of each state machine.

@@ -1,12 +1,13 @@
 """Time to first token and time per output token: TOKENSELECT against vLLM's own CPU attention.
 
-    python benchmarks/serve.py --json benchmarks/results/serve-cpu.json
+    python -m benchmarks.serve --json benchmarks/results/serve-cpu.json
+    python -m benchmarks.serve --lengths 32768 --also '{"similarity_threshold": 1}'
 
-Starts both servers, one after the other, and asks them in turn, A B A B, so that what else happens on
-the machine falls on both; the one that is not asked waits and computes nothing. Time to first token is
-that of a new prompt, which no prefix cache helps. Time per output token is measured again and again
-with the same prompt, whose prefill the cache then spares. SmolLM2 was trained for 8,192 tokens: beyond
-that only the speed means anything, what it says does not.
+Starts all servers, one after the other, and asks them in turn, A B A B, so that what else happens on
+the machine falls on all of them; one that is not asked waits and computes nothing. Prompts are real text.
+Time to first token is that of a new prompt, which no prefix cache helps. Time per output token is
+measured again and again with the same prompt, whose prefill the cache then spares. SmolLM2 was trained for
+8,192 tokens: beyond that only the speed means anything, what it says does not.
 """
 
 from __future__ import annotations
@@ -15,36 +16,48 @@ import argparse
 import json
 import os
 import platform
-import random
 import statistics
 import threading
 import time
+import urllib.request
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import psutil
 from openai import OpenAI
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from transformers import AutoConfig, AutoTokenizer
 
+from benchmarks.extrapolation_prompts import document
+from tests.prometheus import metric
 from vllm_tokenselect.cli.model import ensure_smollm2
 from vllm_tokenselect.cli.server import VllmServer
 
-BACKENDS = ("CPU_ATTN", "TOKENSELECT")
+BASE, OWN = "CPU_ATTN", "TOKENSELECT"
 SHORT_PROMPT = 4096
 PAUSE_S = 1.0  # a server's threads spin a moment after their work; it is not the other's to pay
 THREADS_BIND = "VLLM_CPU_OMP_THREADS_BIND"
 
 
 @dataclass(frozen=True)
+class Contender:
+    """A server that is measured; `settings` are TokenSelect's, None for vLLM's own attention."""
+
+    name: str
+    settings: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
 class Sample:
     """One request."""
 
-    backend: str
+    contender: str
     round: int
     prompt_tokens: int
     ttft_s: float | None  # None where the prefix cache had the prompt
@@ -99,18 +112,30 @@ def arguments() -> argparse.Namespace:
         "--settings", type=json.loads, default={}, help="tokenselect settings, JSON"
     )
     parser.add_argument(
-        "--threads-bind", help="cores of both servers, as for VLLM_CPU_OMP_THREADS_BIND: 0,1"
+        "--also",
+        type=json.loads,
+        action="append",
+        default=[],
+        help="further settings beside these, JSON, for one more server; may be repeated",
+    )
+    parser.add_argument(
+        "--threads-bind", help="cores of all servers, as for VLLM_CPU_OMP_THREADS_BIND: 0,1"
     )
     parser.add_argument("--json", type=Path, help="write every sample and the summary here")
     return parser.parse_args()
 
 
-def server(backend: str, args: argparse.Namespace, model: Path) -> VllmServer:
+def contenders(args: argparse.Namespace) -> list[Contender]:
+    also = [Contender(f"{OWN} {json.dumps(x)}", {**args.settings, **x}) for x in args.also]
+    return [Contender(BASE), Contender(OWN, args.settings), *also]
+
+
+def server(contender: Contender, args: argparse.Namespace, model: Path) -> VllmServer:
     longest = max(args.lengths) + args.output_tokens + 64
     return VllmServer(
         model,
-        backend=backend,
-        settings=args.settings if backend == "TOKENSELECT" else None,
+        backend=BASE if contender.settings is None else OWN,
+        settings=contender.settings,
         extra_args=[
             *("--dtype", args.dtype, "--max-model-len", str(longest), "--max-num-seqs", "4"),
             *("--max-num-batched-tokens", "2048", "--block-size", "128"),
@@ -120,17 +145,21 @@ def server(backend: str, args: argparse.Namespace, model: Path) -> VllmServer:
     )
 
 
+def new_prompt(tokenizer: Any, seed: int, length: int) -> list[int]:
+    """Tokens of a text that begins as no other does: the prefix cache must not help."""
+    title: list[int] = tokenizer.encode(f"Document {seed}\n\n", add_special_tokens=False)
+    return [*title, *document(tokenizer, seed, length - len(title))]
+
+
 def measure(
-    started: VllmServer, model: Path, length: int, args: argparse.Namespace, seed: int
+    started: VllmServer, prompt: list[int], args: argparse.Namespace
 ) -> tuple[float, float]:
     """Time to first token in s and time per further token in ms, of one streamed request."""
-    rng = random.Random(seed)
-    prompt = [rng.randrange(1000, 40000) for _ in range(length)]
     client = OpenAI(base_url=f"{started.base_url}/v1", api_key="none", timeout=3600, max_retries=0)
     begun = time.perf_counter()
     arrivals = []
     stream = client.completions.create(
-        model=str(model),
+        model=started.model,
         prompt=prompt,
         max_tokens=args.output_tokens,
         temperature=0,
@@ -143,8 +172,19 @@ def measure(
     return arrivals[0] - begun, 1000 * per_token
 
 
-def run(args: argparse.Namespace, model: Path) -> list[Sample]:
-    samples = []
+def reused_rows(started: VllmServer) -> float:
+    """Rows that reused a selection, since the server started."""
+    with urllib.request.urlopen(f"{started.base_url}/metrics", timeout=30) as page:
+        return metric(page.read().decode(), "vllm:tokenselect_rows_total", kind="reused")
+
+
+def run(args: argparse.Namespace, model: Path) -> tuple[list[Sample], dict[tuple[str, int], float]]:
+    """Samples, and by contender and length the share of generated tokens' selections that were reused."""
+    samples, reuse = [], {}
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.model_max_length = 10**9  # its warning about long texts is known
+    layers = AutoConfig.from_pretrained(model).num_hidden_layers
+    measured = contenders(args)
     rounds = {n: args.short_rounds if n <= SHORT_PROMPT else args.rounds for n in args.lengths}
     columns = (
         TextColumn("{task.description}"),
@@ -153,26 +193,29 @@ def run(args: argparse.Namespace, model: Path) -> list[Sample]:
         TimeElapsedColumn(),
     )
     with Progress(*columns) as progress, ExitStack() as servers:
-        total = len(BACKENDS) * args.decodings * sum(rounds.values())
+        total = len(measured) * args.decodings * sum(rounds.values())
         task = progress.add_task("starting", total=total)
         started = {}
-        for backend in BACKENDS:
-            progress.update(task, description=f"{backend}: starting the server")
-            started[backend] = servers.enter_context(server(backend, args, model))
-            measure(started[backend], model, 300, args, seed=10**6)  # warm-up
+        for contender in measured:
+            name = contender.name
+            progress.update(task, description=f"{name}: starting the server")
+            started[name] = servers.enter_context(server(contender, args, model))
+            measure(started[name], new_prompt(tokenizer, 0, 300), args)  # warm-up
         for length in args.lengths:
+            before = {
+                c.name: reused_rows(started[c.name]) for c in measured if c.settings is not None
+            }
             for round_number in range(rounds[length]):
+                prompt = new_prompt(tokenizer, 1000 * length + round_number, length)
                 for decoding in range(args.decodings):
-                    for backend in BACKENDS:
-                        progress.update(task, description=f"{backend}: {length} tokens")
+                    for name in started:
+                        progress.update(task, description=f"{name}: {length} tokens")
                         time.sleep(PAUSE_S)
-                        with PeakMemory(started[backend].pid) as memory:
-                            ttft, tpot = measure(
-                                started[backend], model, length, args, 1000 * length + round_number
-                            )
+                        with PeakMemory(started[name].pid) as memory:
+                            ttft, tpot = measure(started[name], prompt, args)
                         samples.append(
                             Sample(
-                                backend,
+                                name,
                                 round_number,
                                 length,
                                 None if decoding else ttft,
@@ -181,32 +224,45 @@ def run(args: argparse.Namespace, model: Path) -> list[Sample]:
                             )
                         )
                         progress.advance(task)
-    return samples
+            time.sleep(PAUSE_S)
+            rows = layers * (args.output_tokens - 1) * args.decodings * rounds[length]
+            for name, reused in before.items():
+                reuse[name, length] = (reused_rows(started[name]) - reused) / rows
+    return samples, reuse
 
 
-def summarise(samples: list[Sample], lengths: list[int]) -> list[dict]:
+def summarise(
+    samples: list[Sample], reuse: dict[tuple[str, int], float], lengths: list[int]
+) -> list[dict]:
+    names = list(dict.fromkeys(sample.contender for sample in samples))
     rows = []
     for length in lengths:
-        row: dict = {"prompt_tokens": length}
+        row: dict = {
+            "prompt_tokens": length,
+            "reused": {name: reuse[name, length] for name in names if (name, length) in reuse},
+        }
         for name in ("ttft_s", "tpot_ms", "worker_rss_mib"):
             # What a server needs of memory is the most that it ever had.
             summary = max if name == "worker_rss_mib" else statistics.median
             values = {
-                backend: [
+                contender: [
                     getattr(s, name)
                     for s in samples
-                    if s.backend == backend
+                    if s.contender == contender
                     and s.prompt_tokens == length
                     and getattr(s, name) is not None
                 ]
-                for backend in BACKENDS
+                for contender in names
             }
-            medians = {b: statistics.median(v) for b, v in values.items()}
             row[name] = {
-                backend: {"median": medians[backend], "min": min(v), "max": max(v)}
-                for backend, v in values.items()
+                contender: {"median": statistics.median(v), "min": min(v), "max": max(v)}
+                for contender, v in values.items()
             }
-            row[f"{name}_ratio"] = summary(values["CPU_ATTN"]) / summary(values["TOKENSELECT"])
+            row[f"{name}_ratio"] = {
+                contender: summary(values[BASE]) / summary(v)
+                for contender, v in values.items()
+                if contender != BASE
+            }
         rows.append(row)
     return rows
 
@@ -217,27 +273,32 @@ def show(rows: list[dict]) -> None:
         "above 1 is faster or smaller"
     )
     table.add_column("prompt", justify="right")
-    for name in ("TTFT s", "per token ms", "worker MiB"):
-        for column in (f"{name} CPU_ATTN", "TOKENSELECT", "ratio"):
-            table.add_column(column, justify="right")
+    table.add_column("")
+    for column in ("TTFT s", "per token ms", "worker MiB"):
+        table.add_column(column, justify="right")
+        table.add_column("ratio", justify="right")
+    table.add_column("reused", justify="right")
     for row in rows:
-        cells = [f"{row['prompt_tokens']:,}"]
-        for name, digits in (("ttft_s", 2), ("tpot_ms", 1), ("worker_rss_mib", 0)):
-            for backend in BACKENDS:
-                v = row[name][backend]
+        for contender in row["ttft_s"]:
+            cells = [f"{row['prompt_tokens']:,}", contender]
+            for name, digits in (("ttft_s", 2), ("tpot_ms", 1), ("worker_rss_mib", 0)):
+                v = row[name][contender]
                 cells.append(
                     f"{v['median']:.{digits}f} [{v['min']:.{digits}f} .. {v['max']:.{digits}f}]"
                 )
-            cells.append(f"{row[f'{name}_ratio']:.2f}x")
-        table.add_row(*cells)
+                ratio = row[f"{name}_ratio"].get(contender)
+                cells.append("" if ratio is None else f"{ratio:.2f}x")
+            reused = row["reused"].get(contender)
+            cells.append("" if reused is None else f"{100 * reused:.0f} %")
+            table.add_row(*cells)
     Console(width=190).print(table)
 
 
 def main() -> None:
     args = arguments()
     model = args.model or ensure_smollm2()
-    samples = run(args, model)
-    rows = summarise(samples, args.lengths)
+    samples, reuse = run(args, model)
+    rows = summarise(samples, reuse, args.lengths)
     show(rows)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ import torch
 from tests.gpu.test_attention import defined_varlen
 from tests.gpu.test_step import on_device, rotation_of
 from tests.kernels_gpu.cases import DEVICE
-from tests.method.definition import CONFIG, HEAD_SIZE, SCALE, paged_step, turned
+from tests.method.definition import CONFIG, HEAD_SIZE, SCALE, best, paged_step, turned
 from vllm_tokenselect.gpu.attention import GatherBuffer, LayerCache, RowAttention
 from vllm_tokenselect.gpu.flash_attention import GatheredFlashAttention, PagedFlashAttention
 from vllm_tokenselect.gpu.rows import RowBuffers, RowGroup, StepLimits, graph_rows, step_rows
@@ -68,8 +68,8 @@ class Running:
         if method.reassigns_positions:
             asking = turned(query[None], [method.n_local])[0]
         votes = (torch.einsum("hd,nhd->hn", asking, keys) * SCALE).softmax(-1).sum(0)
-        best = votes.argsort(descending=True, stable=True)[: self.top_k].sort().values
-        selected = [*range(method.n_init), *(method.n_init + best).tolist()]
+        chosen = (method.n_init + index for index in best(votes, self.top_k))
+        selected = [*range(method.n_init), *chosen]
         if position >= self.prompt_len:
             self.last = query, selected, end
         return "reselected", [*selected, *range(end, position + 1)]

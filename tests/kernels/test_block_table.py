@@ -84,6 +84,14 @@ def test_ties_go_to_the_lowest_positions(vote: float):
     assert slots[0, : lengths[0]].tolist() == [*range(16 + 50), *range(516, 530)]
 
 
+def test_votes_that_differ_by_rounding_tie():
+    votes = 0.37 + 1e-6 * torch.rand(1, 500)
+    slots, _ = _assert_same_table(
+        votes, _identity_table(1, 16), int32(0), 16, 50, int32(516), int32(530), 16
+    )
+    assert slots[0, : 16 + 50].tolist() == [*range(16 + 50)]
+
+
 def test_a_nan_vote_is_the_lowest():
     votes = torch.rand(1, 500) + 0.1
     votes[0, 3] = float("nan")

@@ -30,6 +30,12 @@ def rotation():
     return Rotation.from_table(table, CONFIG.max_attended, CONFIG.n_local)
 
 
+def best(votes, top_k):
+    """Indices of the highest votes, ascending; of those alike in 16 bits the first."""
+    keys = (votes.view(torch.int32) >> 16).tolist()
+    return sorted(sorted(range(len(keys)), key=lambda i: (-keys[i], i))[:top_k])
+
+
 def defined_attention(query, keys, values, position, chunk, mean_query, reassigned=False):
     """Output of one query.
 
@@ -45,8 +51,7 @@ def defined_attention(query, keys, values, position, chunk, mean_query, reassign
     if len(candidates) > CONFIG.top_k:
         logits = torch.einsum("hd,nhd->hn", mean_query, k[CONFIG.n_init : start - CONFIG.n_local])
         votes = (logits * SCALE).softmax(-1).sum(0)
-        order = sorted(range(len(votes)), key=lambda i: (-votes[i].item(), i))
-        selected = {CONFIG.n_init + i for i in order[: CONFIG.top_k]}
+        selected = {CONFIG.n_init + i for i in best(votes, CONFIG.top_k)}
         local = {p for p in visible if p >= start - CONFIG.n_local}
         visible = set(range(CONFIG.n_init)) | selected | local
     index = sorted(visible)

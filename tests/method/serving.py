@@ -5,7 +5,7 @@ from functools import cache
 import numpy as np
 import torch
 
-from tests.method.definition import BLOCK_SIZE, HEAD_SIZE, SCALE
+from tests.method.definition import BLOCK_SIZE, HEAD_SIZE, SCALE, best
 from vllm_tokenselect.attention import SdpaAttention, attend
 from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
 from vllm_tokenselect.method import Method
@@ -77,8 +77,7 @@ class Request:
         keys = self.keys[candidates.start : candidates.stop]
         keys = keys.repeat_interleave(HEADS // KV_HEADS, dim=1)
         votes = (torch.einsum("hd,nhd->hn", query, keys) * SCALE).softmax(-1).sum(0)
-        best = sorted(range(len(votes)), key=lambda i: (-votes[i].item(), i))[: self.top_k]
-        return sorted(candidates.start + i for i in best)
+        return [candidates.start + i for i in best(votes, self.top_k)]
 
     @cache  # noqa: B019 - few requests, asked again and again
     def expected(self, position: int) -> torch.Tensor:

@@ -29,7 +29,7 @@ def kinds(request: Request) -> list[str]:
 
 
 def test_every_token_attends_to_what_the_definition_says(server):
-    long, short = Request("long", 90), Request("short", 20)
+    long, short = Request("longer", 90), Request("short", 20)
     assert {"reselected", "reused"} == set(kinds(long)), "the test should see both"
     assert {"dense", "reselected", "reused"} == set(kinds(short))
     server.start(long, short)
@@ -86,7 +86,7 @@ def test_requests_with_settings_of_their_own_keep_to_them_beside_others(server):
 
 
 def test_the_counters_are_those_of_counting_tokens_one_by_one(server):
-    requests = [Request("long", 90), Request("short", 20), Request("off", 70, FULL_ATTENTION)]
+    requests = [Request("longer", 90), Request("short", 20), Request("off", 70, FULL_ATTENTION)]
     server.start(*requests)
     server.step(*((request, request.prompt) for request in requests))
     for _ in range(30):

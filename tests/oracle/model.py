@@ -103,12 +103,12 @@ def vote(
     """The candidates with the most votes of a mean query [Hq, D].
 
     Keys that are not rotated are equal wherever the same token stands, in the first layer at least. So
-    that their votes are equal too, and not so but for rounding, they are computed in fp64 first.
+    that their votes are equal too, and not so but for rounding, they are compared in 16 bits.
     """
-    grouped = mean.double().view(keys.shape[0], -1, mean.shape[1])  # by the KV head they read
-    candidate_keys = keys[:, candidates.start : candidates.stop].double()
+    grouped = mean.view(keys.shape[0], -1, mean.shape[1])  # by the KV head they read
+    candidate_keys = keys[:, candidates.start : candidates.stop]
     logits = grouped @ candidate_keys.transpose(1, 2) * scale
-    votes = logits.softmax(dim=-1).sum(dim=(0, 1)).float()
+    votes = logits.softmax(dim=-1).sum(dim=(0, 1)).view(torch.int32) >> 16
     # A stable descending sort leaves the lower position first among equal votes.
     return votes.sort(descending=True, stable=True).indices[:top_k] + candidates.start
 

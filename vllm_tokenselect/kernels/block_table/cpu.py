@@ -1,4 +1,4 @@
-"""Sparse block table on a CPU: an exact radix selection, one thread a row."""
+"""Sparse block table on a CPU: a radix selection, one thread a row."""
 
 # mypy: allow-untyped-defs, allow-untyped-calls
 
@@ -10,9 +10,9 @@ from numba import njit, prange
 
 from vllm_tokenselect.kernels.cpu_arrays import int32_array
 
-DIGIT_BITS = 11  # 32-bit keys in three passes
+KEY_BITS, DIGIT_BITS = 16, 11  # in two passes
 _NO_VOTES = np.empty((0, 0), np.float32)
-_LARGEST_KEY = np.uint32(0x7F800000)  # bits of +inf
+_INFINITY = np.uint32(0x7F800000)
 
 
 def build_sparse_block_table(
@@ -124,8 +124,8 @@ def _write_best(keys, top_k, block_table, seq, n_init, block_size, slots, row):
 
 @njit
 def _order_key(bits):
-    """Votes are not negative, so their bits order as they do; NaN (and -0) count as zero."""
-    return bits if bits <= _LARGEST_KEY else np.uint32(0)
+    """Votes are not negative, so their first bits order as they do; NaN (and -0) count as zero."""
+    return bits >> np.uint32(32 - KEY_BITS) if bits <= _INFINITY else np.uint32(0)
 
 
 @njit
@@ -133,7 +133,7 @@ def _find_threshold(keys, top_k):
     """The `top_k`-th highest key, and how many of the candidates equal to it are kept."""
     histogram = np.empty(1 << DIGIT_BITS, np.int64)
     prefix, wanted = np.uint32(0), top_k
-    shift = 32
+    shift = KEY_BITS
     while shift > 0:
         bits = min(DIGIT_BITS, shift)
         shift -= bits

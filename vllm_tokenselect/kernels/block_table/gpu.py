@@ -1,9 +1,9 @@
-"""Sparse block table on a GPU: an exact radix selection.
+"""Sparse block table on a GPU: a radix selection.
 
-Votes are not negative, so their bits order as they do. Three passes over a row's votes count digits
-and find the bits of the `top_k`-th highest vote; what is above it is written, and of what equals it the
-lowest positions, in order of position. Votes of a step lie in the L2 cache, which is why a row is read
-several times rather than sorted.
+Votes are not negative, so their first 16 bits order as they do. Two passes over a row's votes count
+digits and find those bits of the `top_k`-th highest vote; what is above it is written, and of what
+equals it the lowest positions, in order of position. Votes of a step lie in the L2 cache, which is why a
+row is read several times rather than sorted.
 
 One program does a whole row where there are rows enough to fill the GPU, or few votes; a long row is
 cut into parts, whose programs add up their counts between the passes.
@@ -19,7 +19,7 @@ import triton.language as tl
 
 from vllm_tokenselect.kernels.gpu_launch import INTERPRETED, num_programs_wanted
 
-DIGIT_BITS = (11, 11, 10)
+DIGIT_BITS = (11, 5)
 COUNTS = sum(1 << bits for bits in DIGIT_BITS)
 TOKENS_PER_STEP = 2048 if INTERPRETED else 4096
 MAX_PARTS = 64
@@ -106,7 +106,6 @@ def build_sparse_block_table(
         "BLOCK_SIZE": block_size,
         "BITS_0": DIGIT_BITS[0],
         "BITS_1": DIGIT_BITS[1],
-        "BITS_2": DIGIT_BITS[2],
         "TOKENS": TOKENS_PER_STEP,
         "MAX_PARTS": MAX_PARTS,
         "num_warps": 8,
@@ -124,8 +123,8 @@ def build_sparse_block_table(
 
 @triton.jit
 def _order_key(bits):
-    """Votes as integers of the same order; NaN (and -0) count as zero."""
-    return tl.where((bits > 0x7F800000) | (bits < 0), 0, bits)
+    """The first bits of votes, as integers of the same order; NaN (and -0) count as zero."""
+    return tl.where((bits > 0x7F800000) | (bits < 0), 0, bits >> 16)
 
 
 @triton.jit
@@ -189,8 +188,7 @@ def _histogram(
     counts = tl.zeros([bins], tl.int32)
     for step in range(first, last, TOKENS):
         visible, key = _load_keys(votes_line, step, last, TOKENS)
-        # The shift is cut in two: shifting 32 bits by 32 is undefined.
-        decided = (key >> (SHIFT + BITS - 1)) >> 1
+        decided = key >> (SHIFT + BITS)
         counts += tl.histogram((key >> SHIFT) & (bins - 1), bins, visible & (decided == prefix))
     return counts
 
@@ -230,7 +228,6 @@ def _build(
     BLOCK_SIZE: tl.constexpr,
     BITS_0: tl.constexpr,
     BITS_1: tl.constexpr,
-    BITS_2: tl.constexpr,
     TOKENS: tl.constexpr,
     MAX_PARTS: tl.constexpr,
 ):
@@ -247,12 +244,10 @@ def _build(
         write_range(line, 0, context_end, 0, slots_line, BLOCK_SIZE, TOKENS)
         tl.store(lengths + row, context_end)
     else:
-        found = _histogram(votes_line, 0, num_candidates, 0, BITS_1 + BITS_2, BITS_0, TOKENS)
+        found = _histogram(votes_line, 0, num_candidates, 0, BITS_1, BITS_0, TOKENS)
         threshold, ties = _next_digit(found, wanted, 0, BITS_0)
-        found = _histogram(votes_line, 0, num_candidates, threshold, BITS_2, BITS_1, TOKENS)
+        found = _histogram(votes_line, 0, num_candidates, threshold, 0, BITS_1, TOKENS)
         threshold, ties = _next_digit(found, ties, threshold, BITS_1)
-        found = _histogram(votes_line, 0, num_candidates, threshold, 0, BITS_2, TOKENS)
-        threshold, ties = _next_digit(found, ties, threshold, BITS_2)
         write_range(line, 0, n_init, 0, slots_line, BLOCK_SIZE, TOKENS)
         entry = _write_kept(
             votes_line,
@@ -299,7 +294,6 @@ def _count_digit(
     BLOCK_SIZE: tl.constexpr,
     BITS_0: tl.constexpr,
     BITS_1: tl.constexpr,
-    BITS_2: tl.constexpr,
     TOKENS: tl.constexpr,
     MAX_PARTS: tl.constexpr,
     DIGIT: tl.constexpr,
@@ -311,35 +305,26 @@ def _count_digit(
     if num_candidates > wanted:
         bins_0: tl.constexpr = 1 << BITS_0
         bins_1: tl.constexpr = 1 << BITS_1
-        counts_line = counts + row * (bins_0 + bins_1 + (1 << BITS_2))
+        counts_line = counts + row * (bins_0 + bins_1)
         votes_line = votes + row * votes_stride
         first, last = _part(num_candidates, TOKENS)
         if DIGIT == 0:
-            found = _histogram(votes_line, first, last, 0, BITS_1 + BITS_2, BITS_0, TOKENS)
+            found = _histogram(votes_line, first, last, 0, BITS_1, BITS_0, TOKENS)
             tl.atomic_add(counts_line + tl.arange(0, bins_0), found, found > 0)
         else:
-            prefix, wanted = _counted_digit(counts_line, wanted, 0, 0, BITS_0)
-            if DIGIT == 1:
-                found = _histogram(votes_line, first, last, prefix, BITS_2, BITS_1, TOKENS)
-                tl.atomic_add(counts_line + bins_0 + tl.arange(0, bins_1), found, found > 0)
-            else:
-                prefix, wanted = _counted_digit(counts_line, wanted, prefix, bins_0, BITS_1)
-                found = _histogram(votes_line, first, last, prefix, 0, BITS_2, TOKENS)
-                target = counts_line + bins_0 + bins_1 + tl.arange(0, 1 << BITS_2)
-                tl.atomic_add(target, found, found > 0)
+            prefix = _counted_digit(counts_line, wanted, 0, 0, BITS_0)[0]
+            found = _histogram(votes_line, first, last, prefix, 0, BITS_1, TOKENS)
+            tl.atomic_add(counts_line + bins_0 + tl.arange(0, bins_1), found, found > 0)
 
 
 @triton.jit
-def _threshold(
-    counts, row, wanted, BITS_0: tl.constexpr, BITS_1: tl.constexpr, BITS_2: tl.constexpr
-):
-    """Bits of the lowest kept vote, and how many that equal it are kept."""
+def _threshold(counts, row, wanted, BITS_0: tl.constexpr, BITS_1: tl.constexpr):
+    """Key of the lowest kept vote, and how many that equal it are kept."""
     bins_0: tl.constexpr = 1 << BITS_0
     bins_1: tl.constexpr = 1 << BITS_1
-    line = counts + row * (bins_0 + bins_1 + (1 << BITS_2))
+    line = counts + row * (bins_0 + bins_1)
     threshold, ties = _counted_digit(line, wanted, 0, 0, BITS_0)
-    threshold, ties = _counted_digit(line, ties, threshold, bins_0, BITS_1)
-    return _counted_digit(line, ties, threshold, bins_0 + bins_1, BITS_2)
+    return _counted_digit(line, ties, threshold, bins_0, BITS_1)
 
 
 @triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=ROW_ARRAYS)
@@ -361,7 +346,6 @@ def _count_kept(
     BLOCK_SIZE: tl.constexpr,
     BITS_0: tl.constexpr,
     BITS_1: tl.constexpr,
-    BITS_2: tl.constexpr,
     TOKENS: tl.constexpr,
     MAX_PARTS: tl.constexpr,
 ):
@@ -370,7 +354,7 @@ def _count_kept(
     num_candidates = tl.load(candidate_ends + row) - n_init
     wanted = tl.load(top_k + row)
     if num_candidates > wanted:
-        threshold = _threshold(counts, row, wanted, BITS_0, BITS_1, BITS_2)[0]
+        threshold = _threshold(counts, row, wanted, BITS_0, BITS_1)[0]
         first, last = _part(num_candidates, TOKENS)
         above = tl.zeros([TOKENS], tl.int32)
         equal = tl.zeros([TOKENS], tl.int32)
@@ -401,7 +385,6 @@ def _write_parts(
     BLOCK_SIZE: tl.constexpr,
     BITS_0: tl.constexpr,
     BITS_1: tl.constexpr,
-    BITS_2: tl.constexpr,
     TOKENS: tl.constexpr,
     MAX_PARTS: tl.constexpr,
 ):
@@ -419,7 +402,7 @@ def _write_parts(
         if part == 0:
             tl.store(lengths + row, context_end)
     else:
-        threshold, ties = _threshold(counts, row, wanted, BITS_0, BITS_1, BITS_2)
+        threshold, ties = _threshold(counts, row, wanted, BITS_0, BITS_1)
         other = tl.arange(0, MAX_PARTS)
         before = other < part
         above = tl.sum(tl.load(kept + row * 2 * MAX_PARTS + other, before, 0), 0)

@@ -5,6 +5,11 @@ from __future__ import annotations
 import torch
 
 
+def order_keys(votes: torch.Tensor) -> torch.Tensor:
+    """Integers in the order of votes `>= 0`, as they are compared; NaN (and -0) count as zero."""
+    return votes.nan_to_num(nan=0.0, posinf=torch.inf).add(0.0).view(torch.int32) >> 16
+
+
 def build_sparse_block_table(
     votes: torch.Tensor | None,
     block_table: torch.Tensor,
@@ -22,6 +27,9 @@ def build_sparse_block_table(
     A row attends to `[0, n_init)`, to the `top_k[r]` candidates of `[n_init, candidate_ends[r])` with the
     highest votes (ties go to the lower position) and to `[candidate_ends[r], context_ends[r])`, in
     order of position. With no more candidates than that it is all of `[0, context_ends[r])`.
+
+    Votes are compared in 16 bits (bfloat16, rounded towards zero): equal keys, as un-rotated keys of equal
+    tokens are in the first layer, have equal votes but for rounding, and that must not decide.
 
     Args:
         votes: fp32 [R, N], `>= 0`; of row `r` only the first `candidate_ends[r] - n_init` are read.
@@ -45,8 +53,8 @@ def build_sparse_block_table(
             positions = torch.arange(context_end, device=device)
         else:
             assert votes is not None
-            row_votes = votes[row, :num_candidates].nan_to_num(nan=0.0)
-            best = row_votes.sort(descending=True, stable=True).indices[:wanted]
+            keys = order_keys(votes[row, :num_candidates])
+            best = keys.sort(descending=True, stable=True).indices[:wanted]
             positions = torch.cat(
                 [
                     torch.arange(n_init, device=device),
