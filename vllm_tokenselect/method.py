@@ -18,9 +18,9 @@ class Method:
     """Which tokens the chunks of a request attend to.
 
     The defaults follow the paper (arXiv 2411.02886) but for `tail_queries`, which is ours: averaging
-    the question with the text before it was what cost accuracy; and for `similarity_threshold`, which is 0.9
-    there, of all heads at once: in every KV head 0.9 reuses 10 % and 0.8 reuses 38 %, for a third of the
-    little that selecting costs at all (`benchmarks/reuse.py`).
+    the question with the text before it was what cost accuracy; and for `similarity_threshold`, which
+    is 0.9 there, of all heads at once: in every KV head 0.9 reuses 10 % and 0.8 reuses 38 %, for a third
+    of the little that selecting costs at all (`benchmarks/reuse.py`).
 
     Attributes:
         top_k: tokens selected by vote for each chunk, in every layer.

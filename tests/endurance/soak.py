@@ -17,6 +17,7 @@ import random
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -65,7 +66,7 @@ class Soak:
         self.seeds = iter(range(20_000 + 10_000 * seed, 10**9))
         self.seen: Counter[str] = Counter()
         self.wrong: list[str] = []
-        self.memory: list[tuple[float, float]] = []
+        self.memory: list[dict[str, int]] = []
         rng = random.Random(seed)
         self.known = [
             self.prompt(rng, max_tokens=24, xargs=xargs) for xargs in ({}, {}, {}, *OWN_XARGS)
@@ -85,7 +86,7 @@ class Soak:
         self.check("known answers, again", await self.ask(self.known, 1))
         begun = time.monotonic()
         deadline = begun + 60 * minutes
-        watching = asyncio.create_task(self.watch(begun))
+        watching = asyncio.create_task(self.watch())
         await asyncio.gather(*(self.client(number, deadline) for number in range(CLIENTS)))
         watching.cancel()
         self.check("known answers after all", await self.ask(self.known, 1))
@@ -148,12 +149,16 @@ class Soak:
         answer = await complete(session, self.started.model, self.known[index])
         self.check("under load", [answer], [index])
 
-    async def watch(self, begun: float) -> None:
-        """The memory of the server's processes, every ten seconds."""
+    async def watch(self) -> None:
+        """The memory of each of the server's processes, MiB, every ten seconds."""
         root = psutil.Process(self.started.pid)
         while True:
-            rss = sum(p.memory_info().rss for p in (root, *root.children(recursive=True)))
-            self.memory.append((round(time.monotonic() - begun), round(rss / 2**20)))
+            used = {"API server": round(root.memory_info().rss / 2**20)}
+            for process in root.children(recursive=True):
+                with suppress(psutil.NoSuchProcess, IndexError):  # it is just ending
+                    name = process.cmdline()[0].split("/")[-1]
+                    used[name] = used.get(name, 0) + round(process.memory_info().rss / 2**20)
+            self.memory.append(used)
             await asyncio.sleep(10)
 
     async def metrics(self) -> str:
@@ -167,9 +172,9 @@ def replace_tokens(answer: Answer, count: int) -> Answer:
 
 
 def report_of(soak: Soak, metrics: str) -> dict[str, Any]:
-    megabytes = [mb for _, mb in soak.memory]
+    megabytes = [sum(used.values()) for used in soak.memory]
     third = max(len(megabytes) // 3, 1)
-    report = {
+    report: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "requests": dict(soak.seen),
         "preemptions": metric(metrics, "vllm:num_preemptions_total"),
@@ -180,6 +185,7 @@ def report_of(soak: Soak, metrics: str) -> dict[str, Any]:
         "memory of all processes, MiB": {
             "most in the second third": max(megabytes[third : 2 * third], default=0),
             "most in the last third": max(megabytes[2 * third :], default=0),
+            "once a minute": soak.memory[::6],
         },
         "wrong": list(soak.wrong),
     }
@@ -188,7 +194,7 @@ def report_of(soak: Soak, metrics: str) -> dict[str, Any]:
             report["wrong"].append(f"{name} is {metric(metrics, name)} at the end")
     if not report["preemptions"]:
         report["wrong"].append("nothing was preempted: the load was too light")
-    second, last = report["memory of all processes, MiB"].values()
+    second, last, _ = report["memory of all processes, MiB"].values()
     if last > 1.03 * second:
         report["wrong"].append(f"memory grew from {second} to {last} MiB")
     return report

@@ -26,7 +26,7 @@ def rope(kind: str, **options: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **options}}
 
 
-# Family of transformers, and what differs from COMMON. Head size 32.
+# Family of transformers, and what differs from COMMON (`silent_layer` is ours). Head size 32.
 SERVED: dict[str, tuple[str, dict[str, Any]]] = {
     "default": ("Llama", {}),
     "linear": ("Llama", rope("linear", factor=2.0)),
@@ -52,6 +52,7 @@ SERVED: dict[str, tuple[str, dict[str, Any]]] = {
     "Mistral": ("Mistral", {"sliding_window": None}),
     "Phi-3": ("Phi3", {}),
     "GPT-J": ("GPTJ", {"rotary_dim": 16}),
+    "a layer whose queries and keys are zero": ("Llama", {"silent_layer": 1}),
     "transformers' code": ("Olmo2", {}),
     "transformers' code, partial, yarn": (
         "Phi",
@@ -123,6 +124,8 @@ def save(folder: Path, family: str, options: dict[str, Any]) -> Path:
 
     if (folder / "config.json").exists():
         return folder
+    options = dict(options)
+    silent_layer = options.pop("silent_layer", None)
     config = getattr(transformers, f"{family}Config")(**{**COMMON, **options})
     torch.manual_seed(0)
     names = (f"{family}ForCausalLM", f"{family.removesuffix('Text')}ForCausalLM")
@@ -131,5 +134,7 @@ def save(folder: Path, family: str, options: dict[str, Any]) -> Path:
     for parameter in made.parameters():
         if parameter.dim() == 1:  # the weights of norms would all be 1
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    if silent_layer is not None:
+        torch.nn.init.zeros_(made.model.layers[silent_layer].input_layernorm.weight)
     made.save_pretrained(folder)
     return folder

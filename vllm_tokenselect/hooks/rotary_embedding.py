@@ -142,13 +142,18 @@ def _take_each(
     _refuse(model, problems)
     given: dict[str, Inputs] = {}
 
-    def note_given(name: str, output: Inputs) -> None:
-        query, key = output
-        given[name] = query.flatten().clone(), key.flatten().clone()
+    def give_numbers(name: str, output: Inputs) -> Inputs:
+        """Numbers in place of queries and keys, which could be zero where nothing has been attended."""
+        numbers = tuple(
+            torch.linspace(-size, size, x.numel(), dtype=x.dtype, device=x.device).view_as(x)
+            for size, x in zip((1, 2), output, strict=True)
+        )
+        given[name] = numbers[0].flatten().clone(), numbers[1].flatten().clone()
+        return numbers[0], numbers[1]
 
     hooks = [
         unrotated.register_forward_hook(
-            lambda module, args, output, name=name: note_given(name, output)
+            lambda module, args, output, name=name: give_numbers(name, output)
         )
         for name, unrotated in replaced.items()
     ]
