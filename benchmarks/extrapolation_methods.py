@@ -131,8 +131,12 @@ class Asker:
     def __init__(self, server: VllmServer, deadline: Deadline) -> None:
         self._model = server.model
         self._deadline = deadline
+        # The server closes idle connections after five seconds, perhaps just as they are used again.
         self._client = openai.OpenAI(
-            base_url=f"{server.base_url}/v1", api_key="none", max_retries=0
+            base_url=f"{server.base_url}/v1",
+            api_key="none",
+            max_retries=0,
+            default_headers={"Connection": "close"},
         )
 
     def say(self, prompt: list[int], count: int) -> list[int]:
