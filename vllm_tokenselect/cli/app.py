@@ -7,6 +7,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from vllm_tokenselect.cli.evaluate import evaluate
+
 app = typer.Typer(
     name="tokenselect",
     help="Token-level selection of the KV cache for vLLM.",
@@ -14,6 +16,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command("eval")(evaluate)
 
 
 @app.command()
