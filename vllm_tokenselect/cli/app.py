@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -56,3 +59,82 @@ def doctor(
     else:
         examination.print_rows(rows, Console())
     raise typer.Exit(examination.exit_status(rows))
+
+
+_Model = Annotated[
+    str | None, typer.Argument(help="Folder or name; default: SmolLM2-135M-Instruct.")
+]
+_Settings = Annotated[str, typer.Option("--settings", help="tokenselect settings, JSON.")]
+_Length = Annotated[int, typer.Option(help="Tokens of the built-in prompts.")]
+_Device = Annotated[str, typer.Option(help="Device of torch: cpu, cuda ...")]
+_Seed = Annotated[int, typer.Option(help="Of the built-in prompts.")]
+_Json = Annotated[Path | None, typer.Option("--json", help="Write everything here.")]
+
+
+@app.command()
+def inspect(
+    model: _Model = None,
+    prompt: Annotated[
+        Path | None, typer.Option(help="Text file; default: numbers hidden in real text.")
+    ] = None,
+    settings: _Settings = "{}",
+    length: _Length = 6144,
+    device: _Device = "cpu",
+    seed: _Seed = 0,
+    json_path: _Json = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw into this image file.")] = None,
+) -> None:
+    """Show, layer by layer, what selection keeps of full attention on a prompt.
+
+    Beside the method: the same budget as a longer local window, at random, and on what full attention
+    looks at most. The model is read by transformers, without a server.
+    """
+    from vllm_tokenselect.cli.inspect import Subject, run_inspect
+
+    with _said_in_words():
+        subject = Subject(model, settings, device, length, seed)
+        run_inspect(subject, prompt, Console(), json_path, plot)
+
+
+@app.command()
+def tune(
+    model: _Model = None,
+    prompt: Annotated[
+        list[Path] | None,
+        typer.Option(help="Text file whose end is predicted; may be repeated."),
+    ] = None,
+    budget: Annotated[
+        list[int] | None, typer.Option(help="A top_k to try; may be repeated.")
+    ] = None,
+    max_loss: Annotated[
+        float, typer.Option(help="Most that may be added to the loss, nats a token.")
+    ] = 0.02,
+    samples: Annotated[int, typer.Option(help="Built-in questions.")] = 16,
+    count: Annotated[int, typer.Option(help="Tokens at the end of --prompt to predict.")] = 64,
+    settings: _Settings = "{}",
+    length: _Length = 6144,
+    device: _Device = "cpu",
+    seed: _Seed = 0,
+    json_path: _Json = None,
+) -> None:
+    """Propose the smallest top_k that keeps a model's loss, on your prompts or on built-in ones."""
+    from vllm_tokenselect.cli.inspect import Subject, run_tune
+
+    with _said_in_words():
+        subject = Subject(model, settings, device, length, seed)
+        budgets = budget or [256, 512, 1024, 2048, 4096]
+        chosen = run_tune(
+            subject, prompt or [], budgets, max_loss, samples, count, Console(), json_path
+        )
+    raise typer.Exit(0 if chosen is not None else 1)
+
+
+@contextmanager
+def _said_in_words() -> Iterator[None]:
+    """What cannot be done is an error message and exit status 2, not a traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        console = Console(stderr=True, highlight=False)
+        console.print(str(error), style="red", markup=False, soft_wrap=True)
+        raise typer.Exit(2) from None
