@@ -269,7 +269,7 @@ def summarise(
 
 def show(rows: list[dict]) -> None:
     table = Table(
-        title="median [min .. max]; ratio = CPU_ATTN / TOKENSELECT of medians, of memory's maxima: "
+        title="median (min to max); ratio = CPU_ATTN / TOKENSELECT of medians, of memory's maxima: "
         "above 1 is faster or smaller"
     )
     table.add_column("prompt", justify="right")
@@ -284,7 +284,7 @@ def show(rows: list[dict]) -> None:
             for name, digits in (("ttft_s", 2), ("tpot_ms", 1), ("worker_rss_mib", 0)):
                 v = row[name][contender]
                 cells.append(
-                    f"{v['median']:.{digits}f} [{v['min']:.{digits}f} .. {v['max']:.{digits}f}]"
+                    f"{v['median']:.{digits}f} ({v['min']:.{digits}f} to {v['max']:.{digits}f})"
                 )
                 ratio = row[f"{name}_ratio"].get(contender)
                 cells.append("" if ratio is None else f"{ratio:.2f}x")
