@@ -54,6 +54,17 @@ def counts(client: Client) -> Counts:
     return Counts(*kinds, total(ATTENDED), total(CONTEXT))
 
 
+def settled_counts(client: Client) -> Counts:
+    """The counters once they have all that came before: workers publish about once a second."""
+    last = counts(client)
+    while True:
+        time.sleep(2)
+        now = counts(client)
+        if now == last:
+            return now
+        last = now
+
+
 def sums_over(layers: int, lengths: range, most: int) -> int:
     """Over all layers and contexts, each of no more than `most` tokens."""
     return layers * sum(min(length, most) for length in lengths)
@@ -66,7 +77,7 @@ def layers(smollm2) -> int:
 
 def complete_and_count(client: Client, prompt: list[int], layers: int) -> Counts:
     """What a completion added to the counters, once every query's context is in them."""
-    before = counts(client)
+    before = settled_counts(client)
     client.complete(prompt, NEW_TOKENS)
     # The last token is generated, but never a query.
     queries = range(1, len(prompt) + NEW_TOKENS)
