@@ -15,16 +15,16 @@ from transformers import AutoTokenizer
 from benchmarks.constructed_model import retrieval_prompts, write_constructed_model
 from benchmarks.extrapolation_losses import BLOCK, TARGET, block_means, loss_tables, summarise
 from benchmarks.extrapolation_methods import FULL, NATIVE, Asker, trained_length
-from benchmarks.extrapolation_prompts import (
+from benchmarks.extrapolation_report import Cell, rate_table, rates
+from vllm_tokenselect.cli.model import ensure_smollm2
+from vllm_tokenselect.evaluation.hidden import (
     ANSWER_TOKENS,
     HiddenPrompt,
-    document,
     is_right,
     needle_prompts,
     passkey_prompt,
 )
-from benchmarks.extrapolation_report import Cell, rate_table, rates
-from vllm_tokenselect.cli.model import ensure_smollm2
+from vllm_tokenselect.evaluation.text import document
 
 TEXT, SHORTENED = "text", "shortened text"
 

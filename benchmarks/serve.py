@@ -34,10 +34,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from transformers import AutoConfig, AutoTokenizer
 
-from benchmarks.extrapolation_prompts import document
 from tests.prometheus import metric
 from vllm_tokenselect.cli.model import ensure_smollm2
 from vllm_tokenselect.cli.server import VllmServer
+from vllm_tokenselect.evaluation.text import document
 
 BASE, OWN = "CPU_ATTN", "TOKENSELECT"
 SHORT_PROMPT = 4096

@@ -17,16 +17,16 @@ from benchmarks.extrapolation_methods import (
 )
 from benchmarks.extrapolation_parts import SHORTENED, TEXT, Needles, Perplexity
 from benchmarks.extrapolation_plots import draw
-from benchmarks.extrapolation_prompts import (
+from benchmarks.extrapolation_report import CannotResume, Cell, Report, rates, wilson
+from vllm_tokenselect.config import TokenSelectConfig
+from vllm_tokenselect.evaluation.hidden import (
     NEEDLE,
     PASSKEY,
-    document,
     is_right,
     needle_prompts,
     passkey_prompt,
 )
-from benchmarks.extrapolation_report import CannotResume, Cell, Report, rates, wilson
-from vllm_tokenselect.config import TokenSelectConfig
+from vllm_tokenselect.evaluation.text import document
 
 CHAT_END = "<|im_end|>\n<|im_start|>assistant\n"
 

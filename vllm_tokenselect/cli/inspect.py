@@ -15,7 +15,7 @@ from vllm_tokenselect.config import TokenSelectConfig
 from vllm_tokenselect.diagnosis.layers import compare_layers
 from vllm_tokenselect.diagnosis.losses import budget_costs, smallest_budget
 from vllm_tokenselect.diagnosis.model import DiagnosedModel
-from vllm_tokenselect.diagnosis.passages import NEEDLES, built_in_passages, own_passages
+from vllm_tokenselect.diagnosis.passages import built_in_passages, needle_passages, own_passages
 from vllm_tokenselect.diagnosis.report import budget_table, draw_layers, layer_table
 from vllm_tokenselect.method import Method, SettingsError
 
@@ -85,8 +85,7 @@ def run_inspect(
     """
     method, tokenizer = subject.method(), subject.tokenizer()
     if prompt is None:
-        passages = built_in_passages(tokenizer, subject.length, 1, subject.seed)
-        tokens = next(p for p in passages if p.kind == NEEDLES).tokens
+        tokens = needle_passages(tokenizer, subject.length, 1, subject.seed)[0].tokens
     else:
         tokens = tokenizer(prompt.read_text())["input_ids"]
     layers = compare_layers(subject.load(), tokens, method)

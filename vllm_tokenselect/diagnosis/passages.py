@@ -20,16 +20,21 @@ class TooShort(ValueError):
 
 def built_in_passages(tokenizer: Any, length: int, samples: int, seed: int) -> list[Passage]:
     """`samples` questions about numbers in real text, and as many texts a quarter, of `length` tokens."""
+    found = needle_passages(tokenizer, length, samples, seed)
+    for number in range(max(samples // 4, 2)):
+        tokens = [*prefix(tokenizer), *document(tokenizer, seed + number, length)][:length]
+        found.append(Passage(TEXT, tokens, TEXT_COUNT))
+    return found
+
+
+def needle_passages(tokenizer: Any, length: int, samples: int, seed: int) -> list[Passage]:
+    """`samples` questions about numbers in real text, with their answers to be predicted."""
     found = []
     for number in range(-(-samples // NEEDLES_PER_TEXT)):
         for prompt in needle_prompts(tokenizer, length, seed + number, NEEDLES_PER_TEXT):
             answer = encode(tokenizer, prompt.expected)
             found.append(Passage(NEEDLES, [*prompt.tokens, *answer], len(answer)))
-    found = found[:samples]
-    for number in range(max(samples // 4, 2)):
-        tokens = [*prefix(tokenizer), *document(tokenizer, seed + number, length)][:length]
-        found.append(Passage(TEXT, tokens, TEXT_COUNT))
-    return found
+    return found[:samples]
 
 
 def own_passages(tokenizer: Any, files: list[Path], count: int) -> list[Passage]:
