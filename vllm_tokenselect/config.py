@@ -58,6 +58,11 @@ class TokenSelectConfig(BaseModel):
         ge=0,
         description="most tokens by which a reused selection may be out of date",
     )
+    vote: Literal["local", "global"] = Field(
+        default=Method.vote,
+        description="with tensor parallelism: every rank selects with its own heads, or all select the "
+        "same tokens, for an exchange of votes in every layer",
+    )
     positions: Literal["native", "reassigned"] = Field(
         default=Method.positions,
         description="reassigned reads past the trained length: attended tokens are numbered anew",

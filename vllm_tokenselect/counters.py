@@ -37,10 +37,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EngineLabels:
-    """Which engine counted: vLLM's own labels, the served model and the data-parallel rank."""
+    """Who counted: vLLM's own labels, the served model and the data-parallel rank, and which share.
+
+    Every tensor-parallel rank counts its own heads' rows; pipeline-parallel ranks, each with layers of
+    its own, are not told apart.
+    """
 
     model_name: str
     engine: str
+    tp_rank: str = "0"
 
 
 def worker_counters(device: torch.device) -> torch.Tensor:

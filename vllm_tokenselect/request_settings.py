@@ -56,7 +56,7 @@ def requested_top_k(extra_args: Mapping[str, Any] | None, server_top_k: int) -> 
     return server_top_k if top_k is None else top_k
 
 
-def fingerprint(method: Method, top_k: int) -> str:
+def fingerprint(method: Method, top_k: int, tensor_parallel_size: int = 1) -> str:
     """Every setting that the keys and values of a shared block depend on, readable and stable.
 
     The others do not count: `tail_queries`, the Selection Cache and what follows from them act on
@@ -65,6 +65,8 @@ def fingerprint(method: Method, top_k: int) -> str:
     Args:
         method: the server's settings.
         top_k: of the request; `FULL_ATTENTION` depends on no other setting.
+        tensor_parallel_size: processes that a layer's heads are divided among. How many of them select
+            apart counts: none but one where they vote together.
     """
     if top_k == FULL_ATTENTION:
         return f"v{METHOD_VERSION}:off"
@@ -74,6 +76,7 @@ def fingerprint(method: Method, top_k: int) -> str:
         "n_local": method.n_local,
         "query_chunk": method.query_chunk,
         "positions": method.positions,
+        "voters": tensor_parallel_size if method.vote == "local" else 1,
     }
     return f"v{METHOD_VERSION}:" + ",".join(f"{name}={value}" for name, value in settings.items())
 

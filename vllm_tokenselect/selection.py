@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from vllm_tokenselect.kernels.head_group import HeadGroup
 from vllm_tokenselect.kernels.operations import Operations
 from vllm_tokenselect.kernels.rotate.reference import rotate
 from vllm_tokenselect.kernels.rotate.rotation import Rotation
@@ -53,6 +54,7 @@ class StepSelection:
         operations: the implementation to use.
         counts: int64 [5], the counters that rows add to; see `vllm_tokenselect.counters`.
         workspace_bytes: for the scores of the rows that are voted on together.
+        heads: the processes whose heads vote together; None where a process votes for itself.
 
     Attributes:
         plan: the rows by kind; everything below is in its order.
@@ -75,6 +77,7 @@ class StepSelection:
         operations: Operations,
         counts: torch.Tensor,
         workspace_bytes: int = 32 << 20,
+        heads: HeadGroup | None = None,
     ) -> None:
         self.plan = plan = plan.by_kind()
         self.block_table = block_table
@@ -82,6 +85,7 @@ class StepSelection:
         self.method = method
         self.workspace_bytes = workspace_bytes
         self.operations = operations
+        self.heads = heads
         self.counts = counts
         self.fixed_counts = torch.from_numpy(_fixed_counts(plan, method))
         self.row_seq = torch.from_numpy(plan.row_seq)
@@ -142,7 +146,8 @@ class StepSelection:
                 rows.candidate_end,
                 scale,
             )
-            self._fill(rows, votes=self.operations.soft_vote(logits))
+            votes = self.operations.soft_vote(logits)
+            self._fill(rows, votes if self.heads is None else self.heads.sum_votes(votes))
 
     def _rows(self, first: int, last: int) -> Rows:
         return Rows(
@@ -217,6 +222,7 @@ class StepSelection:
                 rows.lengths,
                 selects,
                 self._caching(slice(rows.first, rows.last)),
+                self.heads,
             )
         )
 

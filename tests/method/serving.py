@@ -1,5 +1,9 @@
 """One layer served step by step, and what the definition says that its requests attend to."""
 
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
 from functools import cache
 
 import numpy as np
@@ -7,6 +11,8 @@ import torch
 
 from tests.method.definition import BLOCK_SIZE, HEAD_SIZE, SCALE, best
 from vllm_tokenselect.attention import SdpaAttention, attend
+from vllm_tokenselect.kernels.head_group import HeadGroup
+from vllm_tokenselect.kernels.operations import Operations
 from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
 from vllm_tokenselect.method import Method
 from vllm_tokenselect.plan import SelectionPlan
@@ -29,16 +35,39 @@ CAPACITY, TOKENS = 3, 200
 class Request:
     """Queries, keys and values of one request, and what the definition says it attends to."""
 
-    def __init__(self, name: str, prompt: int, top_k: int = METHOD.top_k, noise: float = 0.12):
+    def __init__(
+        self,
+        name: str,
+        prompt: int,
+        top_k: int = METHOD.top_k,
+        noise: float = 0.12,
+        kv_heads: int = KV_HEADS,
+    ):
         generator = torch.Generator().manual_seed(sum(map(ord, name)))
         self.name, self.prompt, self.top_k, self.done = name, prompt, top_k, 0
         steps = torch.randn(TOKENS, HEADS, HEAD_SIZE, generator=generator)
         steps[1:] *= noise
         self.queries = steps.cumsum(0)
         self.keys, self.values = torch.randn(
-            2, TOKENS, KV_HEADS, HEAD_SIZE, generator=generator
+            2, TOKENS, kv_heads, HEAD_SIZE, generator=generator
         ).unbind(0)
         self.define()
+
+    def share(self, rank: int, ranks: int, apart: bool) -> Request:
+        """The heads of one rank; what they attend to is what all of them select, or they `apart`."""
+        own = copy.copy(self)
+        heads, kv_heads = self.queries.shape[1] // ranks, max(self.keys.shape[1] // ranks, 1)
+        first = rank * self.keys.shape[1] // ranks
+        own.queries = self.queries[:, rank * heads : (rank + 1) * heads]
+        own.keys, own.values = (x[:, first : first + kv_heads] for x in (self.keys, self.values))
+        if apart:
+            own.define()
+        return own
+
+    @property
+    def group(self) -> int:
+        """Query heads of a KV head."""
+        return self.queries.shape[1] // self.keys.shape[1]
 
     def define(self) -> None:
         """Define what is attended anew, for queries or keys that were changed."""
@@ -59,7 +88,7 @@ class Request:
             end = min(start + METHOD.query_chunk, METHOD.tail_start(self.prompt))
             query = self.queries[start : max(end, position + 1)].mean(0)
             if position >= self.prompt and last is not None:
-                heads = (x.view(KV_HEADS, -1) for x in (query, last[0]))
+                heads = (x.reshape(self.keys.shape[1], -1) for x in (query, last[0]))
                 similarity = torch.cosine_similarity(*heads, dim=1).min()
                 old = candidates.stop - last[2] > METHOD.refresh_interval
                 kind = "reused" if similarity >= METHOD.similarity_threshold and not old else kind
@@ -75,7 +104,7 @@ class Request:
 
     def _vote(self, query: torch.Tensor, candidates: range) -> list[int]:
         keys = self.keys[candidates.start : candidates.stop]
-        keys = keys.repeat_interleave(HEADS // KV_HEADS, dim=1)
+        keys = keys.repeat_interleave(self.group, dim=1)
         votes = (torch.einsum("hd,nhd->hn", query, keys) * SCALE).softmax(-1).sum(0)
         return [candidates.start + i for i in best(votes, self.top_k)]
 
@@ -83,26 +112,43 @@ class Request:
     def expected(self, position: int) -> torch.Tensor:
         attended, _ = self.rows[position]
         keys, values = (
-            x[attended].repeat_interleave(HEADS // KV_HEADS, dim=1)
-            for x in (self.keys, self.values)
+            x[attended].repeat_interleave(self.group, dim=1) for x in (self.keys, self.values)
         )
         weights = torch.einsum("hd,nhd->hn", self.queries[position], keys) * SCALE
         return torch.einsum("hn,nhd->hd", weights.softmax(-1), values)
 
 
 class Server:
-    """One layer, served in steps of any requests, each in blocks of its own."""
+    """One layer, served in steps of any requests, each in blocks of its own.
 
-    def __init__(self, operations):
+    Args:
+        operations: which.
+        heads, kv_heads: of the process.
+        together: the processes whose heads vote together.
+    """
+
+    def __init__(
+        self,
+        operations: Callable[[], Operations],
+        heads: int = HEADS,
+        kv_heads: int = KV_HEADS,
+        together: HeadGroup | None = None,
+    ):
+        self.heads, self.kv_heads, self.together = heads, kv_heads, together
         self.operations = operations()
         self.table = RequestTable(CAPACITY)
         self.counts = torch.zeros(5, dtype=torch.int64)
         width = -(-TOKENS // BLOCK_SIZE)
         blocks = torch.randperm(CAPACITY * width).to(torch.int32)
         self.blocks = dict(enumerate(blocks.view(CAPACITY, width)))
-        self.cache = torch.zeros(CAPACITY * width, KV_HEADS, 2, BLOCK_SIZE, HEAD_SIZE)
+        self.cache = torch.zeros(CAPACITY * width, kv_heads, 2, BLOCK_SIZE, HEAD_SIZE)
         self.state = SelectionCacheState.allocate(
-            CAPACITY, METHOD.selection_size, HEADS, HEAD_SIZE, torch.float32, torch.device("cpu")
+            CAPACITY,
+            METHOD.selection_size,
+            heads * (together.size if together else 1),
+            HEAD_SIZE,
+            torch.float32,
+            torch.device("cpu"),
         )
 
     def start(self, *requests: Request) -> None:
@@ -130,11 +176,18 @@ class Server:
         batch = BatchRequests.of_step(StepRequests(self.table, slots), ends, METHOD.top_k)
         plan = SelectionPlan.build(np.cumsum([0, *lens]).astype(np.int32), ends, batch, METHOD)
         step = StepSelection(
-            plan, block_table, BLOCK_SIZE, HEADS, METHOD, self.operations, self.counts
+            plan,
+            block_table,
+            BLOCK_SIZE,
+            self.heads,
+            METHOD,
+            self.operations,
+            self.counts,
+            heads=self.together,
         )
         step.select(query, self.cache, SCALE)
         out = torch.full_like(query, float("nan"))
-        scratch = query.new_empty(2, TOKENS, KV_HEADS, HEAD_SIZE)
+        scratch = query.new_empty(2, TOKENS, self.kv_heads, HEAD_SIZE)
         attend(query, self.cache, step, self.state, SCALE, SdpaAttention(SCALE), scratch, out)
         positions = [(r, p) for r, e in zip(requests, ends, strict=True) for p in range(r.done, e)]
         expected = torch.stack([request.expected(position) for request, position in positions])

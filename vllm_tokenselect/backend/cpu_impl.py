@@ -13,6 +13,7 @@ from vllm_tokenselect.backend.cpu_attention import CpuAttention
 from vllm_tokenselect.backend.cpu_metadata import CpuTokenSelectMetadata
 from vllm_tokenselect.backend.impl import TokenSelectImpl
 from vllm_tokenselect.hooks.log import get_logger
+from vllm_tokenselect.kernels.head_group import HeadGroup
 from vllm_tokenselect.kernels.warmup import compile_cpu_kernels
 from vllm_tokenselect.kernels.write.cpu import write_tokens
 
@@ -29,6 +30,7 @@ class CpuTokenSelectImpl(TokenSelectImpl[CpuTokenSelectMetadata]):
             self.num_heads,
             self.num_kv_heads,
             vllm_config.cache_config.block_size,
+            self.heads,
         )
         method = self.config.method
         longest = method.max_attended
@@ -105,7 +107,12 @@ def _shared_scratch(
 
 @cache
 def _compile_kernels(
-    dtype: torch.dtype, head_size: int, num_heads: int, num_kv_heads: int, block_size: int
+    dtype: torch.dtype,
+    head_size: int,
+    num_heads: int,
+    num_kv_heads: int,
+    block_size: int,
+    heads: HeadGroup | None,
 ) -> None:
     """Compile at start, not in the first request."""
     logger.info("TOKENSELECT: compiling the CPU kernels (about 15 s once, then cached)")
@@ -115,6 +122,7 @@ def _compile_kernels(
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         block_size=block_size,
+        heads=heads,
     )
     wanted = torch.get_num_threads()
     logger.info("TOKENSELECT: the CPU kernels run on %d of PyTorch's %d threads", threads, wanted)

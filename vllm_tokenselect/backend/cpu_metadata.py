@@ -59,6 +59,7 @@ class CpuTokenSelectMetadataBuilder(TokenSelectMetadataBuilder[CpuTokenSelectMet
             self.operations,
             worker_counters(torch.device("cpu")),
             self.config.workspace_bytes("cpu"),
+            self.heads,
         )
         plan = step.plan
         library_rows = {

@@ -19,6 +19,7 @@ from vllm_tokenselect.gpu.rows import StepLimits
 from vllm_tokenselect.gpu.warmup import compile_gpu_kernels
 from vllm_tokenselect.gpu.workspace import Workspace
 from vllm_tokenselect.hooks.log import get_logger
+from vllm_tokenselect.kernels.head_group import HeadGroup
 from vllm_tokenselect.kernels.rotate.rotation import Rotation
 from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
 
@@ -41,6 +42,7 @@ class LayerShape:
         library: that attends.
         dtype: of the queries.
         fp8_dtype: of the KV cache, if it is quantised.
+        heads: the ranks that vote together; None where a rank votes for itself.
     """
 
     limits: StepLimits
@@ -50,6 +52,7 @@ class LayerShape:
     fp8_dtype: torch.dtype | None
     block_size: int
     device: torch.device
+    heads: HeadGroup | None
 
 
 class GpuTokenSelectImpl(TokenSelectImpl[GpuTokenSelectMetadata]):
@@ -68,6 +71,7 @@ class GpuTokenSelectImpl(TokenSelectImpl[GpuTokenSelectMetadata]):
             self.fp8_dtype,
             vllm_config.cache_config.block_size,
             device,
+            self.heads,
         )
         self.workspace, self.attention = _shared(self.shape)
         if not self.reassigns_positions:
@@ -137,7 +141,8 @@ def _shared(shape: LayerShape) -> tuple[Workspace, RowAttention]:
     """Layers run one after the other, so those of a shape share their buffers."""
     limits = shape.limits
     workspace = Workspace(
-        limits, shape.head_size, shape.device, worker_counters(shape.device), shape.dtype
+        *(limits, shape.head_size, shape.device),
+        *(worker_counters(shape.device), shape.dtype, shape.heads),
     )
     logger.info(
         "TOKENSELECT: %d MiB of workspace, scores of %d queries at a time over %d tokens, "
@@ -178,8 +183,9 @@ def _compile(shape: LayerShape, rotated: int | None) -> None:
         # As vLLM's scales, whatever default dtype the model is built with.
         scale = torch.ones((), dtype=torch.float32, device=device)
     if limits.method.reuses_selections:
+        num_heads = limits.num_heads * (shape.heads.size if shape.heads is not None else 1)
         selections = SelectionCacheState.allocate(
-            *(1, limits.method.selection_size, limits.num_heads, shape.head_size),
+            *(1, limits.method.selection_size, num_heads, shape.head_size),
             *(shape.dtype, device),
         )
     if rotated is not None:

@@ -10,6 +10,7 @@ import torch
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.v1.attention.backend import AttentionImpl, AttentionMetadata, AttentionType
 
+from vllm_tokenselect.backend.tensor_parallel import heads_that_vote_together
 from vllm_tokenselect.config import TokenSelectConfig
 from vllm_tokenselect.hooks import install_in_worker, rotary_embedding
 from vllm_tokenselect.kernels.rotate.rotation import Rotation
@@ -58,6 +59,7 @@ class TokenSelectImpl(AttentionImpl[M]):
         self.kv_cache_dtype = kv_cache_dtype
         self.config = TokenSelectConfig.from_additional_config(vllm_config.additional_config)
         self.dtype: torch.dtype = vllm_config.model_config.dtype
+        self.heads = heads_that_vote_together(vllm_config, self.num_kv_heads)
         self.rotation: Rotation | None = None
         if self.reassigns_positions:
             rotary_embedding.install()
@@ -104,7 +106,7 @@ class TokenSelectImpl(AttentionImpl[M]):
         return SelectionCacheState.allocate(
             vllm_config.scheduler_config.max_num_seqs,
             method.selection_size,
-            self.num_heads,
+            self.num_heads * (self.heads.size if self.heads is not None else 1),
             self.head_size,
             self.dtype,
             device,

@@ -16,6 +16,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.utils import get_num_attention_heads_from_layers
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
+from vllm_tokenselect.backend.tensor_parallel import heads_that_vote_together
 from vllm_tokenselect.config import TokenSelectConfig
 from vllm_tokenselect.hooks.log import get_logger
 from vllm_tokenselect.hooks.runner_v1 import current_requests
@@ -60,6 +61,7 @@ class TokenSelectMetadataBuilder(AttentionMetadataBuilder[M]):
         self.num_heads = get_num_attention_heads_from_layers(
             vllm_config, layer_names
         ) or vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config)
+        self.heads = heads_that_vote_together(vllm_config, self.num_kv_heads)
         self.model_runner_v2 = vllm_config.use_v2_model_runner
         self._log_selection_cache(len(layer_names), scheduler.max_num_seqs)
 
@@ -70,7 +72,7 @@ class TokenSelectMetadataBuilder(AttentionMetadataBuilder[M]):
         layer = SelectionCacheState.allocate(
             num_requests,
             self.config.method.selection_size,
-            self.num_heads,
+            self.num_heads * (self.heads.size if self.heads is not None else 1),
             self.head_size,
             self.dtype,
             torch.device("meta"),

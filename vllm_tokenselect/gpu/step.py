@@ -68,11 +68,16 @@ class GpuStep:
         """Decide which of the group's rows reuse a selection."""
         if cache.selections is None:
             return
-        method = workspace.limits.method
+        method, heads = workspace.limits.method, workspace.heads
+        query_start, num_kv_heads = group.query_start_loc[:-1], workspace.limits.num_kv_heads
+        if heads is not None and len(group.chains):
+            # Padded rows start behind the last query; whatever they gather is not looked at.
+            query = heads.gather_heads(query[query_start.clamp(max=len(query) - 1)])
+            query_start, num_kv_heads = workspace.row_numbers[: len(query)], heads.num_kv_heads
         decide_rows(
             query,
-            workspace.limits.num_kv_heads,
-            group.query_start_loc[:-1],
+            num_kv_heads,
+            query_start,
             group.chains,
             method.n_init,
             group.top_k,
@@ -116,11 +121,16 @@ class GpuStep:
             )
 
     def vote(self, group: RowGroup, workspace: Workspace) -> None:
-        """Turn the group's scores into votes."""
+        """Turn the group's scores into votes, of all processes that vote together."""
         buffers = workspace.for_scores(group)
         start = workspace.limits.method.n_init
         scores = Scores(buffers.logits, buffers.maxima, buffers.sums, start, group.scored_end)
         soft_vote(scores, buffers.votes)
+        if workspace.heads is not None:
+            # Behind a row's candidates lies what was there before, and stays unread when summed.
+            votes = workspace.heads.sum_votes(buffers.votes)
+            if votes.data_ptr() != buffers.votes.data_ptr():
+                buffers.votes.copy_(votes)
 
     def build_table(self, group: RowGroup, cache: LayerCache, workspace: Workspace) -> None:
         """Fill the workspace's sparse block table, but for rows that reuse a selection."""

@@ -8,6 +8,7 @@ import torch
 
 from vllm_tokenselect.gpu.rows import RowGroup, StepLimits
 from vllm_tokenselect.kernels.block_table.gpu import TableScratch
+from vllm_tokenselect.kernels.head_group import HeadGroup
 from vllm_tokenselect.kernels.score.gpu import MAX_SPLITS, choose_splits
 
 
@@ -33,11 +34,13 @@ class Workspace:
             selection, and saw their whole context; tokens that were attended, and tokens in context.
             Zeros of its own when None.
         dtype: of the queries; needed where positions are reassigned only.
+        heads: the processes whose heads vote together; None where a process votes for itself.
 
     Attributes:
         slots: int32 [table_rows, table_width], the sparse block table of a group.
         lengths: int32 [table_rows], entries of each row.
         rotated_queries: [max_tokens, Hq, D]; of no tokens where positions are the model's own.
+        row_numbers: int32 [table_rows], 0, 1, 2 ...
     """
 
     def __init__(
@@ -47,19 +50,22 @@ class Workspace:
         device: torch.device,
         counters: torch.Tensor | None = None,
         dtype: torch.dtype = torch.float32,
+        heads: HeadGroup | None = None,
     ) -> None:
         def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
 
         self.limits = limits
-        rows, heads = limits.table_rows, limits.num_heads
+        self.heads = heads
+        rows, num_heads = limits.table_rows, limits.num_heads
         self.slots = empty(rows, limits.table_width, dtype=torch.int32)
         self.lengths = empty(rows, dtype=torch.int32)
-        self.mean_queries = empty(rows, heads, head_size)
-        self.parts = empty(2, rows * heads * MAX_SPLITS)
+        self.mean_queries = empty(rows, num_heads, head_size)
+        self.parts = empty(2, rows * num_heads * MAX_SPLITS)
         self.scores = empty(limits.score_bytes // 4)
         tokens = limits.max_tokens if limits.method.reassigns_positions else 0
-        self.rotated_queries = empty(tokens, heads, head_size, dtype=dtype)
+        self.rotated_queries = empty(tokens, num_heads, head_size, dtype=dtype)
+        self.row_numbers = torch.arange(rows, dtype=torch.int32, device=device)
         self.table_scratch = TableScratch(rows, device)
         if counters is None:
             counters = torch.zeros(5, dtype=torch.int64, device=device)
@@ -69,7 +75,7 @@ class Workspace:
     def num_bytes(self) -> int:
         tensors = (
             *(self.slots, self.lengths, self.mean_queries, self.parts, self.scores),
-            self.rotated_queries,
+            *(self.rotated_queries, self.row_numbers),
         )
         return sum(t.nbytes for t in tensors) + self.table_scratch.num_bytes
 

@@ -40,6 +40,7 @@ SEAM = Seam(
 
 # vLLM hashes a request without saying for which engine; the last one of this process.
 _config: TokenSelectConfig | None = None
+_tensor_parallel_size = 1
 
 
 def extra_keys(request: Request, start_token_idx: int) -> list[tuple[str, str]]:
@@ -55,13 +56,13 @@ def extra_keys(request: Request, start_token_idx: int) -> list[tuple[str, str]]:
         return []
     extra_args = getattr(request.sampling_params, "extra_args", None)
     top_k = requested_top_k(extra_args, _config.top_k)
-    return [("tokenselect", fingerprint(_config.method, top_k))]
+    return [("tokenselect", fingerprint(_config.method, top_k, _tensor_parallel_size))]
 
 
-def use(config: TokenSelectConfig | None) -> None:
+def use(config: TokenSelectConfig | None, tensor_parallel_size: int = 1) -> None:
     """Take the settings of the engine that this process runs; None if it is not on TOKENSELECT."""
-    global _config
-    _config = config
+    global _config, _tensor_parallel_size
+    _config, _tensor_parallel_size = config, tensor_parallel_size
 
 
 def install() -> None:

@@ -104,8 +104,6 @@ def _refuse_features(vllm_config: Any) -> None:
         "speculative decoding with a draft model, whose layers would select too "
         "(--speculative-config)": not _drafts_without_a_model(vllm_config.speculative_config),
         "KV connectors (--kv-transfer-config)": vllm_config.kv_transfer_config is not None,
-        "tensor parallelism (--tensor-parallel-size)": parallel.tensor_parallel_size > 1,
-        "pipeline parallelism (--pipeline-parallel-size)": parallel.pipeline_parallel_size > 1,
         "decode context parallelism": parallel.decode_context_parallel_size > 1,
         "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
         "pooling models (--runner pooling)": vllm_config.model_config is not None

@@ -74,10 +74,10 @@ class _Metric:
     name: str
     help: str
     counters: tuple[str, ...]
-    labels: tuple[str, ...] = ("model_name", "engine")
+    labels: tuple[str, ...] = ("model_name", "engine", "tp_rank")
 
     def label_values(self, engine: EngineLabels, counter: str) -> tuple[str, ...]:
-        return (engine.model_name, engine.engine, counter)[: len(self.labels)]
+        return (engine.model_name, engine.engine, engine.tp_rank, counter)[: len(self.labels)]
 
 
 _METRICS = (
@@ -86,7 +86,7 @@ _METRICS = (
         "Rows of the sparse block tables, over all layers: reselected, reused from the Selection "
         "Cache, or dense, which attend to their whole context.",
         ROW_KINDS,
-        ("model_name", "engine", "kind"),
+        ("model_name", "engine", "tp_rank", "kind"),
     ),
     _Metric(
         "vllm:tokenselect_tokens_attended",
@@ -170,9 +170,12 @@ def start_publishing(vllm_config: Any, device: torch.device) -> None:
             directory or "not set",
         )
         return
+    from vllm.distributed import get_tensor_model_parallel_rank
+
     engine = EngineLabels(
         model_name=str(vllm_config.model_config.served_model_name),
         engine=str(vllm_config.parallel_config.data_parallel_index),
+        tp_rank=str(get_tensor_model_parallel_rank()),
     )
     if variable == _PROMETHEUS_VARIABLE:
         write = _prometheus_writer(engine)

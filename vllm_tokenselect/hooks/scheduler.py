@@ -42,7 +42,8 @@ class WholeChunks:
         self._hit_limit: int | None = None
         self._limit_prefix_cache()
         # In the process where requests are hashed, and before any is.
-        block_hashes.use(self.tokenselect)
+        parallel = self.vllm_config.parallel_config  # type: ignore[attr-defined]
+        block_hashes.use(self.tokenselect, parallel.tensor_parallel_size)
         block_hashes.install()
 
     def _limit_prefix_cache(self) -> None:

@@ -7,6 +7,7 @@ import torch
 
 from vllm_tokenselect.kernels.block_table.cpu import build_sparse_block_table
 from vllm_tokenselect.kernels.gather.cpu import gather_tokens
+from vllm_tokenselect.kernels.head_group import HeadGroup
 from vllm_tokenselect.kernels.score.cpu import score_paged_keys
 from vllm_tokenselect.kernels.single_queries.cpu import single_queries
 from vllm_tokenselect.kernels.single_queries.rows import SingleQueryRows
@@ -41,7 +42,12 @@ def use_torch_threads() -> int:
 
 
 def compile_cpu_kernels(
-    kv_dtype: torch.dtype, head_size: int, num_heads: int, num_kv_heads: int, block_size: int
+    kv_dtype: torch.dtype,
+    head_size: int,
+    num_heads: int,
+    num_kv_heads: int,
+    block_size: int,
+    heads: HeadGroup | None = None,
 ) -> int:
     """Run every numba kernel once on tiny inputs of the layer's shape; sets numba's threads.
 
@@ -50,6 +56,7 @@ def compile_cpu_kernels(
     Args:
         kv_dtype: fp32, bf16 or fp16, the cache's dtype.
         head_size, num_heads, num_kv_heads, block_size: of the layer.
+        heads: the processes whose heads vote together, which all call this.
 
     Returns:
         the number of numba's threads, as `use_torch_threads` does.
@@ -72,6 +79,6 @@ def compile_cpu_kernels(
     table = (block_table, row_seq, 0, top_k, ends, ends, block_size, slots, lengths)
     build_sparse_block_table(votes, *table)
     gather_tokens(kv_cache, slots[0, :1], keys, torch.empty_like(keys))
-    layer = single_queries(SingleQueryRows(row_seq, *table, selects=True))
+    layer = single_queries(SingleQueryRows(row_seq, *table, selects=True, heads=heads))
     layer(query, kv_cache, 1.0, torch.empty_like(query), None, None)
     return numba_threads

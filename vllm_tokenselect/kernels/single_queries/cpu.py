@@ -1,6 +1,7 @@
 """A layer's work for rows of one query on a CPU, in one call of compiled code.
 
 In decoding a layer takes a fraction of a millisecond; five calls from Python would be a third of it.
+Where processes vote together they are two, one before the votes are added up and one behind.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls
@@ -22,6 +23,7 @@ from vllm_tokenselect.kernels.cpu_arrays import (
     token_elements,
 )
 from vllm_tokenselect.kernels.cpu_tiles import LANES, rotate_run, widen
+from vllm_tokenselect.kernels.head_group import HeadGroup
 from vllm_tokenselect.kernels.rotate.rotation import Rotation
 from vllm_tokenselect.kernels.score.cpu import score_rows
 from vllm_tokenselect.kernels.selection_cache.cpu import decide_rows, finish_rows
@@ -47,7 +49,8 @@ def single_queries(rows: SingleQueryRows) -> Layer:
         rows.slots.numpy(),
         rows.lengths.numpy(),
     )
-    uses_state = _caching_arrays(rows.caching, len(ends))
+    caching = _caching_arrays(rows.caching, len(ends))
+    heads = rows.heads if rows.selects else None
 
     def layer(
         query: torch.Tensor,
@@ -59,27 +62,40 @@ def single_queries(rows: SingleQueryRows) -> Layer:
     ) -> None:
         in_place = out.is_contiguous()
         attended = out if in_place else torch.empty_like(out, memory_format=torch.contiguous_format)
-        _single_queries(
-            *token_elements(query),
-            query_index,
-            cache_elements(kv_cache),
-            *table,
-            rows.selects,
-            np.float32(scale),
-            query.shape[1],
-            kv_cache.shape[1],
-            kv_cache.shape[4],
-            *uses_state,
-            *_state_arrays(state, query),
-            rotation_table(None if rotation is None else rotation.vote[None]),
-            rotation_table(None if rotation is None else rotation.cos_sin),
-            cache_elements(attended),
-        )
+        asking = (*token_elements(query), query_index)
+        cache = (cache_elements(kv_cache), kv_cache.shape[1], rows.block_size, kv_cache.shape[4])
+        scoring = (query.shape[1], np.float32(scale))
+        stored = _state_arrays(state, query)
+        vote_turn = rotation_table(None if rotation is None else rotation.vote[None])
+        cos_sin = rotation_table(None if rotation is None else rotation.cos_sin)
+        if heads is None:
+            deciding = (*asking, query.shape[1] * kv_cache.shape[4], kv_cache.shape[1])
+            before = (asking, deciding, cache, table, scoring, caching, stored, vote_turn)
+            _single_queries(rows.selects, *before, cos_sin, cache_elements(attended))
+        else:
+            deciding = _of_all_heads(heads, query, query_index, caching[0].any())
+            before = (asking, deciding, cache, table, scoring, caching, stored, vote_turn)
+            selecting, reused_end, votes = _vote(*before)
+            if len(selecting):
+                votes = heads.sum_votes(torch.from_numpy(votes)).numpy()
+            _select(selecting, reused_end, votes, table, caching, stored)
+            _attend(asking, cache, table, scoring, cos_sin, cache_elements(attended))
         if not in_place:
             index = rows.query_index.long()
             out[index] = attended[index]
 
     return layer
+
+
+def _of_all_heads(
+    heads: HeadGroup, query: torch.Tensor, query_index: np.ndarray, caching: bool
+) -> tuple[Any, ...]:
+    """What the Selection Cache compares: the rows' queries of every process's heads."""
+    if not caching:  # nothing will be compared; only the types count
+        return *token_elements(query), query_index, 0, heads.num_kv_heads
+    gathered = heads.gather_heads(query[torch.from_numpy(query_index).long()])
+    index = np.arange(len(query_index), dtype=np.int32)
+    return *token_elements(gathered), index, gathered[0].numel(), heads.num_kv_heads
 
 
 def _caching_arrays(caching: CachingRows | None, num_rows: int) -> tuple[Any, ...]:
@@ -110,153 +126,65 @@ def _state_arrays(state: SelectionCacheState | None, query: torch.Tensor) -> tup
 
 @njit(cache=True)
 def _single_queries(
-    queries,
-    query_distance,
-    query_index,
-    elements,
-    block_table,
-    row_seq,
-    n_init,
-    top_k,
-    candidate_ends,
-    context_ends,
-    block_size,
-    slots,
-    lengths,
-    selects,
-    scale,
-    num_heads,
-    num_kv_heads,
-    head_size,
-    caches,
-    slot,
-    owner,
-    threshold,
-    refresh_interval,
-    counts,
-    stored_queries,
-    stored_selections,
-    stored_ends,
-    stored_owners,
-    vote_turn,
-    cos_sin,
-    out,
+    selects, asking, deciding, cache, table, scoring, caching, stored, vote_turn, cos_sin, out
 ):
     if selects:
-        reused_end = np.empty(len(query_index), np.int32)
-        decide_rows(
-            queries,
-            query_distance,
-            query_index,
-            num_heads * head_size,
-            num_kv_heads,
-            caches,
-            slot,
-            owner,
-            candidate_ends,
-            threshold,
-            refresh_interval,
-            stored_queries,
-            stored_ends,
-            stored_owners,
-            reused_end,
+        selecting, reused_end, votes = _vote(
+            asking, deciding, cache, table, scoring, caching, stored, vote_turn
         )
-        rows = np.flatnonzero(reused_end == SELECTS)
-        if len(rows) > 0:
-            _select_rows(
-                rows,
-                queries,
-                query_distance,
-                query_index,
-                elements,
-                block_table,
-                row_seq,
-                n_init,
-                top_k,
-                candidate_ends,
-                context_ends,
-                block_size,
-                slots,
-                lengths,
-                scale,
-                num_heads,
-                num_kv_heads,
-                head_size,
-                vote_turn,
-            )
-        finish_rows(
-            caches,
-            reused_end,
-            slot,
-            block_table,
-            row_seq,
-            n_init,
-            top_k,
-            context_ends,
-            block_size,
-            slots,
-            lengths,
-            stored_selections,
-            counts,
-        )
-    attend_rows(
-        queries,
-        query_distance,
-        query_index,
-        elements,
-        slots,
-        lengths,
-        scale,
-        num_heads,
-        num_kv_heads,
-        block_size,
-        head_size,
-        cos_sin,
-        out,
+        _select(selecting, reused_end, votes, table, caching, stored)
+    _attend(asking, cache, table, scoring, cos_sin, out)
+
+
+@njit(cache=True)
+def _vote(asking, deciding, cache, table, scoring, caching, stored, vote_turn):
+    """Which rows select, where the candidates of the others' selections ended, and the former's votes."""
+    queries, query_distance, query_index = asking
+    deciding_queries, deciding_distance, deciding_index, deciding_size, all_kv_heads = deciding
+    elements, num_kv_heads, block_size, head_size = cache
+    block_table, row_seq, n_init, _, candidate_ends, _, _, _, _ = table
+    num_heads, scale = scoring
+    caches, slot, owner, threshold, refresh_interval, _ = caching
+    stored_queries, _, stored_ends, stored_owners = stored
+    reused_end = np.empty(len(query_index), np.int32)
+    decide_rows(
+        deciding_queries,
+        deciding_distance,
+        deciding_index,
+        deciding_size,
+        all_kv_heads,
+        caches,
+        slot,
+        owner,
+        candidate_ends,
+        threshold,
+        refresh_interval,
+        stored_queries,
+        stored_ends,
+        stored_owners,
+        reused_end,
     )
-
-
-@njit
-def _select_rows(
-    rows,
-    queries,
-    query_distance,
-    query_index,
-    elements,
-    block_table,
-    row_seq,
-    n_init,
-    top_k,
-    candidate_ends,
-    context_ends,
-    block_size,
-    slots,
-    lengths,
-    scale,
-    num_heads,
-    num_kv_heads,
-    head_size,
-    vote_turn,
-):
-    """Score, vote and build the table for some of the rows."""
-    ends = candidate_ends[rows]
+    selecting = np.flatnonzero(reused_end == SELECTS)
+    if len(selecting) == 0:
+        return selecting, reused_end, np.empty((0, 0), np.float32)
+    ends = candidate_ends[selecting]
     width = ends.max() - n_init
     stride = (head_size + LANES - 1) // LANES * LANES
-    padded = np.zeros((len(rows), num_heads, stride), np.float32)
+    padded = np.zeros((len(selecting), num_heads, stride), np.float32)
     flat = padded.reshape(-1)
-    for line in range(len(rows) * num_heads):
-        source = query_index[rows[line // num_heads]] * query_distance
+    for line in range(len(selecting) * num_heads):
+        source = query_index[selecting[line // num_heads]] * query_distance
         source += line % num_heads * head_size
         widen(queries, source, head_size, flat, line * stride)
         if vote_turn.shape[1] > 0:
             rotate_run(flat, line * stride, vote_turn, 0)
-    logits = np.empty((len(rows), num_heads, width), np.float32)
-    votes = np.empty((len(rows), width), np.float32)
+    logits = np.empty((len(selecting), num_heads, width), np.float32)
+    votes = np.empty((len(selecting), width), np.float32)
     score_rows(
         padded,
         elements,
         block_table,
-        row_seq[rows],
+        row_seq[selecting],
         n_init,
         ends,
         scale,
@@ -266,9 +194,13 @@ def _select_rows(
         logits,
     )
     vote_rows(logits, votes)
-    build_rows(
-        rows,
-        votes,
+    return selecting, reused_end, votes
+
+
+@njit(cache=True)
+def _select(selecting, reused_end, votes, table, caching, stored):
+    """Build the table of the rows that select, and complete it by the others."""
+    (
         block_table,
         row_seq,
         n_init,
@@ -278,4 +210,56 @@ def _select_rows(
         block_size,
         slots,
         lengths,
+    ) = table
+    caches, slot, _, _, _, counts = caching
+    if len(selecting) > 0:
+        build_rows(
+            selecting,
+            votes,
+            block_table,
+            row_seq,
+            n_init,
+            top_k,
+            candidate_ends,
+            context_ends,
+            block_size,
+            slots,
+            lengths,
+        )
+    finish_rows(
+        caches,
+        reused_end,
+        slot,
+        block_table,
+        row_seq,
+        n_init,
+        top_k,
+        context_ends,
+        block_size,
+        slots,
+        lengths,
+        stored[1],
+        counts,
+    )
+
+
+@njit(cache=True)
+def _attend(asking, cache, table, scoring, cos_sin, out):
+    queries, query_distance, query_index = asking
+    elements, num_kv_heads, block_size, head_size = cache
+    num_heads, scale = scoring
+    attend_rows(
+        queries,
+        query_distance,
+        query_index,
+        elements,
+        table[7],
+        table[8],
+        scale,
+        num_heads,
+        num_kv_heads,
+        block_size,
+        head_size,
+        cos_sin,
+        out,
     )

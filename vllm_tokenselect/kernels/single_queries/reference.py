@@ -53,10 +53,17 @@ def _select_or_reuse(
     state: SelectionCacheState,
     rotation: Rotation | None,
 ) -> None:
+    deciding, index, num_kv_heads = query, rows.query_index, kv_cache.shape[1]
+    if rows.heads is not None:
+        deciding, num_kv_heads = (
+            rows.heads.gather_heads(query[index.long()]),
+            rows.heads.num_kv_heads,
+        )
+        index = torch.arange(len(index))
     reused_ends = decide(
-        query,
-        kv_cache.shape[1],
-        rows.query_index,
+        deciding,
+        num_kv_heads,
+        index,
         caching.caches,
         caching.slot,
         caching.owner,
@@ -106,8 +113,9 @@ def _select(
     if rotation is not None:
         queries = rotate(queries, rotation.vote[None])
     slots, lengths = rows.slots[which], rows.lengths[which]
+    votes = soft_vote(score_paged_keys(queries, kv_cache, *table, ends, scale))
     build_sparse_block_table(
-        soft_vote(score_paged_keys(queries, kv_cache, *table, ends, scale)),
+        votes if rows.heads is None else rows.heads.sum_votes(votes),
         *table,
         rows.top_k[which],
         ends,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_tokenselect.kernels.head_group import HeadGroup
 from vllm_tokenselect.kernels.rotate.rotation import Rotation
 from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
 
@@ -21,6 +22,7 @@ class SingleQueryRows:
         selects: whether the rows have more than `top_k` candidates, all of them. If not, their lines
             of `slots` and `lengths` must be filled already, and are only read.
         caching: how the rows take part in the Selection Cache; None if none does.
+        heads: the processes whose heads vote together; None where a process votes for itself.
     """
 
     query_index: torch.Tensor
@@ -35,6 +37,7 @@ class SingleQueryRows:
     lengths: torch.Tensor
     selects: bool
     caching: CachingRows | None = None
+    heads: HeadGroup | None = None
 
 
 @dataclass(frozen=True)
