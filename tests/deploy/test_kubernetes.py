@@ -223,7 +223,3 @@ def test_rays_head_starts_ray_and_then_the_server():
     lines = config_map("kuberay")[script.rpartition("/")[2]].splitlines()
     assert lines[-1] == "exec vllm serve --config /etc/tokenselect/vllm.yaml"
     assert any("KUBERAY_GEN_RAY_START_CMD" in line for line in lines)
-
-
-def test_this_release_says_that_it_refuses_tensor_parallelism():
-    assert "refuses `--tensor-parallel-size` above 1" in (ROOT / "README.md").read_text()

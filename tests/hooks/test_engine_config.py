@@ -104,6 +104,15 @@ def test_an_engine_feature_that_is_not_served_is_refused_by_name(selected, featu
         configure(selected, "cpu")
 
 
+def test_pipeline_stages_that_vllm_cannot_run_eagerly_on_cpus_are_refused(selected):
+    selected.parallel_config.pipeline_parallel_size = 2
+    selected.model_config.enforce_eager = True
+    with pytest.raises(SettingsError, match=r"--enforce-eager on CPUs.*Leave it out"):
+        configure(selected, "cpu")
+    selected.model_config.enforce_eager = False
+    configure(selected, "cpu")
+
+
 @pytest.mark.parametrize("kind", ["pooling models", "encoder-decoder models"])
 def test_a_kind_of_model_that_is_not_served_is_refused_by_name(selected, kind):
     selected.model_config = SimpleNamespace(

@@ -36,7 +36,7 @@ CPU = torch.device("cpu")
 def work(rank):
     config = SimpleNamespace(
         model_config=SimpleNamespace(served_model_name="model"),
-        parallel_config=SimpleNamespace(data_parallel_index=rank),
+        parallel_config=SimpleNamespace(data_parallel_index=rank, rank=0, tensor_parallel_size=1),
     )
     start_publishing(config, CPU)
     worker_counters(CPU).add_(torch.tensor([7, 5, 3, 100, 400]))
@@ -108,11 +108,11 @@ def samples(page: str) -> dict[tuple[str, ...], float]:
 
 def expected(engine: str, workers: int) -> dict[tuple[str, ...], float]:
     return {
-        ("vllm:tokenselect_rows_total", engine, "reselected", "model"): 7 * workers,
-        ("vllm:tokenselect_rows_total", engine, "reused", "model"): 5 * workers,
-        ("vllm:tokenselect_rows_total", engine, "dense", "model"): 3 * workers,
-        ("vllm:tokenselect_tokens_attended_total", engine, "model"): 100 * workers,
-        ("vllm:tokenselect_tokens_in_context_total", engine, "model"): 400 * workers,
+        ("vllm:tokenselect_rows_total", engine, "reselected", "model", "0"): 7 * workers,
+        ("vllm:tokenselect_rows_total", engine, "reused", "model", "0"): 5 * workers,
+        ("vllm:tokenselect_rows_total", engine, "dense", "model", "0"): 3 * workers,
+        ("vllm:tokenselect_tokens_attended_total", engine, "model", "0"): 100 * workers,
+        ("vllm:tokenselect_tokens_in_context_total", engine, "model", "0"): 400 * workers,
     }
 
 
@@ -222,7 +222,7 @@ def test_a_worker_counts_from_when_it_is_warm(monkeypatch, tmp_path, own_state, 
     class Worker:
         vllm_config = SimpleNamespace(
             model_config=SimpleNamespace(served_model_name="model"),
-            parallel_config=SimpleNamespace(data_parallel_index=0),
+            parallel_config=SimpleNamespace(data_parallel_index=0, rank=0, tensor_parallel_size=1),
         )
         device = CPU
 

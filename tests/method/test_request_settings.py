@@ -51,19 +51,28 @@ def test_what_cannot_be_used_is_named_with_what_can(extra_args, named):
 
 
 def test_a_fingerprint_can_be_read():
-    settings = "top_k=1024,n_init=128,n_local=512,query_chunk=512,positions=native"
+    settings = "top_k=1024,n_init=128,n_local=512,query_chunk=512,positions=native,voters=1"
     assert fingerprint(Method(), 1024) == f"v1:{settings}"
     assert fingerprint(Method(), FULL_ATTENTION) == "v1:off"
 
 
 # Of the settings, those that what is shared does not depend on.
 UNSHARED = {"tail_queries", "similarity_threshold", "refresh_interval"}
+OTHER = {"positions": "reassigned", "vote": "global"}
 
 
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Method)])
 def test_a_fingerprint_tells_every_setting_that_a_shared_block_depends_on(name):
     default = Method()
-    other = "reassigned" if name == "positions" else getattr(default, name) + 1
+    other = OTHER[name] if name in OTHER else getattr(default, name) + 1
     changed = dataclasses.replace(default, **{name: other})
-    same = fingerprint(changed, changed.top_k) == fingerprint(default, default.top_k)
+    ranks = 2
+    same = fingerprint(changed, changed.top_k, ranks) == fingerprint(default, default.top_k, ranks)
     assert same == (name in UNSHARED)
+
+
+def test_ranks_that_vote_together_share_blocks_with_one_that_has_all_heads():
+    together, apart = Method(vote="global"), Method(vote="local")
+    assert fingerprint(together, 1024, 4) == fingerprint(together, 1024)
+    assert fingerprint(apart, 1024, 4) != fingerprint(apart, 1024)
+    assert fingerprint(apart, 1024) == fingerprint(together, 1024)

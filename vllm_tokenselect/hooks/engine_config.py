@@ -73,7 +73,7 @@ def configure(vllm_config: Any, device_type: str) -> None:
             f"tokenselect attention={config.attention!r} is for GPUs; on a CPU vLLM's own attention "
             "kernel is used. Leave it out."
         )
-    _refuse_features(vllm_config)
+    _refuse_features(vllm_config, device_type)
     if vllm_config.speculative_config is not None and config.method.reuses_selections:
         config = _without_selection_cache(vllm_config, config)
     if vllm_config.model_config is None:
@@ -98,12 +98,17 @@ def configure(vllm_config: Any, device_type: str) -> None:
         os.environ.setdefault("NUMBA_NUM_THREADS", str(os.cpu_count()))
 
 
-def _refuse_features(vllm_config: Any) -> None:
+def _refuse_features(vllm_config: Any, device_type: str) -> None:
     parallel = vllm_config.parallel_config
     refused = {
         "speculative decoding with a draft model, whose layers would select too "
         "(--speculative-config)": not _drafts_without_a_model(vllm_config.speculative_config),
         "KV connectors (--kv-transfer-config)": vllm_config.kv_transfer_config is not None,
+        "pipeline parallelism with --enforce-eager on CPUs, where vLLM's own workers fail at the first "
+        "request (--pipeline-parallel-size)": parallel.pipeline_parallel_size > 1
+        and device_type == "cpu"
+        and vllm_config.model_config is not None
+        and vllm_config.model_config.enforce_eager,
         "decode context parallelism": parallel.decode_context_parallel_size > 1,
         "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
         "pooling models (--runner pooling)": vllm_config.model_config is not None

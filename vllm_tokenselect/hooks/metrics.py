@@ -170,12 +170,11 @@ def start_publishing(vllm_config: Any, device: torch.device) -> None:
             directory or "not set",
         )
         return
-    from vllm.distributed import get_tensor_model_parallel_rank
-
+    parallel = vllm_config.parallel_config
     engine = EngineLabels(
         model_name=str(vllm_config.model_config.served_model_name),
-        engine=str(vllm_config.parallel_config.data_parallel_index),
-        tp_rank=str(get_tensor_model_parallel_rank()),
+        engine=str(parallel.data_parallel_index),
+        tp_rank=str(parallel.rank % parallel.tensor_parallel_size),
     )
     if variable == _PROMETHEUS_VARIABLE:
         write = _prometheus_writer(engine)

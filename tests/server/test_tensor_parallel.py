@@ -1,0 +1,121 @@
+"""Two ranks on a real server, by vLLM's processes, by Ray, and on two hosts: they say what one says."""
+
+from __future__ import annotations
+
+import os
+import urllib.request
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from pathlib import Path
+
+import openai
+import psutil
+import pytest
+
+from tests.models.divisible import with_divisible_heads
+from tests.oracle.cases import CACHED_SETTINGS
+from tests.prometheus import metric
+from tests.server.conftest import FP32, Client, Completion, serving
+from tests.server.test_client import wait_until
+from tests.server.test_killed_worker import is_alive
+from tests.server.two_hosts import RayCluster, two_hosts
+
+pytestmark = pytest.mark.server
+
+TOGETHER = {**asdict(CACHED_SETTINGS), "vote": "global"}
+APART = {**asdict(CACHED_SETTINGS), "vote": "local"}
+RAY_ON_CPU = Path(__file__).parent.parent / "ray_on_cpu"
+# One thread a rank, wherever this process may run, and a KV cache of 1 GiB.
+RANK = {
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+}
+RANKS: dict[str, dict[str, str]] = {
+    "mp": RANK,
+    "ray": {
+        **RANK,
+        "RAY_OVERRIDE_RESOURCES": '{"GPU": 2}',
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",  # as vLLM's own workers are
+        "RAY_memory_monitor_refresh_ms": "0",  # other tests may use the machine's memory
+        "PYTHONPATH": os.pathsep.join([str(RAY_ON_CPU), os.environ.get("PYTHONPATH", "")]),
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def model(smollm2, tmp_path_factory) -> Path:
+    """SmolLM2, whose three KV heads two ranks cannot divide, with a fourth that does nothing."""
+    return with_divisible_heads(smollm2, tmp_path_factory.mktemp("divisible") / "smollm2")
+
+
+@pytest.fixture(scope="module")
+def asked(prompts) -> list[list[int]]:
+    return [prompts(900 + i, 60 + 137 * i % 1900) for i in range(20)]
+
+
+@pytest.fixture(scope="module")
+def alone(model, asked) -> list[Completion]:
+    """What one process with all heads says."""
+    with serving(model, settings=TOGETHER, extra_args=FP32) as client:
+        return client.complete_all(asked, 12)
+
+
+def two_ranks(
+    model: Path, settings: dict, executor: str, env: dict[str, str] | None = None
+) -> AbstractContextManager[Client]:
+    arguments = ("--tensor-parallel-size", "2", "--distributed-executor-backend", executor)
+    env = RANKS[executor] if env is None else env
+    return serving(model, settings=settings, extra_args=(*FP32, *arguments), env=env)
+
+
+def counted(client: Client, kind: str) -> Callable[[str], float]:
+    """Rows of a kind that a rank has counted."""
+    with urllib.request.urlopen(f"{client.server.base_url}/metrics", timeout=30) as answer:
+        page = answer.read().decode()
+    return lambda rank: metric(page, "vllm:tokenselect_rows_total", kind=kind, tp_rank=rank)
+
+
+@pytest.mark.parametrize("executor", RANKS)
+def test_ranks_that_vote_together_say_what_one_process_says(model, asked, alone, executor):
+    with two_ranks(model, TOGETHER, executor) as client:
+        said = client.complete_all(asked, 12)
+        assert [c.tokens for c in said] == [c.tokens for c in alone]
+        for kind in ("reselected", "reused", "dense"):
+            wait_until(
+                lambda kind=kind: 0 < counted(client, kind)("0") == counted(client, kind)("1")
+            )
+
+
+def test_ranks_apart_answer_and_a_killed_one_ends_the_server(model, asked):
+    with two_ranks(model, APART, "mp") as client:
+        client.complete_all(asked[10:14], 12)
+        wait_until(lambda: counted(client, "reused")("0") != counted(client, "reused")("1"))
+        server = psutil.Process(client.server.pid)
+        processes = server.children(recursive=True)
+        second = next(p for p in processes if "VLLM::Worker_TP1" in "".join(p.cmdline()))
+        second.kill()
+        with pytest.raises(openai.APIError):
+            client.complete(asked[0], 50)
+        wait_until(lambda: not any(map(is_alive, (server, *processes))))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces are root's to make")
+def test_ranks_on_two_hosts_answer_and_a_lost_host_ends_the_server(model, asked, alone, tmp_path):
+    with two_hosts() as hosts:
+        cluster = RayCluster(hosts, tmp_path / "ray", RANKS["ray"])
+        cluster.start()
+        assert cluster.refuses_a_wrong_token()
+        here, there = hosts
+        host_env = {**cluster.env, "VLLM_HOST_IP": here.address}
+        with here.entered(), two_ranks(model, TOGETHER, "ray", host_env) as client:
+            longest = max(range(len(asked)), key=lambda i: len(asked[i]))
+            assert client.complete(asked[longest], 12).tokens == alone[longest].tokens
+            there.lose_power()
+            with pytest.raises(openai.APIError):
+                client.complete(asked[longest], 50)
+            server = psutil.Process(client.server.pid)
+            wait_until(lambda: not is_alive(server))
+            assert "RayWorkerProc" in client.server.log()
