@@ -18,6 +18,7 @@ from vllm_tokenselect.gpu.flash_attention import GatheredFlashAttention, PagedFl
 from vllm_tokenselect.gpu.rows import RowBuffers, RowGroup, StepLimits, graph_rows, step_rows
 from vllm_tokenselect.gpu.step import GpuStep
 from vllm_tokenselect.gpu.workspace import Workspace
+from vllm_tokenselect.kernels.head_group import HeadGroup
 from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
 from vllm_tokenselect.method import FULL_ATTENTION, Method
 from vllm_tokenselect.plan import SelectionPlan
@@ -76,11 +77,23 @@ class Running:
 
 
 class Server:
-    """A layer with its caches, a few texts, and steps over whichever requests are running."""
+    """A layer with its caches, a few texts, and steps over whichever requests are running.
+
+    Args:
+        together: the processes that vote together, of which this one is the `rank`-th.
+    """
 
     def __init__(
-        self, lengths: list[int], method: Method = METHOD, workspace_bytes: int = 1 << 20
+        self,
+        lengths: list[int],
+        method: Method = METHOD,
+        workspace_bytes: int = 1 << 20,
+        together: HeadGroup | None = None,
+        rank: int = 0,
     ) -> None:
+        ranks = together.size if together else 1
+        heads, kv_heads = HEADS // ranks, KV_HEADS // ranks
+        self.own_heads = slice(rank * heads, (rank + 1) * heads)
         _, kv_cache, self.block_table = paged_step(
             [(0, length, length) for length in lengths], HEADS, KV_HEADS, torch.float32
         )
@@ -91,16 +104,17 @@ class Server:
         ]
         device = torch.device(DEVICE)
         self.limits = StepLimits(
-            *(method, HEADS, KV_HEADS, MAX_LEN, workspace_bytes),
+            *(method, heads, kv_heads, MAX_LEN, workspace_bytes),
             full_attention=not method.reassigns_positions,
             max_tokens=MAX_LEN,
         )
         self.counters = torch.zeros(5, dtype=torch.int64, device=device)
-        self.workspace = Workspace(self.limits, HEAD_SIZE, device, self.counters)
+        self.workspace = Workspace(self.limits, HEAD_SIZE, device, self.counters, heads=together)
         state = SelectionCacheState.allocate(
             CAPACITY, method.selection_size, HEADS, HEAD_SIZE, torch.float32, device
         )
-        pages = kv_cache.permute(0, 3, 1, 2, 4).contiguous().permute(0, 2, 3, 1, 4)
+        own = kv_cache[:, rank * kv_heads : (rank + 1) * kv_heads]
+        pages = own.permute(0, 3, 1, 2, 4).contiguous().permute(0, 2, 3, 1, 4)
         self.cache = LayerCache(
             pages.to(DEVICE),
             selections=state if method.reuses_selections else None,
@@ -109,7 +123,7 @@ class Server:
         self.attention: RowAttention = PagedFlashAttention(defined_varlen)
         if method.reassigns_positions:
             buffer = GatherBuffer(
-                *(KV_HEADS, HEAD_SIZE, torch.float32, method.max_attended, device)
+                *(kv_heads, HEAD_SIZE, torch.float32, method.max_attended, device)
             )
             self.attention = GatheredFlashAttention(defined_varlen, 2, buffer)
         self.expected = Counter[str]()
@@ -135,6 +149,7 @@ class Server:
         query = torch.zeros(tokens, HEADS, HEAD_SIZE)
         asked = [self.texts[request.text].queries[first:end] for request, first, end in parts]
         query[: sum(map(len, asked))] = torch.cat(asked)
+        query = query[:, self.own_heads]
         blocks = torch.zeros(max(tokens, len(parts)), self.block_table.shape[1], dtype=torch.int32)
         for seq, (request, _, _) in enumerate(parts):
             blocks[seq] = self.block_table[request.text]
@@ -157,7 +172,7 @@ class Server:
             for position in range(first, end)
         ]
         torch.testing.assert_close(
-            actual[: len(expected)], torch.stack(expected), rtol=2e-4, atol=2e-5
+            actual[: len(expected)], torch.stack(expected)[:, self.own_heads], rtol=2e-4, atol=2e-5
         )
         assert self.counters.tolist() == [
             self.expected[name] for name in (*KINDS, "attended", "context")

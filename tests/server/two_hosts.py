@@ -72,6 +72,9 @@ class RayCluster:
 
     Attributes:
         env: what a process needs to take part.
+
+    Args:
+        folder: for Ray's files, of a short name: sockets are among them.
     """
 
     def __init__(self, hosts: tuple[Host, Host], folder: Path, env: dict[str, str]) -> None:
@@ -95,13 +98,16 @@ class RayCluster:
         env = {**os.environ, **self.env, "VLLM_HOST_IP": host.address}
         env.pop("RAY_ADDRESS")  # `ray start` takes it for the cluster that it should join
         with host.entered():
-            subprocess.run(
+            done = subprocess.run(
                 [RAY, "start", *arguments, *own, "--disable-usage-stats"],
                 env=env,
-                check=True,
+                check=False,
                 capture_output=True,
+                text=True,
                 timeout=120,
             )
+        if done.returncode:
+            raise OSError(f"ray start: {done.stdout}{done.stderr}")
 
     def refuses_a_wrong_token(self) -> bool:
         """Whether somebody on the network is turned away who has another token, and nobody else."""

@@ -1,0 +1,33 @@
+"""Two ranks that vote together, on the GPU's path: eager and as a graph replays it."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.gpu.test_selection_cache import KINDS, KV_HEADS, Graph, Running, Server, decode
+from tests.method.ranks import GlooHeads, on_ranks
+
+FIRST, SECOND = slice(0, 3), slice(3, 6)
+
+
+def serve(rank: int, captured: bool, workspace_bytes: int) -> None:
+    """Decode three requests on one rank; every step is compared with the definition."""
+    together = GlooHeads(KV_HEADS)
+    server = Server([200, 150, 90], together=together, rank=rank, workspace_bytes=workspace_bytes)
+    # Only one rank's heads ask for something else from there on.
+    for text, position, heads in ((0, 108, FIRST), (0, 113, SECOND), (1, 127, SECOND)):
+        server.texts[text].queries[position:, heads] *= -1
+    graph = Graph(server, 5) if captured else None
+    running = [Running(0, 2, 1, 100), Running(1, 0, 2, 100), Running(2, 3, 3, 40)]
+    together.calls.clear()
+    decode(server, running, [100, 120, 40], 20, graph)
+    assert all(server.expected[kind] >= 5 for kind in KINDS)
+    if captured:
+        groups = len(graph.captured)
+        assert together.calls == ["gather", "sum"] * groups * 20, "the same in every step"
+
+
+@pytest.mark.parametrize("captured", [False, True], ids=["eager", "replayed"])
+@pytest.mark.parametrize("workspace_bytes", [1 << 20, 12000], ids=["one group", "several groups"])
+def test_ranks_select_what_one_process_with_all_heads_would(tmp_path, captured, workspace_bytes):
+    on_ranks(tmp_path, serve, captured, workspace_bytes)

@@ -1,0 +1,89 @@
+"""Options of `vllm serve` that users combine do with TOKENSELECT what they do without it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.models.shortened import first_layers
+from tests.server.conftest import FP32, Client, serving
+
+pytestmark = pytest.mark.server
+
+LAYERS, RANK = 3, 8
+COVERING = {"top_k": 4096}  # more than any prompt here has: full attention
+NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}
+CHOICES = ["north", "south"]
+
+
+@pytest.fixture(scope="module")
+def model(smollm2, tmp_path_factory) -> Path:
+    return first_layers(smollm2, tmp_path_factory.mktemp("models") / "shortened", LAYERS)
+
+
+@pytest.fixture(scope="module")
+def adapter(model, tmp_path_factory) -> Path:
+    """A LoRA adapter of keys and values, whose numbers are random and large enough to be noticed."""
+    config = json.loads((model / "config.json").read_text())
+    width = config["hidden_size"]
+    kv_width = width // config["num_attention_heads"] * config["num_key_value_heads"]
+    generator = torch.Generator().manual_seed(0)
+    weights = {}
+    for layer in range(LAYERS):
+        for name in ("k_proj", "v_proj"):
+            prefix = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+            weights[f"{prefix}.lora_A.weight"] = 0.1 * torch.randn(RANK, width, generator=generator)
+            weights[f"{prefix}.lora_B.weight"] = 0.1 * torch.randn(
+                kv_width, RANK, generator=generator
+            )
+    folder = tmp_path_factory.mktemp("adapter")
+    save_file(weights, folder / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "bias": "none"}
+    settings |= {"target_modules": ["k_proj", "v_proj"], "base_model_name_or_path": str(model)}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def ask(client: Client, prompt: list[int], model: str, **asked: object) -> str:
+    answer = client.openai.completions.create(
+        model=model, prompt=prompt, max_tokens=12, temperature=0, extra_body=asked
+    )
+    return answer.choices[0].text
+
+
+def answers(client: Client, batch: list[list[int]]) -> dict[str, list[str]]:
+    """What is said plainly, through the adapter, and in the only words that are allowed."""
+    return {
+        "plain": [ask(client, prompt, client.model) for prompt in batch],
+        "adapter": [ask(client, prompt, "adapter") for prompt in batch],
+        "choice": [
+            ask(client, prompt, client.model, structured_outputs={"choice": CHOICES})
+            for prompt in batch
+        ],
+    }
+
+
+OPTIONS = ("--no-enable-prefix-caching", "--speculative-config", json.dumps(NGRAM))
+
+
+def test_combined_options_change_nothing_that_is_said(model, adapter, prompts):
+    """Compiled, without prefix caching, with drafts, adapters and structured output, all at once."""
+    batch = [prompts(700, 300), prompts(701, 1500)]
+    lora = ("--enable-lora", "--max-lora-rank", str(RANK), "--lora-modules", f"adapter={adapter}")
+    with serving(model, backend="CPU_ATTN", extra_args=(*FP32, *lora)) as client:
+        expected = answers(client, batch)
+    assert expected["adapter"] != expected["plain"]
+    assert {*expected["choice"]} <= {*CHOICES}
+    arguments = (*FP32, *lora, *OPTIONS)
+    with serving(model, settings=COVERING, extra_args=arguments, enforce_eager=False) as client:
+        assert answers(client, batch) == expected
+
+
+def test_a_quantised_cache_is_refused_on_a_cpu(refusal):
+    log = refusal({}, "--kv-cache-dtype", "fp8")
+    assert "TOKENSELECT" in log
+    assert "fp8" in log
