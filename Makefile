@@ -11,7 +11,7 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types pytest check-vllm bench gpu-check endurance clean
+.PHONY: help setup demo test lint types pytest check-vllm bench gpu-check endurance scaling clean
 
 help:
 	@echo "make demo                        a real model on TOKENSELECT answers about a long document"
@@ -22,6 +22,7 @@ help:
 	@echo "make gpu-check                   every check and benchmark that wants a GPU, in ten minutes"
 	@echo "make endurance                   an hour and more of random load on real servers"
 	@echo "make bench ARGS='--help'         speed against vLLM's own CPU attention"
+	@echo "make scaling                     write the tables of deploy/SCALING.md anew"
 
 setup: $(STAMP)
 
@@ -74,6 +75,9 @@ endurance: setup
 # installation of its own would be for CPUs.
 gpu-check:
 	@$(PYTHON) -m benchmarks.gpu_check $(ARGS)
+
+scaling: setup
+	@$(BIN)/python deploy/scaling_tables.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis dist build

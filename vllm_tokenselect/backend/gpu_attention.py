@@ -12,7 +12,11 @@ from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
 
 from vllm_tokenselect.config import TokenSelectConfig
 from vllm_tokenselect.gpu.attention import GatherBuffer, RowAttention, SdpaAttention
-from vllm_tokenselect.gpu.flash_attention import GatheredFlashAttention, PagedFlashAttention
+from vllm_tokenselect.gpu.flash_attention import (
+    GatheredFlashAttention,
+    PagedFlashAttention,
+    reads_in_place,
+)
 from vllm_tokenselect.hooks.log import get_logger
 from vllm_tokenselect.method import SettingsError
 
@@ -79,15 +83,6 @@ def serves_full_attention(vllm_config: VllmConfig) -> str | None:
         f"{library_name(library, version)} attends over gathered tokens here; it takes FlashAttention 3, "
         "which is for Hopper GPUs (H100, H200)"
     )
-
-
-def reads_in_place(version: int | None, as_cached: bool) -> bool:
-    """Whether this version of FlashAttention reads the cache through the sparse block table.
-
-    Args:
-        as_cached: whether keys are attended as they are cached, neither widened nor rotated.
-    """
-    return version == 3 and as_cached
 
 
 def library_name(library: Library, version: int | None) -> str:

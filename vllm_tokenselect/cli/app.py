@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from vllm_tokenselect.cli.errors import said_in_words
 from vllm_tokenselect.cli.evaluate import evaluate
+from vllm_tokenselect.cli.plan import plan
 
 app = typer.Typer(
     name="tokenselect",
@@ -20,6 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("eval")(evaluate)
+app.command()(plan)
 
 
 @app.command()
@@ -91,7 +92,7 @@ def inspect(
     """
     from vllm_tokenselect.cli.inspect import Subject, run_inspect
 
-    with _said_in_words():
+    with said_in_words():
         subject = Subject(model, settings, device, length, seed)
         run_inspect(subject, prompt, Console(), json_path, plot)
 
@@ -120,21 +121,10 @@ def tune(
     """Propose the smallest top_k that keeps a model's loss, on your prompts or on built-in ones."""
     from vllm_tokenselect.cli.inspect import Subject, run_tune
 
-    with _said_in_words():
+    with said_in_words():
         subject = Subject(model, settings, device, length, seed)
         budgets = budget or [256, 512, 1024, 2048, 4096]
         chosen = run_tune(
             subject, prompt or [], budgets, max_loss, samples, count, Console(), json_path
         )
     raise typer.Exit(0 if chosen is not None else 1)
-
-
-@contextmanager
-def _said_in_words() -> Iterator[None]:
-    """What cannot be done is an error message and exit status 2, not a traceback."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        console = Console(stderr=True, highlight=False)
-        console.print(str(error), style="red", markup=False, soft_wrap=True)
-        raise typer.Exit(2) from None

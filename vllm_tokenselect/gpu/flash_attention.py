@@ -16,6 +16,15 @@ from vllm_tokenselect.gpu.rows import RowGroup
 VarlenFunction = Callable[..., Any]
 
 
+def reads_in_place(version: int | None, as_cached: bool) -> bool:
+    """Whether this version of FlashAttention reads the cache through the sparse block table.
+
+    Args:
+        as_cached: whether keys are attended as they are cached, neither widened nor rotated.
+    """
+    return version == 3 and as_cached
+
+
 class PagedFlashAttention:
     """FlashAttention 3, which takes pages of a single token: reads the cache where it lies.
 

@@ -56,7 +56,7 @@ class StepLimits:
 
     def __post_init__(self) -> None:
         if self.rows_that_fit(self.max_width) < 1:
-            needed = -(-self._row_bytes(self.max_width) // 2**20)
+            needed = -(-self.row_bytes(self.max_width) // 2**20)
             raise SettingsError(
                 f"tokenselect workspace_mb={self.workspace_bytes >> 20} cannot hold the scores of "
                 f"one query over max_model_len={self.max_model_len} tokens and {self.num_heads} "
@@ -85,15 +85,16 @@ class StepLimits:
 
     def rows_that_fit(self, width: int) -> int:
         """Rows of `width` candidates that the workspace holds."""
-        return min(self.workspace_bytes // max(self._row_bytes(width), 1), self.table_rows)
+        return min(self.workspace_bytes // max(self.row_bytes(width), 1), self.table_rows)
 
     @property
     def score_bytes(self) -> int:
         """What the largest group needs of the workspace."""
-        return min(self.workspace_bytes, self.table_rows * self._row_bytes(self.max_width))
+        return min(self.workspace_bytes, self.table_rows * self.row_bytes(self.max_width))
 
-    def _row_bytes(self, width: int) -> int:
-        return 4 * width * (self.num_heads + 1)  # every head's scores, and the votes
+    def row_bytes(self, width: int) -> int:
+        """Every head's scores of a row of `width` candidates, and its votes."""
+        return 4 * width * (self.num_heads + 1)
 
 
 @dataclass(frozen=True)
