@@ -212,8 +212,8 @@ def test_a_worker_publishes_once_under_the_labels_of_vllms_own_metrics(
         family.name: [sample.labels for sample in family.samples]
         for family in text_string_to_metric_families(page)
     }
-    assert labels["vllm:num_requests_running"]
-    assert labels["vllm:tokenselect_tokens_attended"] == labels["vllm:num_requests_running"]
+    [vllms_own] = labels["vllm:num_requests_running"]
+    assert labels["vllm:tokenselect_tokens_attended"] == [{**vllms_own, "tp_rank": "0"}]
 
 
 def test_a_worker_counts_from_when_it_is_warm(monkeypatch, tmp_path, own_state, started):

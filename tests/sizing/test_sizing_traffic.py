@@ -1,6 +1,6 @@
 """What is read and sent follows from the step's own plan and from who votes."""
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import pytest
 
@@ -58,7 +58,7 @@ def test_gathering_reads_writes_and_reads_again(model):
 
 def test_one_gpu_sends_nothing(model):
     for vote in ("local", "global"):
-        moved = traffic_of(model, server(vote=vote), Layout(1, 1, 8))
+        moved = traffic_of(model, server(settings={"vote": vote}), Layout(1, 1, 8))
         for sent in (moved.decoding, moved.chunk, moved.prompt):
             assert set(asdict(sent).values()) == {0}
 
@@ -72,7 +72,7 @@ def test_local_votes_cost_no_network(model):
 
 def test_global_votes_are_as_wide_as_the_longest_context_in_every_layer(model):
     local = server(settings=SELECTING)
-    asked = replace(local, vote="global")
+    asked = local.with_settings(vote="global")
     moved = traffic_of(model, asked, Layout(TP, 1, 1))
     width = step_limits(asked, RankShape.of(model, TP)).max_width
     assert moved.decoding.votes == int(6 * 2 * (TP - 1) / TP * 4 * width)
@@ -87,7 +87,7 @@ def test_global_votes_are_as_wide_as_the_longest_context_in_every_layer(model):
 
 def test_without_a_selection_cache_no_queries_are_gathered(model):
     settings = {**SELECTING, "similarity_threshold": 1}
-    moved = traffic_of(model, server(settings=settings, vote="global"), Layout(TP, 1, 1))
+    moved = traffic_of(model, server(settings={**settings, "vote": "global"}), Layout(TP, 1, 1))
     assert moved.decoding.queries == 0
     assert moved.decoding.votes > 0
 

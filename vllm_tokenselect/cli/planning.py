@@ -66,7 +66,7 @@ class Question:
         batched_tokens, seqs = gpu.batch
         dtype = _choice(self.dtype, "--dtype", {"auto": model.dtype, **DTYPES})
         kv_dtype = _choice(self.kv_cache_dtype, "--kv-cache-dtype", {"auto": dtype, **KV_DTYPES})
-        config, vote = read_settings(self.settings)
+        config = read_settings(self.settings)
         return Server(
             gpu=gpu,
             context=parse_tokens(self.context),
@@ -76,7 +76,6 @@ class Question:
             kv_dtype=kv_dtype,
             weight_bytes=weight_bytes(self.weights_dtype or str(dtype).removeprefix("torch.")),
             config=config,
-            vote=vote,
             utilization=self.gpu_memory_utilization,
             reserve=parse_bytes(self.reserve),
         )

@@ -69,7 +69,7 @@ def plan_layout(model: ModelShape, server: Server, layout: Layout) -> LayoutPlan
         SettingsError: when the setting `workspace_mb` is too small for the context.
     """
     attended = Attended.of(server)
-    together = replace(server, vote="global")
+    together = server.with_settings(vote="global")
     stages = [
         (stage, gpu_memory(model, server, layout, stage))
         for stage in cut_stages(model.layers, layout.pp)

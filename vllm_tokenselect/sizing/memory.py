@@ -147,7 +147,7 @@ def _buffers(
     table = workspace.slots.nbytes + workspace.lengths.nbytes + workspace.table_scratch.num_bytes
     return Buffers(
         weights=_weights(model, server, layout, stage),
-        selection_cache=_selection_cache(server, stage, rank),
+        selection_cache=_selection_cache(server, layout, stage, rank),
         workspace=workspace.num_bytes - table,
         sparse_block_table=table,
         gather_buffer=0 if server.attends_in_place else _gather_buffer(server, rank, limits),
@@ -169,14 +169,16 @@ def _weights(model: ModelShape, server: Server, layout: Layout, stage: Stage) ->
     return int(matrices / tp * server.weight_bytes) + ends // tp * wide + vectors * wide
 
 
-def _selection_cache(server: Server, stage: Stage, rank: RankShape) -> int:
+def _selection_cache(server: Server, layout: Layout, stage: Stage, rank: RankShape) -> int:
     method = server.config.method
+    # Ranks that vote together keep the queries of all of them.
+    ranks = layout.tp if method.vote == "global" else 1
     if not method.reuses_selections:
         return 0
     layer = SelectionCacheState.allocate(
         server.max_num_seqs,
         method.selection_size,
-        rank.num_heads,
+        ranks * rank.num_heads,
         rank.head_size,
         server.dtype,
         META,

@@ -88,7 +88,7 @@ def network_table(plan: LayoutPlan) -> Table:
     moved, settings = plan.traffic, plan.server.config
     context = show_tokens(plan.server.context)
     table = _table(
-        f'a GPU sends (vote "{plan.server.vote}")',
+        f'a GPU sends (vote "{plan.server.config.vote}")',
         "a token",
         f"last chunk of {settings.query_chunk}",
         f"prompt of {context}",

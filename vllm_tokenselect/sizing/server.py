@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -12,8 +11,6 @@ from vllm_tokenselect.config import TokenSelectConfig
 from vllm_tokenselect.gpu.flash_attention import reads_in_place
 from vllm_tokenselect.method import SettingsError
 from vllm_tokenselect.sizing.units import parse_bytes
-
-Vote = Literal["local", "global"]
 
 BLOCK_SIZE = 16  # of vLLM's KV cache on a GPU
 GIB = 1 << 30
@@ -91,7 +88,6 @@ class Server:
         kv_dtype: of the KV cache.
         weight_bytes: bytes of a weight in a layer's matrices.
         config: settings of TOKENSELECT.
-        vote: whether the GPUs of a layer select alike ("global") or each for its own heads.
         utilization: share of the memory that vLLM may use.
         reserve: bytes for CUDA, NCCL and CUDA graphs. A guess.
     """
@@ -104,7 +100,6 @@ class Server:
     kv_dtype: torch.dtype
     weight_bytes: float
     config: TokenSelectConfig
-    vote: Vote = "local"
     utilization: float = 0.9
     reserve: int = 2 * GIB
 
@@ -126,6 +121,15 @@ class Server:
         flash = self.config.attention in ("auto", "flash") and self.dtype != torch.float32
         as_cached = self.kv_dtype.itemsize > 1 and not method.reassigns_positions
         return reads_in_place(self.gpu.flash_attention if flash else None, as_cached)
+
+    def with_settings(self, **changed: object) -> Server:
+        """The same server, some settings changed.
+
+        Raises:
+            SettingsError: for settings that cannot be used.
+        """
+        given = {**self.config.model_dump(exclude_unset=True), **changed}
+        return replace(self, config=TokenSelectConfig.from_mapping(given))
 
     @property
     def usable(self) -> int:
@@ -150,20 +154,14 @@ def weight_bytes(text: str) -> float:
     return size
 
 
-def read_settings(text: str) -> tuple[TokenSelectConfig, Vote]:
-    """Settings of TOKENSELECT, and who votes, from JSON.
+def read_settings(text: str) -> TokenSelectConfig:
+    """Settings of TOKENSELECT from JSON.
 
     Raises:
         SettingsError: for what is no JSON object of settings.
     """
     try:
-        given: dict[str, Any] = json.loads(text)
+        given = json.loads(text)
     except json.JSONDecodeError as error:
         raise SettingsError(f"--settings {text!r} is no JSON: {error}") from None
-    vote: Vote = "local"
-    if isinstance(given, dict) and "vote" not in TokenSelectConfig.model_fields:
-        vote = given.pop("vote", vote)
-        if vote not in ("local", "global"):
-            raise SettingsError(f'vote = {vote!r}: it is "local" or "global"')
-    config = TokenSelectConfig.from_mapping(given)
-    return config, getattr(config, "vote", vote)
+    return TokenSelectConfig.from_mapping(given)

@@ -190,7 +190,7 @@ def _network(
     gathered = (tp - 1) / tp  # sent in an all-gather, of what everybody has in the end
     reduced = 2 * gathered  # sent in an all-reduce
     all_reduces = 2 * len(stage.layers) + stage.first
-    votes_together = server.vote == "global" and tp > 1 and bool(vote_widths)
+    votes_together = server.config.vote == "global" and tp > 1 and bool(vote_widths)
     layers = stage.selecting if votes_together else 0
     compares = layers if decoding and server.config.method.reuses_selections else 0
     query = model.num_heads * model.head_size * itemsize

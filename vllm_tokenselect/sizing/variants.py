@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from vllm_tokenselect.config import TokenSelectConfig
 from vllm_tokenselect.method import SettingsError
 from vllm_tokenselect.sizing.choice import LayoutPlan, plan_layout
 from vllm_tokenselect.sizing.server import Server
@@ -28,20 +27,17 @@ def vary(plan: LayoutPlan) -> list[tuple[str, LayoutPlan | str]]:
 
 
 def _changes(server: Server) -> Iterator[tuple[str, Any]]:
-    config = server.config
-
     def setting(**changed: object) -> Any:
-        given = {**config.model_dump(exclude_unset=True), **changed}
-        return lambda: replace(server, config=TokenSelectConfig.from_mapping(given))
+        return lambda: server.with_settings(**changed)
 
     for name in ("top_k", "n_local", "query_chunk"):
-        value = 2 * getattr(config, name)
+        value = 2 * getattr(server.config, name)
         yield f"{name} {value}", setting(**{name: value})
     yield "similarity_threshold 1", setting(similarity_threshold=1)
     for size in (128, 2048):
         yield f"workspace_mb {size}", setting(workspace_mb=size)
     yield 'positions "reassigned"', setting(positions="reassigned")
-    yield 'vote "global"', lambda: replace(server, vote="global")
+    yield 'vote "global"', setting(vote="global")
     yield "--kv-cache-dtype fp8", lambda: replace(server, kv_dtype=torch.float8_e4m3fn)
     for size in (16, 256):
         yield f"--max-num-seqs {size}", lambda size=size: replace(server, max_num_seqs=size)
