@@ -21,7 +21,7 @@ help:
 	@echo "make check-vllm VERSION=0.33.0   check every hook against a vLLM release"
 	@echo "make gpu-check                   every check and benchmark that wants a GPU, in ten minutes"
 	@echo "make endurance                   an hour and more of random load on real servers"
-	@echo "make bench ARGS='--help'         speed against vLLM's own CPU attention"
+	@echo "make bench ARGS='--help'         speed against vLLM's own attention"
 	@echo "make scaling                     write the tables of deploy/SCALING.md anew"
 
 setup: $(STAMP)
@@ -60,7 +60,7 @@ check-vllm: setup
 	@$(BIN)/python -m vllm_tokenselect.hooks.check --version $(VERSION)
 
 bench: setup
-	@$(BIN)/python -m benchmarks.serve $(ARGS)
+	@$(BIN)/tokenselect bench $(ARGS)
 
 # 200 requests in every way that they can be served, 15 minutes of random load, models of many families, and
 # a hundred thousand steps of each state machine.

@@ -78,7 +78,7 @@ class SmallServer:
         app = web.Application(client_max_size=2**26)
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/version", self._version)
-        app.router.add_get("/metrics", self._metrics)
+        app.router.add_get("/metrics", self.metrics)
         app.router.add_post("/tokenize", self._tokenize)
         app.router.add_post("/detokenize", self._detokenize)
         for path, answer in (
@@ -94,7 +94,7 @@ class SmallServer:
         return int(self._runner.addresses[0][1])
 
     def _counted(self, answer: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
-        async def handle(request: web.Request) -> web.Response:
+        async def handle(request: web.Request) -> web.StreamResponse:
             self._open += 1
             self.most = max(self.most, self._open)
             try:
@@ -106,11 +106,15 @@ class SmallServer:
                 if status != 200:
                     return web.json_response({"error": "not now"}, status=status)
                 self.bodies.append(body)
-                return web.json_response(answer(body))
+                return await self.respond(request, answer(body))
             finally:
                 self._open -= 1
 
         return handle
+
+    async def respond(self, request: web.Request, answer: dict[str, Any]) -> web.StreamResponse:
+        """An answer as it is sent."""
+        return web.json_response(answer)
 
     async def _models(self, request: web.Request) -> web.Response:
         entries = [
@@ -122,7 +126,7 @@ class SmallServer:
     async def _version(self, request: web.Request) -> web.Response:
         return web.json_response({"version": "0.32.0"})
 
-    async def _metrics(self, request: web.Request) -> web.Response:
+    async def metrics(self, request: web.Request) -> web.Response:
         if self.attends is None:
             return web.Response(text="vllm:other_total 5\n")
         attended, in_context = (count * len(self.bodies) for count in self.attends)

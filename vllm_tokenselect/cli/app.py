@@ -8,9 +8,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from vllm_tokenselect.cli.errors import said_in_words
+from vllm_tokenselect.cli.bench import bench
 from vllm_tokenselect.cli.evaluate import evaluate
 from vllm_tokenselect.cli.plan import plan
+from vllm_tokenselect.cli.refusals import said_in_words
 
 app = typer.Typer(
     name="tokenselect",
@@ -21,6 +22,7 @@ app = typer.Typer(
 )
 app.command("eval")(evaluate)
 app.command()(plan)
+app.command()(bench)
 
 
 @app.command()

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
+
+from vllm_tokenselect.cli.options import json_object, lengths_of, one_of, words
+from vllm_tokenselect.cli.refusals import said_in_words
 
 
 def _lm_eval_tasks(wanted: bool) -> None:
     if wanted:
         print(Path(__file__).parent.parent / "evaluation" / "lm_eval_tasks")
         raise typer.Exit
-
-
-def _words(listed: str) -> tuple[str, ...]:
-    return tuple(word.strip() for word in listed.split(",") if word.strip())
 
 
 def evaluate(
@@ -85,22 +83,21 @@ def evaluate(
     """
     from vllm_tokenselect.cli.evaluation import Request, Side, run_evaluation
 
-    errors = Console(stderr=True, highlight=False)
-    try:
-        other = Side(against or url, against_model, _object(against_xargs, "--against-xargs"))
+    with said_in_words():
+        other = Side(against or url, against_model, json_object(against_xargs, "--against-xargs"))
         asked = Request(
-            served=Side(url, model, _object(xargs, "--xargs")),
+            served=Side(url, model, json_object(xargs, "--xargs")),
             against=None if against is None else other,
             tokenizer=tokenizer,
-            chat_api=_one_of(api, ("completions", "chat"), "--api") == "chat",
+            chat_api=one_of(api, ("completions", "chat"), "--api") == "chat",
             chat_template=chat_template,
             text=text,
             json=json_path,
             resume=resume,
             plots=plots,
             settings={
-                "tasks": None if tasks is None else _words(tasks),
-                "lengths": _numbers(lengths),
+                "tasks": None if tasks is None else words(tasks),
+                "lengths": lengths_of(lengths),
                 "samples": samples,
                 "texts": texts,
                 "steps": steps,
@@ -111,33 +108,5 @@ def evaluate(
                 "timeout": timeout,
             },
         )
-    except ValueError as error:
-        errors.print(str(error), style="red", markup=False, soft_wrap=True)
-        raise typer.Exit(2) from None
+    errors = Console(stderr=True, highlight=False)
     raise typer.Exit(run_evaluation(asked, Console(), errors))
-
-
-def _numbers(listed: str) -> tuple[int, ...]:
-    try:
-        found = tuple(map(int, _words(listed)))
-    except ValueError:
-        found = ()
-    if not found or min(found) < 1:
-        raise ValueError(f"--lengths {listed!r}: tokens, with commas between them, as 4096,32768")
-    return found
-
-
-def _object(text: str, option: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise ValueError(f'{option} {text!r} is no JSON object, such as {{"tokenselect": "off"}}')
-    return found
-
-
-def _one_of(value: str, allowed: tuple[str, ...], option: str) -> str:
-    if value not in allowed:
-        raise ValueError(f"{option} {value!r}: it is {' or '.join(allowed)}")
-    return value

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from vllm_tokenselect.cli.progress import counting_bar
+from vllm_tokenselect.cli.refusals import refuse
 
 EXTRA = "pip install 'vllm-tokenselect[eval]'"
 _NEEDED = ("aiohttp", "lm_eval", "matplotlib", "nltk", "scipy", "tenacity", "transformers")
@@ -66,7 +68,7 @@ def run_evaluation(asked: Request, console: Console, errors: Console) -> int:
         Exit status: 0 when all was answered, 2 for what cannot be asked, 1 when it was not answered.
     """
     if missing := [name for name in _NEEDED if find_spec(name) is None]:
-        return _refuse(errors, f"{', '.join(missing)} not installed: {EXTRA}", 2)
+        return refuse(errors, f"{', '.join(missing)} not installed: {EXTRA}", 2)
     from vllm_tokenselect.evaluation.client import ServerError
 
     # A polite `kill` ends the run as Ctrl-C does.
@@ -74,19 +76,14 @@ def run_evaluation(asked: Request, console: Console, errors: Console) -> int:
     try:
         evaluation = Evaluation(asked, console)
     except (ServerError, ValueError, OSError) as error:
-        return _refuse(errors, str(error), 2)
+        return refuse(errors, str(error), 2)
     status = 0
     try:
         evaluation.run()
     except (ServerError, ValueError) as error:
-        status = _refuse(errors, str(error), 1)
+        status = refuse(errors, str(error), 1)
     finally:
         evaluation.show()
-    return status
-
-
-def _refuse(console: Console, message: str, status: int) -> int:
-    console.print(message, style="red", markup=False, soft_wrap=True, highlight=False)
     return status
 
 
@@ -188,13 +185,7 @@ class Evaluation:
             for name in self.endpoints
             if replace(cell, method=name) not in self.report
         ]
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-        )
-        with Progress(*columns, console=self._console) as progress:
+        with counting_bar(self._console) as progress:
             bar = progress.add_task("", total=len(todo))
 
             def on_done(cell: Any) -> None:

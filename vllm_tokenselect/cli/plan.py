@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from vllm_tokenselect.cli.errors import said_in_words
+from vllm_tokenselect.cli.refusals import said_in_words
 
 
 def plan(

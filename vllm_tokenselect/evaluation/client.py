@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
@@ -14,6 +15,7 @@ import tenacity
 
 _RETRIED = (429, 500, 502, 503, 504)
 _TOKEN = "token_id:"  # vLLM's spelling of a token by its id
+_EVENT = b"data: {"  # how a line of a streamed answer starts; the last one has [DONE] instead
 # The log-probability of a token that was the only one allowed, where the server masks before it counts.
 _CERTAIN = -1e-6
 
@@ -47,7 +49,7 @@ class Client:
     """Asks a server, so many requests at a time, all of them greedy.
 
     Connection errors, time-outs and the statuses 429, 500 and 502 to 504 are tried again, each time after
-    a longer pause; any other error is the request's own and ends the run.
+    a longer pause; any other error is the request's own and ends the run. Streams are never tried again.
 
     Args:
         endpoint: where and how.
@@ -71,6 +73,7 @@ class Client:
         self._timeout = aiohttp.ClientTimeout(total=timeout)
         self._attempts, self._pause = attempts, pause
         self._session: aiohttp.ClientSession | None = None
+        self._fixed = {"model": endpoint.model, "temperature": 0.0}
 
     async def __aenter__(self) -> Self:
         key = os.environ.get("OPENAI_API_KEY")
@@ -158,8 +161,38 @@ class Client:
         Raises:
             ServerError: when the server refuses it, or does not answer in any attempt.
         """
-        fixed = {"model": self.endpoint.model, "temperature": 0.0}
-        return await self._send(path, {**fixed, **body, **self.endpoint.extra})
+        return await self._send(path, {**self._fixed, **body, **self.endpoint.extra})
+
+    @property
+    def is_full(self) -> bool:
+        """Whether as many requests are open as may be."""
+        return self._places.locked()
+
+    async def stream(self, path: str, body: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
+        """The events of the answer to a greedy request of the model, as they come.
+
+        Asked once: whoever looks at the clock must not wait for a second attempt.
+
+        Raises:
+            ServerError: when the server refuses it, breaks off, or is not done in time.
+        """
+        assert self._session is not None, "use the client in `async with`"
+        url = self.endpoint.url + path
+        options = {"stream": True, "stream_options": {"include_usage": True}}
+        asked = {**self._fixed, **body, **options, **self.endpoint.extra}
+        try:
+            async with self._places, self._session.post(url, json=asked) as answer:
+                if answer.status != 200:
+                    text = (await answer.text())[:500]
+                    raise ServerError(f"{url} answered HTTP {answer.status}: {text}")
+                async for line in answer.content:
+                    if line.startswith(_EVENT):
+                        event: dict[str, Any] = json.loads(line[len(_EVENT) - 1 :])
+                        if "error" in event:
+                            raise ServerError(f"{url} broke off: {event['error']}")
+                        yield event
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise ServerError(f"{url} failed: {str(error) or type(error).__name__}") from error
 
     async def _send(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
         retrying = tenacity.AsyncRetrying(

@@ -15,6 +15,8 @@ from vllm_tokenselect.evaluation.client import ServerError
 
 _ATTENDED = "vllm:tokenselect_tokens_attended_total"
 _IN_CONTEXT = "vllm:tokenselect_tokens_in_context_total"
+_ROWS = "vllm:tokenselect_rows_total"
+ROW_KINDS = ("reselected", "reused", "dense")
 
 
 @dataclass(frozen=True)
@@ -68,17 +70,21 @@ def ask_server(url: str, model: str | None) -> ServerFacts:
     return ServerFacts(url, name, entry.get("root"), entry.get("max_model_len"), version)
 
 
-def refuse_lengths(facts: ServerFacts, lengths: Iterable[int]) -> None:
+def refuse_lengths(facts: ServerFacts, lengths: Iterable[int], answer: int = 0) -> None:
     """Refuse lengths that the server's model cannot take.
+
+    Args:
+        answer: tokens of the answer, where the lengths are of prompts alone.
 
     Raises:
         ServerError: naming them, the most that is allowed, and what to do.
     """
     limit = facts.max_model_len
-    too_long = [length for length in lengths if limit is not None and length > limit]
+    too_long = [length for length in lengths if limit is not None and length + answer > limit]
     if too_long:
+        told = f" and {answer} of an answer" if answer else ""
         raise ServerError(
-            f"--lengths {', '.join(map(str, too_long))}: {facts.model} at {facts.url} takes {limit} "
+            f"--lengths {', '.join(map(str, too_long))}{told}: {facts.model} at {facts.url} takes {limit} "
             "tokens at most, prompt and answer together; ask for less, or start the server with a "
             "larger --max-model-len"
         )
@@ -90,18 +96,33 @@ def attended_tokens(url: str) -> tuple[float, float] | None:
     Both are summed over layers. None without such counters: the server does not run on TOKENSELECT, or does
     not tell.
     """
+    counts = selection_counts(url)
+    return None if counts is None else (counts["attended"], counts["in_context"])
+
+
+def selection_counts(url: str) -> dict[str, float] | None:
+    """What was selected since the server started, summed over layers.
+
+    Returns:
+        tokens "attended" to and "in_context" and, where the server tells, rows of each of `ROW_KINDS`; None
+        without such counters, as for `attended_tokens`.
+    """
     try:
         with urllib.request.urlopen(f"{url}/metrics", timeout=30) as answer:
             text = answer.read().decode()
     except OSError:
         return None
-    attended, in_context = (_sum(text, name) for name in (_ATTENDED, _IN_CONTEXT))
-    return None if attended is None or in_context is None else (attended, in_context)
+    found = {"attended": _sum(text, _ATTENDED), "in_context": _sum(text, _IN_CONTEXT)}
+    if None in found.values():
+        return None
+    found |= {kind: _sum(text, _ROWS, f'kind="{kind}"') for kind in ROW_KINDS}
+    return {name: count for name, count in found.items() if count is not None}
 
 
-def _sum(text: str, counter: str) -> float | None:
-    values = re.findall(rf"^{counter}(?:{{[^}}]*}})? (\S+)$", text, re.MULTILINE)
-    return sum(map(float, values)) if values else None
+def _sum(text: str, counter: str, label: str = "") -> float | None:
+    samples = re.findall(rf"^{counter}(?:{{([^}}]*)}})? (\S+)$", text, re.MULTILINE)
+    values = [float(value) for labels, value in samples if label in labels]
+    return sum(values) if values else None
 
 
 def request(url: str, body: Mapping[str, Any] | None = None, timeout: float = 60.0) -> Any:
