@@ -1,0 +1,36 @@
+"""Two pipeline stages, each with layers of its own, say what one process says.
+
+Compiled: vLLM's CPU workers cannot run stages eagerly. That takes minutes: not among other tests.
+"""
+
+from dataclasses import asdict
+
+import pytest
+
+from tests.models.shortened import first_layers
+from tests.oracle.cases import CACHED_SETTINGS
+from tests.server.conftest import FP32, serving
+
+pytestmark = pytest.mark.endurance
+
+STAGES = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.parametrize("positions", ["native", "reassigned"])
+def test_two_stages_say_what_one_process_says(smollm2, tokenizer, tmp_path, positions):
+    from tests.oracle.prompts import prompt_tokens
+
+    model = first_layers(smollm2, tmp_path / "model", 4)
+    settings = {**asdict(CACHED_SETTINGS), "positions": positions}
+    asked = [prompt_tokens(tokenizer, 1200 + i, 60 + 300 * i) for i in range(6)]
+    said = []
+    for stages in ("1", "2"):
+        with serving(
+            model,
+            settings=settings,
+            extra_args=(*FP32, "--pipeline-parallel-size", stages),
+            env=STAGES,
+            enforce_eager=False,
+        ) as client:
+            said.append([c.tokens for c in client.complete_all(asked, 24)])
+    assert said[0] == said[1]
