@@ -8,7 +8,8 @@ import torch
 from tests.sizing.sized import server, tiny_model
 from vllm_tokenselect.config import TokenSelectConfig
 from vllm_tokenselect.sizing.choice import compare_layouts
-from vllm_tokenselect.sizing.layouts import Layout, find_layouts, why_impossible
+from vllm_tokenselect.sizing.layouts import Layout, cut_stages, find_layouts, why_impossible
+from vllm_tokenselect.sizing.memory import gpu_memory
 from vllm_tokenselect.sizing.models import read_model
 from vllm_tokenselect.sizing.server import find_gpu
 
@@ -105,6 +106,16 @@ def test_stages_read_in_turn_and_tensor_parallel_gpus_at_once():
     assert wide.read_in_turn < 0.15 * alone.read_in_turn
     assert wide.traffic.decoding.total > 10 * deep.traffic.decoding.total
     assert deep.votes == 0 < wide.votes
+
+
+def test_a_server_holds_as_many_contexts_as_its_fullest_stage(tmp_path):
+    model = tiny_model(tmp_path, num_hidden_layers=7)
+    asked = server(context=1 << 19, gpu=find_gpu("8GiB"), max_num_seqs=100)
+    (plan,) = compare_layouts(model, asked, 2, 8, tp=1, pp=2).plans
+    stages = [gpu_memory(model, asked, plan.layout, s) for s in cut_stages(model.layers, 2)]
+    held = [stage.num_contexts(100) for stage in stages]
+    assert held[0] < held[1]  # four layers and three
+    assert plan.contexts == held[0]
 
 
 def test_what_would_fit_does_fit(tmp_path):

@@ -31,6 +31,7 @@ def test_every_weight_of_an_allocated_model_is_counted_once(tmp_path, tied):
     assert shape.num_weights == sum(parameter.numel() for parameter in model.parameters())
     assert shape.head == (0 if tied else shape.embedding)
     assert shape.final == shape.hidden_size
+    assert {layer.vectors for layer in shape.layers} == {2 * shape.hidden_size}  # two norms
 
 
 def test_the_weights_that_make_keys_and_values_are_those_of_the_model(tmp_path):
