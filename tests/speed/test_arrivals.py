@@ -1,5 +1,6 @@
 """Requests arrive as a Poisson process, whether or not those before them are answered."""
 
+import asyncio
 import time
 from itertools import pairwise
 from statistics import fmean, pstdev
@@ -52,6 +53,14 @@ async def test_no_more_are_open_than_allowed_and_who_waits_does_so_on_the_clock(
     assert [one.waited for one in arrived] == [False, True, True]
     # The last one waits for two others, a second each, from the moment at which it arrived.
     assert arrived[2].answer.ttft_s >= 3 * 1.0 - 0.2
+
+
+async def test_a_client_that_is_late_to_send_is_late_on_the_clock():
+    with StreamingServer() as server:
+        async with client_of(server) as client:
+            asyncio.get_running_loop().call_later(0.05, time.sleep, 0.5)
+            (one,) = await ask_as_they_arrive(client, [[5]], [0.1], 2)
+    assert one.answer.ttft_s >= 0.05 + 0.5 - 0.1
 
 
 async def test_one_that_fails_leaves_the_others_alone():
