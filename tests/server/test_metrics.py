@@ -117,7 +117,7 @@ def test_the_labels_are_those_of_vllms_own_metrics(sparse_client, prompts):
         for name in ("vllm:num_requests_running", CONTEXT)
     )
     assert own
-    assert ours == own
+    assert ours == [{**labels, "tp_rank": "0"} for labels in own]
 
 
 def test_every_one_of_several_api_servers_tells_the_same_and_nothing_is_left_behind(
