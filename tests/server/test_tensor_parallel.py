@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from tests.models.divisible import with_divisible_heads
+from tests.models.shortened import first_layers
 from tests.oracle.cases import CACHED_SETTINGS
 from tests.prometheus import metric
 from tests.server.conftest import FP32, Client, Completion, serving
@@ -24,6 +25,7 @@ from tests.server.two_hosts import RayCluster, two_hosts
 
 pytestmark = pytest.mark.server
 
+LAYERS = 8
 TOGETHER = {**asdict(CACHED_SETTINGS), "vote": "global"}
 APART = {**asdict(CACHED_SETTINGS), "vote": "local"}
 RAY_ON_CPU = Path(__file__).parent.parent / "ray_on_cpu"
@@ -44,8 +46,9 @@ RANKS: dict[str, dict[str, str]] = {
 
 @pytest.fixture(scope="module")
 def model(smollm2, tmp_path_factory) -> Path:
-    """SmolLM2, whose three KV heads two ranks cannot divide, with a fourth that does nothing."""
-    return with_divisible_heads(smollm2, tmp_path_factory.mktemp("divisible") / "smollm2")
+    """SmolLM2's first layers, whose three KV heads two ranks cannot divide, with a silent fourth."""
+    folder = tmp_path_factory.mktemp("models")
+    return with_divisible_heads(first_layers(smollm2, folder / "short", LAYERS), folder / "even")
 
 
 @pytest.fixture(scope="module")
