@@ -18,7 +18,7 @@ def test_eight_requests_with_shared_prefixes_and_preemption_say_the_same(smollm2
     sharing = sum(n > 1000 for n in LENGTHS)
     needed = sum(-(-n // BLOCK_SIZE) for n in LENGTHS) - (sharing - 1) * SHARED_BLOCKS
     # One block is vLLM's own; two are left for the eight requests that need one more each.
-    blocks = ("--num-gpu-blocks-override", str(needed + 3))
+    blocks = ("--num-gpu-blocks-override", str(needed + 3), "--max-model-len", "4096")
     servers = (
         ("CPU_ATTN", None),
         ("TOKENSELECT", {"top_k": 8192}),
