@@ -91,6 +91,12 @@ def test_throughput_is_what_was_completed_until_the_last_answer_of_each_run():
     assert (row["requests"], row["failed"], row["waited"]) == (4, 1, 1)
 
 
+def test_no_more_is_completed_than_arrives():
+    row = rows_of(sample("A", 1.0, rate=0.1, at_s=1.0), sample("A", 1.0, rate=0.1, at_s=2.0))["A"]
+    assert row["seconds"] == pytest.approx(2 / 0.1)
+    assert row["requests_per_s"] == pytest.approx(0.1)
+
+
 def test_memory_is_the_most_that_there_was():
     memory = ({"worker_rss_mib": 10.0, "device_mib": 70.0}, {"worker_rss_mib": 30.0})
     row = rows_of(*(sample("A", 1.0, **one) for one in memory))["A"]

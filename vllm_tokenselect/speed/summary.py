@@ -31,7 +31,7 @@ def summarise(measured: Measured) -> Rows:
         row |= {"requests": len(samples), "failed": sum(not s.is_answered for s in samples)}
         row |= {name: _spread(_times(samples, name).values()) for name in _TIMES}
         if rate is not None:
-            row |= _throughput(samples)
+            row |= _throughput(samples, rate)
         base = groups[rate, length, measured.samples[0].contender]
         if base is not samples:
             row["faster"] = {name: _faster(base, samples, name) for name in _TIMES}
@@ -86,13 +86,19 @@ def _faster(
     }
 
 
-def _throughput(samples: Sequence[Sample]) -> dict[str, float]:
-    """Completed requests and their tokens by the time that the runs took, each to its last answer."""
-    ends: dict[int, float] = {}
+def _throughput(samples: Sequence[Sample], rate: float) -> dict[str, float]:
+    """Completed requests and their tokens by the time that the runs took.
+
+    Each run takes until its last answer, and not less than its requests have to arrive in: no more can be
+    completed than arrive.
+    """
+    runs: dict[int, list[Sample]] = {}
     for sample in samples:
-        end = sample.at_s + sample.answer.seconds
-        ends[sample.round] = max(ends.get(sample.round, 0.0), end)
-    seconds = sum(ends.values())
+        runs.setdefault(sample.round, []).append(sample)
+    seconds = sum(
+        max(len(run) / rate, *(sample.at_s + sample.answer.seconds for sample in run))
+        for run in runs.values()
+    )
     answered = [sample.answer for sample in samples if sample.is_answered]
     return {
         "seconds": seconds,

@@ -23,8 +23,8 @@ def alone_table(rows: Rows) -> Table:
     _head(table, "prompt tokens", columns)
     for row in rows:
         times = []
-        for name, digits in (("ttft_s", 2), ("tpot_ms", 1)):
-            times += [_range(row[name], digits), _ratio(row.get("faster", {}).get(name))]
+        for name in ("ttft_s", "tpot_ms"):
+            times += [_range(row[name]), _ratio(row.get("faster", {}).get(name))]
         table.add_row(f"{row['prompt_tokens']:,}", row["contender"], *times, *_rest(row, rows))
     return table
 
@@ -47,8 +47,8 @@ def rate_table(rows: Rows) -> Table:
             row["contender"],
             f"{row['requests_per_s']:.3g}",
             f"{row['output_tokens_per_s']:.1f}",
-            _tail(row["ttft_s"], 2),
-            _tail(row["tpot_ms"], 1),
+            _tail(row["ttft_s"]),
+            _tail(row["tpot_ms"]),
             f"{row['waited']} of {row['requests']}",
             *_rest(row, rows),
         )
@@ -85,17 +85,20 @@ def _rest(row: dict[str, Any], rows: Rows) -> list[str]:
     return [*cells, f"{row['failed']} of {row['requests']}"]
 
 
-def _range(spread: dict[str, float] | None, digits: int) -> str:
+def _range(spread: dict[str, float] | None) -> str:
     if spread is None:
         return "-"
-    low, middle, high = (f"{spread[key]:.{digits}f}" for key in ("min", "median", "max"))
+    low, middle, high = (_short(spread[key]) for key in ("min", "median", "max"))
     return f"{middle} ({low} to {high})"
 
 
-def _tail(spread: dict[str, float] | None, digits: int) -> str:
-    if spread is None:
-        return "-"
-    return f"{spread['median']:.{digits}f} / {spread['p95']:.{digits}f}"
+def _tail(spread: dict[str, float] | None) -> str:
+    return "-" if spread is None else f"{_short(spread['median'])} / {_short(spread['p95'])}"
+
+
+def _short(value: float) -> str:
+    """Three digits."""
+    return f"{value:.3g}" if value < 999.5 else f"{value:.0f}"
 
 
 def _ratio(ratio: dict[str, float] | None) -> str:
