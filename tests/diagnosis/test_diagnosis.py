@@ -23,7 +23,7 @@ from vllm_tokenselect.diagnosis.layers import (
     compare_layers,
     reuse_of,
 )
-from vllm_tokenselect.diagnosis.losses import BudgetCost, SelectiveAttention, smallest_budget
+from vllm_tokenselect.diagnosis.losses import BudgetCost, smallest_budget
 from vllm_tokenselect.diagnosis.model import DiagnosedModel, UnsupportedModel
 from vllm_tokenselect.diagnosis.selections import (
     ORACLE,
@@ -32,8 +32,11 @@ from vllm_tokenselect.diagnosis.selections import (
     TOKENSELECT,
     WAYS,
     Chunk,
+    by_vote,
     chunks_of,
 )
+from vllm_tokenselect.diagnosis.selective import SelectiveAttention
+from vllm_tokenselect.method import Method
 
 METHOD = CONFIG
 LENGTH = 150
@@ -74,20 +77,22 @@ def random_layer(length: int = LENGTH) -> tuple[torch.Tensor, ...]:
     return query, key, value
 
 
+def selective(method: Method, num_generated: int = 0, select=by_vote) -> SelectiveAttention:
+    return SelectiveAttention(method, chunks_of(method, LENGTH, LENGTH - num_generated), select)
+
+
 def test_a_budget_that_covers_everything_predicts_what_full_attention_does(llama, tokens):
     covering = replace(METHOD, top_k=LENGTH)
     full = llama.losses(tokens, 20)
-    assert torch.allclose(
-        llama.losses(tokens, 20, SelectiveAttention(covering, LENGTH, 20)), full, atol=1e-4
-    )
-    sparse = llama.losses(tokens, 20, SelectiveAttention(METHOD, LENGTH, 20))
+    assert torch.allclose(llama.losses(tokens, 20, selective(covering, 20)), full, atol=1e-4)
+    sparse = llama.losses(tokens, 20, selective(METHOD, 20))
     assert not torch.allclose(sparse, full, atol=1e-3), "a small budget should show"
 
 
 @pytest.mark.parametrize("generated", [0, 40])
 def test_selective_attention_is_what_the_method_defines(generated: int):
     query, key, value = random_layer()
-    out = SelectiveAttention(METHOD, LENGTH, generated)(0, query, key, value, SCALE)
+    out = selective(METHOD, generated)(0, query, key, value, SCALE)
     q, k, v = (x.transpose(0, 1) for x in (query, key, value))
     tail = METHOD.tail_start(LENGTH - generated)
     for position in range(LENGTH):
@@ -98,6 +103,18 @@ def test_selective_attention_is_what_the_method_defines(generated: int):
         mean = q[start:end].mean(0)
         expected = defined_attention(q[position], k, v, position, (start, end), mean)
         torch.testing.assert_close(out[:, position], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_begins_alike_is_read_once(llama, tokens, way: str):
+    attention = selective(METHOD, 20, WAYS[way])
+    whole = llama.losses(tokens, 20, attention)
+    shared = 3 * METHOD.query_chunk
+    beginning = llama.read(tokens[:shared], attention)
+    with pytest.raises(ValueError, match="no whole chunks"):
+        llama.read(tokens[: shared + 1], attention)
+    for _ in range(2):  # and it stays what it was
+        torch.testing.assert_close(llama.losses(tokens, 20, attention, beginning), whole)
 
 
 def test_no_selection_keeps_more_attention_than_the_oracle_and_all_keep_less_than_all(
@@ -136,7 +153,7 @@ def test_a_token_that_all_queries_look_at_is_kept_by_the_vote_and_lost_by_distan
 def test_every_way_selects_as_many_candidates_in_order(way: str):
     query, key, _ = random_layer()
     chunk = next(c for c in chunks_of(METHOD, LENGTH, LENGTH) if c.candidates is not None)
-    selected = WAYS[way](chunk, query, key, SCALE).tolist()
+    selected = WAYS[way](chunk, query[:, chunk.start : chunk.end], key, SCALE).tolist()
     assert len(selected) == METHOD.top_k
     assert selected == sorted(set(selected))
     assert set(selected) <= set(chunk.candidates)
@@ -148,7 +165,7 @@ def test_the_vote_is_that_of_the_mean_query():
     keys = key[:, 4:80].repeat_interleave(3, dim=0)
     votes = (torch.einsum("hd,hnd->hn", query[:, 96:128].mean(1), keys) * SCALE).softmax(-1).sum(0)
     expected = [4 + index for index in best(votes, METHOD.top_k)]
-    assert WAYS[TOKENSELECT](chunk, query, key, SCALE).tolist() == expected
+    assert WAYS[TOKENSELECT](chunk, query[:, 96:128], key, SCALE).tolist() == expected
 
 
 def test_random_is_another_choice_for_another_chunk():

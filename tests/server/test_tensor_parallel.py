@@ -42,6 +42,7 @@ RANKS: dict[str, dict[str, str]] = {
         "PYTHONPATH": os.pathsep.join([str(RAY_ON_CPU), os.environ.get("PYTHONPATH", "")]),
     },
 }
+ONE_RANK_A_HOST = {"RAY_OVERRIDE_RESOURCES": '{"GPU": 1}'}
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +108,7 @@ def test_ranks_apart_answer_and_a_killed_one_ends_the_server(model, asked):
 @pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces are root's to make")
 def test_ranks_on_two_hosts_answer_and_a_lost_host_ends_the_server(model, asked, alone):
     with two_hosts() as hosts, TemporaryDirectory(prefix="ray-") as folder:
-        cluster = RayCluster(hosts, Path(folder), RANKS["ray"])
+        cluster = RayCluster(hosts, Path(folder), {**RANKS["ray"], **ONE_RANK_A_HOST})
         cluster.start()
         assert cluster.refuses_a_wrong_token()
         here, there = hosts
@@ -117,6 +118,10 @@ def test_ranks_on_two_hosts_answer_and_a_lost_host_ends_the_server(model, asked,
         with here.entered(), two_ranks(model, TOGETHER, "ray", host_env) as client:
             longest = max(range(len(asked)), key=lambda i: len(asked[i]))
             assert client.complete(asked[longest], 12).tokens == alone[longest].tokens
+            assert any(
+                "RayWorkerProc" in "".join(psutil.Process(pid).cmdline())
+                for pid in there.processes()
+            )
             there.lose_power()
             with suppress(openai.APIError):  # or an answer that ends early
                 client.complete(asked[longest], 50)

@@ -120,8 +120,9 @@ class _Watch:
         shares = scores.softmax(dim=-1)
         full = _weighted(shares, values)
         found = {}
+        queries = query[:, chunk.start : chunk.end]
         for way, select in WAYS.items():
-            seen = attended_positions(chunk, select(chunk, query, keys, scale), self.method)
+            seen = attended_positions(chunk, select(chunk, queries, keys, scale), self.method)
             kept = shares[:, :, seen].sum(dim=-1)
             out = _weighted(scores[:, :, seen].softmax(dim=-1), values[:, seen])
             off = (out - full).norm(dim=(0, 2)) / full.norm(dim=(0, 2))

@@ -9,21 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-import torch
-import torch.nn.functional as F
-
 from vllm_tokenselect.diagnosis.model import DiagnosedModel
-from vllm_tokenselect.diagnosis.selections import (
-    Chunk,
-    attended_positions,
-    by_vote,
-    by_votes,
-    chunks_of,
-)
+from vllm_tokenselect.diagnosis.selections import chunks_of
+from vllm_tokenselect.diagnosis.selective import SelectiveAttention
 from vllm_tokenselect.evaluation.intervals import mean_interval
 from vllm_tokenselect.method import Method
-
-BATCH = 16  # single tokens that are computed together, each with its own keys and values
 
 
 @dataclass(frozen=True)
@@ -54,62 +44,6 @@ class BudgetCost:
     high: float | None
 
 
-class SelectiveAttention:
-    """The method as attention of a model that reads one sequence.
-
-    Args:
-        method: the settings, with native positions.
-        num_tokens: of the sequence.
-        num_generated: how many of the last tokens are read as if they had been generated.
-    """
-
-    def __init__(self, method: Method, num_tokens: int, num_generated: int) -> None:
-        self._method = method
-        chunks = chunks_of(method, num_tokens, num_tokens - num_generated)
-        self._singles = [c for c in chunks if c.candidates is not None and c.end - c.start == 1]
-        self._several = [c for c in chunks if c.candidates is None or c.end - c.start > 1]
-
-    def __call__(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
-    ) -> torch.Tensor:
-        out = torch.empty_like(query)
-        for chunk in self._several:
-            seen = (
-                slice(0, chunk.end)
-                if chunk.candidates is None
-                else self._seen(chunk, query, key, scale)
-            )
-            rows = slice(chunk.start, chunk.end)
-            keys, values = key[:, seen], value[:, seen]
-            n, m = chunk.end - chunk.start, keys.shape[1]
-            mask = torch.ones(n, m, dtype=torch.bool, device=query.device).tril(m - n)
-            out[:, rows] = F.scaled_dot_product_attention(
-                query[:, rows], keys, values, attn_mask=mask, scale=scale, enable_gqa=True
-            )
-        for first in range(0, len(self._singles), BATCH):
-            batch = self._singles[first : first + BATCH]
-            positions = [chunk.start for chunk in batch]
-            asking = query[:, positions]  # [Hq, n, D]
-            chosen = by_votes(batch, asking, key, scale)
-            seen = torch.stack(
-                [attended_positions(c, s, self._method) for c, s in zip(batch, chosen, strict=True)]
-            )
-            attended = F.scaled_dot_product_attention(
-                asking.transpose(0, 1)[:, :, None],
-                key[:, seen].transpose(0, 1),  # [n, Hkv, m, D]
-                value[:, seen].transpose(0, 1),
-                scale=scale,
-                enable_gqa=True,
-            )
-            out[:, positions] = attended[:, :, 0].transpose(0, 1)
-        return out
-
-    def _seen(
-        self, chunk: Chunk, query: torch.Tensor, key: torch.Tensor, scale: float
-    ) -> torch.Tensor:
-        return attended_positions(chunk, by_vote(chunk, query, key, scale), self._method)
-
-
 def budget_costs(
     model: DiagnosedModel, passages: Sequence[Passage], method: Method, budgets: Sequence[int]
 ) -> Iterator[BudgetCost]:
@@ -117,13 +51,11 @@ def budget_costs(
     full = [model.losses(p.tokens, p.count).mean().item() for p in passages]
     for top_k in budgets:
         own = replace(method, top_k=top_k)
-        added = [
-            model.losses(p.tokens, p.count, SelectiveAttention(own, len(p.tokens), p.count))
-            .mean()
-            .item()
-            - before
-            for p, before in zip(passages, full, strict=True)
-        ]
+        added = []
+        for p, before in zip(passages, full, strict=True):
+            chunks = chunks_of(own, len(p.tokens), len(p.tokens) - p.count)
+            losses = model.losses(p.tokens, p.count, SelectiveAttention(own, chunks))
+            added.append(losses.mean().item() - before)
         for kind in dict.fromkeys(p.kind for p in passages):
             which = [i for i, p in enumerate(passages) if p.kind == kind]
             differences = [added[i] for i in which]

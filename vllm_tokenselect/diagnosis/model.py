@@ -7,7 +7,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+import torch.nn.functional as F
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    Cache,
+    DynamicCache,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -16,8 +23,9 @@ _NAME = "tokenselect_diagnosis"
 Attention = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor | None]
 """Attention of one layer over one sequence.
 
-Called with the layer's number, rotated queries [Hq, T, D], keys and values [Hkv, T, D] and the scale of
-q . k. Returns the output [Hq, T, D], or None where the model is to attend as it is used to.
+Called with the layer's number, rotated queries [Hq, n, D], keys and values [Hkv, T, D] and the scale of
+q . k; the queries are those of the last n of T tokens. Returns the output [Hq, n, D], or None where the
+model is to attend as it is used to.
 """
 
 
@@ -40,28 +48,62 @@ class DiagnosedModel:
         self._device = device
 
     @torch.inference_mode()
-    def losses(
-        self, tokens: list[int], count: int, attention: Attention | None = None
+    def read(self, tokens: list[int], attention: Attention | None = None) -> Cache:
+        """Read the beginning of sequences: the keys and values that `logits` and `losses` go on from."""
+        cache = DynamicCache(config=self._model.config)
+        with _attending(attention):
+            self._model(self._ids(tokens), past_key_values=cache, logits_to_keep=1)
+        return cache
+
+    @torch.inference_mode()
+    def logits(
+        self,
+        tokens: list[int],
+        count: int,
+        attention: Attention | None = None,
+        beginning: Cache | None = None,
     ) -> torch.Tensor:
         """Read tokens, every full-attention layer by `attention`.
 
         Args:
             tokens: of the sequence.
             count: how many of the last tokens to predict, fewer than there are.
-            attention: None for the model's own.
+            attention: None for the model's own. It gets the queries of what is read, and all keys.
+            beginning: of the sequence, which is not read again; unchanged when this returns.
 
         Returns:
-            negative log-likelihoods fp32 [count], nats, of the last tokens.
+            logits fp32 [count, vocabulary] of the last tokens.
 
         Raises:
             UnsupportedModel: when a layer attends in a way that cannot be served.
         """
-        ids = torch.tensor([tokens], device=self._device)
+        have = 0 if beginning is None else beginning.get_seq_length()
         with _attending(attention):
-            logits = self._model(ids, use_cache=False, logits_to_keep=count + 1).logits[0, :-1]
-        return torch.nn.functional.cross_entropy(
-            logits.float(), ids[0, -count:], reduction="none"
-        ).cpu()
+            out = self._model(
+                self._ids(tokens[have:]),
+                past_key_values=beginning,
+                use_cache=beginning is not None,
+                logits_to_keep=count + 1,
+            )
+        if beginning is not None:
+            beginning.crop(-(len(tokens) - have))
+        logits: torch.Tensor = out.logits[0, :-1].float()
+        return logits
+
+    def losses(
+        self,
+        tokens: list[int],
+        count: int,
+        attention: Attention | None = None,
+        beginning: Cache | None = None,
+    ) -> torch.Tensor:
+        """Negative log-likelihoods fp32 [count], nats, of the last tokens; arguments as for `logits`."""
+        logits = self.logits(tokens, count, attention, beginning)
+        target = torch.tensor(tokens[-count:], device=self._device)
+        return F.cross_entropy(logits, target, reduction="none").cpu()
+
+    def _ids(self, tokens: list[int]) -> torch.Tensor:
+        return torch.tensor([tokens], device=self._device)
 
 
 _attention: Attention | None = None

@@ -58,13 +58,13 @@ def chunks_of(method: Method, num_tokens: int, prompt_len: int) -> list[Chunk]:
 
 
 Select = Callable[[Chunk, torch.Tensor, torch.Tensor, float], torch.Tensor]
-"""From a chunk that selects, all queries [Hq, T, D], keys [Hkv, T, D] and the scale of q . k to the
-selected positions, int64 [top_k] or fewer, ascending."""
+"""From a chunk that selects, its n queries [Hq, n, D], all keys [Hkv, T, D] and the scale of q . k to
+the selected positions, int64 [top_k] or fewer, ascending."""
 
 
 def by_vote(chunk: Chunk, queries: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:
     """The method's selection."""
-    mean = queries[:, chunk.start : chunk.end].mean(dim=1, keepdim=True, dtype=torch.float32)
+    mean = queries.mean(dim=1, keepdim=True, dtype=torch.float32)
     return by_votes([chunk], mean, keys, scale)[0]
 
 
@@ -80,21 +80,22 @@ def by_votes(
     first = min(_candidates(chunk).start for chunk in chunks)
     stops = torch.tensor([_candidates(chunk).stop for chunk in chunks], device=keys.device)
     last = int(stops.max())
-    logits = _scores(asking.float(), keys[:, first:last], scale).transpose(0, 1)  # [n, Hq, N]
+    logits = scores(asking.float(), keys[:, first:last], scale).transpose(0, 1)  # [n, Hq, N]
     behind = torch.arange(first, last, device=keys.device) >= stops[:, None]
     votes = soft_vote(logits.masked_fill(behind[:, None], -torch.inf))
-    return _best(votes, chunks[0].top_k) + first
+    return best(votes, chunks[0].top_k) + first
 
 
 def by_attention(
     chunk: Chunk, queries: torch.Tensor, keys: torch.Tensor, scale: float
 ) -> torch.Tensor:
     """What gets the most of full attention, summed over heads and queries."""
-    asking = queries[:, spread(chunk)].float()
-    shares = causal_scores(asking, spread(chunk), keys, scale).softmax(dim=-1)
+    positions = spread(chunk)
+    asking = queries[:, positions - chunk.start].float()
+    shares = causal_scores(asking, positions, keys, scale).softmax(dim=-1)
     candidates = _candidates(chunk)
     votes = shares.sum(dim=(0, 1))[candidates.start : candidates.stop]
-    return _best(votes, chunk.top_k) + candidates.start
+    return best(votes, chunk.top_k) + candidates.start
 
 
 def at_random(
@@ -127,9 +128,9 @@ def causal_scores(
     asking: torch.Tensor, positions: torch.Tensor, keys: torch.Tensor, scale: float
 ) -> torch.Tensor:
     """Scores fp32 [Hq, n, T] of queries fp32 [Hq, n, D] at positions [n]; -inf for what is not seen."""
-    scores = _scores(asking, keys, scale)
+    seen = scores(asking, keys, scale)
     unseen = torch.arange(keys.shape[1], device=keys.device) > positions[:, None].to(keys.device)
-    return scores.masked_fill_(unseen, -torch.inf)
+    return seen.masked_fill_(unseen, -torch.inf)
 
 
 def attended_positions(chunk: Chunk, selected: torch.Tensor, method: Method) -> torch.Tensor:
@@ -145,14 +146,14 @@ def spread(chunk: Chunk, most: int = 32) -> torch.Tensor:
     return torch.linspace(chunk.start, chunk.end - 1, count).round().long()
 
 
-def _scores(asking: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:
+def scores(asking: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:
     """q . k of queries fp32 [Hq, n, D] and keys [Hkv, m, D]: fp32 [Hq, n, m]."""
     heads, count, size = asking.shape
     grouped = asking.reshape(len(keys), -1, size)  # by the KV head that they read
     return (grouped @ keys.float().transpose(1, 2) * scale).view(heads, count, -1)
 
 
-def _best(votes: torch.Tensor, top_k: int) -> torch.Tensor:
+def best(votes: torch.Tensor, top_k: int) -> torch.Tensor:
     """Indices of the highest votes [..., N], of equal ones the first: int64 [..., top_k], ascending."""
     ranked = order_keys(votes).sort(dim=-1, descending=True, stable=True).indices
     return ranked[..., :top_k].sort(dim=-1).values

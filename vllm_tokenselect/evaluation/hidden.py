@@ -33,9 +33,7 @@ NUMBER = "The sequence of digits is {code}. Remember it. {code} is the sequence 
 NUMBER_QUESTION = "\n\nWhat is the sequence of digits?"
 NUMBER_ANSWER = "As written above: The sequence of digits is "
 
-NEEDLE_INTRODUCTION = "Read this text.\n\n"
 NEEDLE = "{fact} {code}.\n\n"
-NEEDLE_QUESTION = "\n\nWhat was the number?"
 FACTS = (
     "The door of the lighthouse opens with the number",
     "The telephone number of the baker is",
@@ -54,6 +52,24 @@ FACTS = (
 CODE_DIGITS = 5
 ANSWER_TOKENS = CODE_DIGITS + 1  # the digits, each a token, and what ends them
 NUMBER_DIGITS = 10
+
+
+@dataclass(frozen=True)
+class Wording:
+    """How a needle is asked for; `{fact}` is its sentence without the number.
+
+    Attributes:
+        introduction: before the text. If it tells the fact, prompts about one text share no beginning.
+        question: behind the text.
+        answer: as the prompt begins it.
+    """
+
+    introduction: str
+    question: str
+    answer: str
+
+
+ASKED_AT_THE_END = Wording("Read this text.\n\n", "\n\nWhat was the number?", "{fact} ")
 
 
 @dataclass(frozen=True)
@@ -115,7 +131,11 @@ def _in_noise(
 
 
 def needle_prompts(
-    tokenizer: Any, length: int, seed: int, num_needles: int = 8
+    tokenizer: Any,
+    length: int,
+    seed: int,
+    num_needles: int = 8,
+    wording: Wording = ASKED_AT_THE_END,
 ) -> list[HiddenPrompt]:
     """One haystack of real text with several needles, and a prompt that asks for each of them.
 
@@ -126,15 +146,20 @@ def needle_prompts(
     rng = random.Random(f"needles {length} {seed} {num_needles}")
     facts = rng.sample(FACTS, num_needles)
     codes = [_code(rng) for _ in facts]
-    begun = [f"{fact} " for fact in facts]
-    ends = [around(tokenizer, NEEDLE_INTRODUCTION, NEEDLE_QUESTION, answer) for answer in begun]
-    head = ends[0][0]
     needles = [
         encode(tokenizer, NEEDLE.format(fact=fact, code=code))
         for fact, code in zip(facts, codes, strict=True)
     ]
-    size = length - len(head) - sum(map(len, needles))
-    text_size = size - max(len(tail) for _, tail in ends)
+    asked = [
+        [
+            part.format(fact=fact)
+            for part in (wording.introduction, wording.question, wording.answer)
+        ]
+        for fact in facts
+    ]
+    ends = [around(tokenizer, *parts) for parts in asked]
+    size = length - min(len(head) for head, _ in ends) - sum(map(len, needles))
+    text_size = length - max(len(head) + len(tail) for head, tail in ends) - sum(map(len, needles))
     if text_size < num_needles:
         raise ValueError(f"{length} tokens cannot hold {num_needles} needles and a question")
     text, starts = text_tokens(tokenizer, rng, size)
@@ -143,7 +168,9 @@ def needle_prompts(
         HiddenPrompt(
             [*head, *body[: length - len(head) - len(tail)], *tail], code, len(head) + at, answer
         )
-        for (_, tail), code, at, answer in zip(ends, codes, positions, begun, strict=True)
+        for (head, tail), (_, _, answer), code, at in zip(
+            ends, asked, codes, positions, strict=True
+        )
     ]
 
 

@@ -1,0 +1,139 @@
+"""The ways of attending whose answers are compared, in a plain PyTorch forward of the method's definition.
+
+`ours` are the package's defaults at a budget; each of the others differs in what its name says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+
+from vllm_tokenselect.diagnosis.model import Attention
+from vllm_tokenselect.diagnosis.selections import (
+    Chunk,
+    Select,
+    best,
+    by_attention,
+    by_distance,
+    by_vote,
+    chunks_of,
+    scores,
+)
+from vllm_tokenselect.diagnosis.selective import SelectiveAttention
+from vllm_tokenselect.kernels.vote.reference import soft_vote
+from vllm_tokenselect.method import Method
+
+FULL = "full"
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way of attending.
+
+    Attributes:
+        method: the settings; None for full attention.
+        selecting: makes of the text's number what selects for its chunks.
+        dense_layers: first layers that attend to everything.
+    """
+
+    name: str
+    method: Method | None = None
+    selecting: Callable[[int], Select] = lambda number: by_vote
+    dense_layers: int = 0
+
+    def attention(self, num_tokens: int, num_generated: int, number: int) -> Attention | None:
+        """Attention over a sequence of which the last `num_generated` tokens are read as if generated."""
+        if self.method is None:
+            return None
+        chunks = chunks_of(self.method, num_tokens, num_tokens - num_generated)
+        selective = SelectiveAttention(self.method, chunks, self.selecting(number))
+
+        def attention(layer: int, *inputs: object) -> torch.Tensor | None:
+            return None if layer < self.dense_layers else selective(layer, *inputs)  # type: ignore[arg-type]
+
+        return attention
+
+
+def split(budget: int) -> Method:
+    """The defaults, but for attending to `budget` tokens before a chunk.
+
+    A thirty-second of them is sink and a quarter local; the others are selected.
+    """
+    n_init, n_local = budget // 32, budget // 4
+    return Method(n_init=n_init, n_local=n_local, top_k=budget - n_init - n_local)
+
+
+def ways(budgets: Iterable[int]) -> dict[str, Way]:
+    """Every way by its name: full attention, and at each budget `BUDGET NAME`."""
+    found = [Way(FULL)]
+    for budget in budgets:
+        found += [replace(way, name=f"{budget} {way.name}") for way in _at(split(budget))]
+    return {way.name: way for way in found}
+
+
+def _at(ours: Method) -> list[Way]:
+    # The paper lets the end of a prompt vote by a mean query, as the chunks before it do.
+    found = [
+        Way("ours", ours),
+        Way("paper", replace(ours, tail_queries=0)),
+        Way("sink+local", ours, _always(by_distance)),
+        Way("random", ours, _at_random),
+        Way("oracle", ours, _always(by_attention)),
+        Way("loudest head", ours, _always(_voted(lambda logits: logits.softmax(-1).amax(-2)))),
+        Way("sum of logits", ours, _always(_voted(lambda logits: logits.sum(-2)))),
+    ]
+    found += [
+        Way(f"tail {n}", replace(ours, tail_queries=n)) for n in (8, 16, 32, 96, 128, 256, 384)
+    ]
+    found += [Way(f"chunk {n}", replace(ours, query_chunk=n)) for n in (128, 256)]
+    found += [Way(f"smoothed {n}", ours, _always(_voted(_smoothed(n)))) for n in (3, 5, 9)]
+    found += [Way(f"dense {n}", ours, dense_layers=n) for n in (1, 2, 4)]
+    kept = ours.n_local + ours.top_k
+    found += [
+        Way(f"local {n}", replace(ours, n_local=n, top_k=kept - n))
+        for n in (kept // 16, kept // 8, kept // 2)
+    ]
+    return found
+
+
+Votes = Callable[[torch.Tensor], torch.Tensor]
+"""From logits fp32 [1, Hq, N] of candidates to votes [1, N]."""
+
+
+def _voted(votes: Votes) -> Select:
+    def select(
+        chunk: Chunk, queries: torch.Tensor, keys: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        assert chunk.candidates is not None
+        mean = queries.mean(dim=1, keepdim=True, dtype=torch.float32)
+        first, stop = chunk.candidates.start, chunk.candidates.stop
+        logits = scores(mean, keys[:, first:stop], scale).transpose(0, 1)  # [1, Hq, N]
+        return best(votes(logits)[0], chunk.top_k) + first
+
+    return select
+
+
+def _smoothed(width: int) -> Votes:
+    """Each candidate gets the most votes that any of `width` neighbours has, itself in their middle."""
+    return lambda logits: F.max_pool1d(soft_vote(logits), width, stride=1, padding=width // 2)
+
+
+def _always(select: Select) -> Callable[[int], Select]:
+    return lambda number: select
+
+
+def _at_random(number: int) -> Select:
+    """Any candidates, drawn anew for every chunk in every layer."""
+    generator = torch.Generator().manual_seed(number)
+
+    def select(
+        chunk: Chunk, queries: torch.Tensor, keys: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        assert chunk.candidates is not None
+        chosen = torch.randperm(len(chunk.candidates), generator=generator)[: chunk.top_k]
+        return chosen.sort().values + chunk.candidates.start
+
+    return select
