@@ -9,11 +9,9 @@ import pytest
 
 from tests.models.shortened import first_layers
 from tests.oracle.cases import CACHED_SETTINGS
-from tests.server.conftest import FP32, serving
+from tests.server.conftest import FP32, ONE_THREAD, serving
 
 pytestmark = pytest.mark.endurance
-
-STAGES = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 
 
 @pytest.mark.parametrize("positions", ["native", "reassigned"])
@@ -29,7 +27,7 @@ def test_two_stages_say_what_one_process_says(smollm2, tokenizer, tmp_path, posi
             model,
             settings=settings,
             extra_args=(*FP32, "--pipeline-parallel-size", stages),
-            env=STAGES,
+            env=ONE_THREAD,
             enforce_eager=False,
         ) as client:
             said.append([c.tokens for c in client.complete_all(asked, 24)])

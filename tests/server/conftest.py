@@ -19,6 +19,8 @@ from vllm_tokenselect.cli.server import ServerFailed, VllmServer
 SPARSE = {**asdict(SETTINGS), "log_requests": True}
 BLOCK_SIZE = 128  # vLLM's default on CPUs
 FP32 = ("--dtype", "float32", "--max-num-batched-tokens", "1024", "--max-num-seqs", "16")
+# One thread for each of the server's workers, wherever this process may run.
+ONE_THREAD = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 
 
 @dataclass(frozen=True)
@@ -66,10 +68,10 @@ class Client:
         with ThreadPoolExecutor(len(prompts)) as pool:
             return list(pool.map(lambda prompt: self.complete(prompt, max_tokens), prompts))
 
-    def metric(self, name: str) -> float:
-        """Sum of a counter over its labels, from `/metrics`."""
+    def metric(self, name: str, **labels: str) -> float:
+        """Sum of a counter's samples that have these labels, from `/metrics`."""
         with urllib.request.urlopen(f"{self.server.base_url}/metrics", timeout=30) as answer:
-            return metric(answer.read().decode(), name)
+            return metric(answer.read().decode(), name, **labels)
 
 
 @contextmanager

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import urllib.request
-from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -17,8 +15,7 @@ import pytest
 from tests.models.divisible import with_divisible_heads
 from tests.models.shortened import first_layers
 from tests.oracle.cases import CACHED_SETTINGS
-from tests.prometheus import metric
-from tests.server.conftest import FP32, Client, Completion, serving
+from tests.server.conftest import FP32, ONE_THREAD, Client, Completion, serving
 from tests.server.test_client import wait_until
 from tests.server.test_killed_worker import is_alive
 from tests.server.two_hosts import RayCluster, two_hosts
@@ -29,12 +26,10 @@ LAYERS = 8
 TOGETHER = {**asdict(CACHED_SETTINGS), "vote": "global"}
 APART = {**asdict(CACHED_SETTINGS), "vote": "local"}
 RAY_ON_CPU = Path(__file__).parent.parent / "ray_on_cpu"
-# One thread a rank, wherever this process may run.
-RANK = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 RANKS: dict[str, dict[str, str]] = {
-    "mp": RANK,
+    "mp": ONE_THREAD,
     "ray": {
-        **RANK,
+        **ONE_THREAD,
         "RAY_OVERRIDE_RESOURCES": '{"GPU": 2}',
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_worker_niceness": "0",  # as vLLM's own workers are
@@ -74,11 +69,9 @@ def two_ranks(
     return serving(model, settings=settings, extra_args=(*FP32, *arguments), env=env)
 
 
-def counted(client: Client, kind: str) -> Callable[[str], float]:
+def counted(client: Client, kind: str, rank: str) -> float:
     """Rows of a kind that a rank has counted."""
-    with urllib.request.urlopen(f"{client.server.base_url}/metrics", timeout=30) as answer:
-        page = answer.read().decode()
-    return lambda rank: metric(page, "vllm:tokenselect_rows_total", kind=kind, tp_rank=rank)
+    return client.metric("vllm:tokenselect_rows_total", kind=kind, tp_rank=rank)
 
 
 @pytest.mark.parametrize("executor", RANKS)
@@ -88,14 +81,14 @@ def test_ranks_that_vote_together_say_what_one_process_says(model, asked, alone,
         assert [c.tokens for c in said] == [c.tokens for c in alone]
         for kind in ("reselected", "reused", "dense"):
             wait_until(
-                lambda kind=kind: 0 < counted(client, kind)("0") == counted(client, kind)("1")
+                lambda kind=kind: 0 < counted(client, kind, "0") == counted(client, kind, "1")
             )
 
 
 def test_ranks_apart_answer_and_a_killed_one_ends_the_server(model, asked):
     with two_ranks(model, APART, "mp") as client:
         client.complete_all(asked[10:14], 12)
-        wait_until(lambda: counted(client, "reused")("0") != counted(client, "reused")("1"))
+        wait_until(lambda: counted(client, "reused", "0") != counted(client, "reused", "1"))
         server = psutil.Process(client.server.pid)
         processes = server.children(recursive=True)
         second = next(p for p in processes if "VLLM::Worker_TP1" in "".join(p.cmdline()))

@@ -14,23 +14,16 @@ from vllm_tokenselect.backend.gpu_attention import Library, choose_library, make
 from vllm_tokenselect.backend.gpu_metadata import GpuTokenSelectMetadata, step_limits
 from vllm_tokenselect.backend.impl import TokenSelectImpl
 from vllm_tokenselect.counters import worker_counters
-from vllm_tokenselect.gpu.attention import LayerCache, RowAttention
+from vllm_tokenselect.gpu.attention import FP8_DTYPES, LayerCache, RowAttention
 from vllm_tokenselect.gpu.rows import StepLimits
 from vllm_tokenselect.gpu.warmup import compile_gpu_kernels
 from vllm_tokenselect.gpu.workspace import Workspace
 from vllm_tokenselect.hooks.log import get_logger
-from vllm_tokenselect.kernels.head_group import HeadGroup
+from vllm_tokenselect.kernels.head_group import HeadGroup, num_voting_heads
 from vllm_tokenselect.kernels.rotate.rotation import Rotation
 from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
 
 logger = get_logger(__name__)
-
-# How vLLM's names of quantised caches are to be read; it hands them over as bytes.
-FP8_DTYPES = {
-    "fp8": torch.float8_e4m3fn,
-    "fp8_e4m3": torch.float8_e4m3fn,
-    "fp8_e5m2": torch.float8_e5m2,
-}
 
 
 @dataclass(frozen=True)
@@ -183,7 +176,7 @@ def _compile(shape: LayerShape, rotated: int | None) -> None:
         # As vLLM's scales, whatever default dtype the model is built with.
         scale = torch.ones((), dtype=torch.float32, device=device)
     if limits.method.reuses_selections:
-        num_heads = limits.num_heads * (shape.heads.size if shape.heads is not None else 1)
+        num_heads = num_voting_heads(limits.num_heads, shape.heads)
         selections = SelectionCacheState.allocate(
             *(1, limits.method.selection_size, num_heads, shape.head_size),
             *(shape.dtype, device),

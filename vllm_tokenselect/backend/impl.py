@@ -13,6 +13,7 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionMetadata, Attentio
 from vllm_tokenselect.backend.tensor_parallel import heads_that_vote_together
 from vllm_tokenselect.config import TokenSelectConfig
 from vllm_tokenselect.hooks import install_in_worker, rotary_embedding
+from vllm_tokenselect.kernels.head_group import num_voting_heads
 from vllm_tokenselect.kernels.rotate.rotation import Rotation
 from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
 from vllm_tokenselect.method import SettingsError
@@ -106,7 +107,7 @@ class TokenSelectImpl(AttentionImpl[M]):
         return SelectionCacheState.allocate(
             vllm_config.scheduler_config.max_num_seqs,
             method.selection_size,
-            self.num_heads * (self.heads.size if self.heads is not None else 1),
+            num_voting_heads(self.num_heads, self.heads),
             self.head_size,
             self.dtype,
             device,

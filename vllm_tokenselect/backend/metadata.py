@@ -21,6 +21,7 @@ from vllm_tokenselect.config import TokenSelectConfig
 from vllm_tokenselect.hooks.log import get_logger
 from vllm_tokenselect.hooks.runner_v1 import current_requests
 from vllm_tokenselect.hooks.runner_v2 import request_table
+from vllm_tokenselect.kernels.head_group import num_voting_heads
 from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
 from vllm_tokenselect.method import SettingsError
 from vllm_tokenselect.plan import SelectionPlan
@@ -72,7 +73,7 @@ class TokenSelectMetadataBuilder(AttentionMetadataBuilder[M]):
         layer = SelectionCacheState.allocate(
             num_requests,
             self.config.method.selection_size,
-            self.num_heads * (self.heads.size if self.heads is not None else 1),
+            num_voting_heads(self.num_heads, self.heads),
             self.head_size,
             self.dtype,
             torch.device("meta"),

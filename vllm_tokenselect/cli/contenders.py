@@ -14,6 +14,7 @@ from rich.console import Console
 
 from vllm_tokenselect.cli.model import ensure_smollm2
 from vllm_tokenselect.cli.server import ServerFailed, VllmServer
+from vllm_tokenselect.evaluation.urls import bare_url
 
 if TYPE_CHECKING:
     from vllm_tokenselect.evaluation.servers import ServerFacts
@@ -61,7 +62,7 @@ class RunningServers:
     def __post_init__(self) -> None:
         if self.a is None or self.b is None:
             raise ValueError("--a and --b go together: two running servers, A B A B")
-        if _bare(self.a) == _bare(self.b):
+        if bare_url(self.a) == bare_url(self.b):
             raise ValueError(
                 f"--a and --b are both {self.a}: its prefix cache would have each prompt of A for B"
             )
@@ -84,10 +85,6 @@ class RunningServers:
             described = {"url": facts.url, "model": facts.model, "version": facts.version}
             found.append(Served(name, facts, None, described))
         return found
-
-
-def _bare(url: str) -> str:
-    return url.rstrip("/").removesuffix("/v1")
 
 
 @dataclass(frozen=True)

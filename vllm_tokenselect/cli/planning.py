@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from vllm_tokenselect.gpu.attention import FP8_DTYPES
 from vllm_tokenselect.sizing.choice import Comparison, LayoutPlan, compare_layouts
 from vllm_tokenselect.sizing.export import as_json
 from vllm_tokenselect.sizing.models import ModelShape, read_model
@@ -22,7 +23,6 @@ from vllm_tokenselect.sizing.report import (
 )
 from vllm_tokenselect.sizing.server import (
     DTYPES,
-    KV_DTYPES,
     Server,
     find_gpu,
     read_settings,
@@ -65,7 +65,7 @@ class Question:
         gpu = find_gpu(self.gpu_memory)
         batched_tokens, seqs = gpu.batch
         dtype = _choice(self.dtype, "--dtype", {"auto": model.dtype, **DTYPES})
-        kv_dtype = _choice(self.kv_cache_dtype, "--kv-cache-dtype", {"auto": dtype, **KV_DTYPES})
+        kv_dtype = _choice(self.kv_cache_dtype, "--kv-cache-dtype", {"auto": dtype, **FP8_DTYPES})
         config = read_settings(self.settings)
         return Server(
             gpu=gpu,

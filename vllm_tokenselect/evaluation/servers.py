@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_tokenselect.evaluation.client import ServerError
+from vllm_tokenselect.evaluation.urls import bare_url
 
 _ATTENDED = "vllm:tokenselect_tokens_attended_total"
 _IN_CONTEXT = "vllm:tokenselect_tokens_in_context_total"
@@ -48,7 +49,7 @@ def ask_server(url: str, model: str | None) -> ServerFacts:
     Raises:
         ServerError: when it does not answer, or does not have the model.
     """
-    url = url.rstrip("/").removesuffix("/v1")
+    url = bare_url(url)
     try:
         served = {entry["id"]: entry for entry in request(f"{url}/v1/models")["data"]}
     except (OSError, ValueError, KeyError) as error:

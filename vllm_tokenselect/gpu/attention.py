@@ -23,6 +23,12 @@ from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
 GATHER_BYTES = 256 << 20
 # Lines of the gathered buffer are whole pages: FlashAttention 4 reads pages of 128 tokens best.
 PAGE_TOKENS = 128
+# How vLLM's names of quantised caches are to be read; it hands them over as bytes.
+FP8_DTYPES = {
+    "fp8": torch.float8_e4m3fn,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
 
 
 @dataclass(frozen=True)

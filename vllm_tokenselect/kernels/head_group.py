@@ -33,3 +33,12 @@ class HeadGroup(Protocol):
 
     def sum_votes(self, votes: torch.Tensor) -> torch.Tensor:
         """Votes fp32 [R, N] of all heads, the same bits in every process; may overwrite `votes`."""
+
+
+def num_voting_heads(num_heads: int, heads: HeadGroup | None) -> int:
+    """Query heads of a layer that vote together, of which a process has `num_heads`.
+
+    Args:
+        heads: the processes that vote together; None where a process votes for itself.
+    """
+    return num_heads if heads is None else num_heads * heads.size

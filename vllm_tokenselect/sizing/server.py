@@ -22,11 +22,6 @@ WEIGHT_BYTES = {
     **dict.fromkeys(("fp4", "int4"), 0.5),
 }
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-KV_DTYPES = {
-    "fp8": torch.float8_e4m3fn,
-    "fp8_e4m3": torch.float8_e4m3fn,
-    "fp8_e5m2": torch.float8_e5m2,
-}
 
 
 @dataclass(frozen=True)

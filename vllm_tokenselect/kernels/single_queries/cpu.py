@@ -51,6 +51,9 @@ def single_queries(rows: SingleQueryRows) -> Layer:
     )
     caching = _caching_arrays(rows.caching, len(ends))
     heads = rows.heads if rows.selects else None
+    # Nothing is compared where no row takes part in the Selection Cache.
+    compares_all_heads = heads is not None and caching[0].any()
+    index = rows.query_index.long()
 
     def layer(
         query: torch.Tensor,
@@ -63,38 +66,33 @@ def single_queries(rows: SingleQueryRows) -> Layer:
         in_place = out.is_contiguous()
         attended = out if in_place else torch.empty_like(out, memory_format=torch.contiguous_format)
         asking = (*token_elements(query), query_index)
-        cache = (cache_elements(kv_cache), kv_cache.shape[1], rows.block_size, kv_cache.shape[4])
+        cache = (cache_elements(kv_cache), kv_cache.shape[1], kv_cache.shape[4])
         scoring = (query.shape[1], np.float32(scale))
         stored = _state_arrays(state, query)
         vote_turn = rotation_table(None if rotation is None else rotation.vote[None])
         cos_sin = rotation_table(None if rotation is None else rotation.cos_sin)
+        deciding = (*asking, query.shape[1] * kv_cache.shape[4], kv_cache.shape[1])
+        if heads is not None and compares_all_heads:
+            deciding = _of_all_heads(heads, query[index])
+        before = (asking, deciding, cache, table, scoring, caching, stored, vote_turn)
         if heads is None:
-            deciding = (*asking, query.shape[1] * kv_cache.shape[4], kv_cache.shape[1])
-            before = (asking, deciding, cache, table, scoring, caching, stored, vote_turn)
             _single_queries(rows.selects, *before, cos_sin, cache_elements(attended))
         else:
-            deciding = _of_all_heads(heads, query, query_index, caching[0].any())
-            before = (asking, deciding, cache, table, scoring, caching, stored, vote_turn)
             selecting, reused_end, votes = _vote(*before)
             if len(selecting):
                 votes = heads.sum_votes(torch.from_numpy(votes)).numpy()
             _select(selecting, reused_end, votes, table, caching, stored)
             _attend(asking, cache, table, scoring, cos_sin, cache_elements(attended))
         if not in_place:
-            index = rows.query_index.long()
             out[index] = attended[index]
 
     return layer
 
 
-def _of_all_heads(
-    heads: HeadGroup, query: torch.Tensor, query_index: np.ndarray, caching: bool
-) -> tuple[Any, ...]:
-    """What the Selection Cache compares: the rows' queries of every process's heads."""
-    if not caching:  # nothing will be compared; only the types count
-        return *token_elements(query), query_index, 0, heads.num_kv_heads
-    gathered = heads.gather_heads(query[torch.from_numpy(query_index).long()])
-    index = np.arange(len(query_index), dtype=np.int32)
+def _of_all_heads(heads: HeadGroup, query: torch.Tensor) -> tuple[Any, ...]:
+    """What the Selection Cache compares: the rows' queries [R, Hq, D] of every process's heads."""
+    gathered = heads.gather_heads(query)
+    index = np.arange(len(gathered), dtype=np.int32)
     return *token_elements(gathered), index, gathered[0].numel(), heads.num_kv_heads
 
 
@@ -141,8 +139,8 @@ def _vote(asking, deciding, cache, table, scoring, caching, stored, vote_turn):
     """Which rows select, where the candidates of the others' selections ended, and the former's votes."""
     queries, query_distance, query_index = asking
     deciding_queries, deciding_distance, deciding_index, deciding_size, all_kv_heads = deciding
-    elements, num_kv_heads, block_size, head_size = cache
-    block_table, row_seq, n_init, _, candidate_ends, _, _, _, _ = table
+    elements, num_kv_heads, head_size = cache
+    block_table, row_seq, n_init, _, candidate_ends, _, block_size, _, _ = table
     num_heads, scale = scoring
     caches, slot, owner, threshold, refresh_interval, _ = caching
     stored_queries, _, stored_ends, stored_owners = stored
@@ -200,32 +198,10 @@ def _vote(asking, deciding, cache, table, scoring, caching, stored, vote_turn):
 @njit(cache=True)
 def _select(selecting, reused_end, votes, table, caching, stored):
     """Build the table of the rows that select, and complete it by the others."""
-    (
-        block_table,
-        row_seq,
-        n_init,
-        top_k,
-        candidate_ends,
-        context_ends,
-        block_size,
-        slots,
-        lengths,
-    ) = table
+    block_table, row_seq, n_init, top_k, _, context_ends, block_size, slots, lengths = table
     caches, slot, _, _, _, counts = caching
     if len(selecting) > 0:
-        build_rows(
-            selecting,
-            votes,
-            block_table,
-            row_seq,
-            n_init,
-            top_k,
-            candidate_ends,
-            context_ends,
-            block_size,
-            slots,
-            lengths,
-        )
+        build_rows(selecting, votes, *table)
     finish_rows(
         caches,
         reused_end,
@@ -246,15 +222,16 @@ def _select(selecting, reused_end, votes, table, caching, stored):
 @njit(cache=True)
 def _attend(asking, cache, table, scoring, cos_sin, out):
     queries, query_distance, query_index = asking
-    elements, num_kv_heads, block_size, head_size = cache
+    elements, num_kv_heads, head_size = cache
+    _, _, _, _, _, _, block_size, slots, lengths = table
     num_heads, scale = scoring
     attend_rows(
         queries,
         query_distance,
         query_index,
         elements,
-        table[7],
-        table[8],
+        slots,
+        lengths,
         scale,
         num_heads,
         num_kv_heads,
