@@ -76,7 +76,8 @@ class SelectiveAttention:
     ) -> torch.Tensor:
         if self._select is by_vote:
             return by_votes(singles, asking, key, scale)
-        each = zip(singles, asking.split(1, dim=1), strict=True)
+        queries = [asking[:, index : index + 1] for index in range(len(singles))]
+        each = zip(singles, queries, strict=True)
         return torch.stack([self._select(chunk, query, key, scale) for chunk, query in each])
 
 
