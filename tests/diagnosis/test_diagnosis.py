@@ -188,7 +188,8 @@ def test_layers_with_a_sliding_window_stay_as_they_are(tmp_path, tokens):
     torch.manual_seed(0)
     model = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=16))
     diagnosed = DiagnosedModel(saved(model, tmp_path), dtype="float32")
-    assert compare_layers(diagnosed, tokens, METHOD) == []
+    with pytest.raises(UnsupportedModel, match="No layer of this model has full attention"):
+        compare_layers(diagnosed, tokens, METHOD)
 
 
 def test_a_model_that_attends_otherwise_is_refused_by_name(tmp_path, tokens):

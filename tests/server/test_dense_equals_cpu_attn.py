@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.models.shortened import first_layers
 from tests.server.conftest import BLOCK_SIZE, FP32, serving
 
 pytestmark = pytest.mark.server
@@ -10,9 +11,13 @@ pytestmark = pytest.mark.server
 LENGTHS = [BLOCK_SIZE * blocks - 16 for blocks in (2, 3, 4, 6, 9, 10, 12, 14)]
 MAX_TOKENS = 32
 SHARED_BLOCKS = 4
+LAYERS = 10
 
 
-def test_eight_requests_with_shared_prefixes_and_preemption_say_the_same(smollm2, prompts):
+def test_eight_requests_with_shared_prefixes_and_preemption_say_the_same(
+    smollm2, prompts, tmp_path
+):
+    model = first_layers(smollm2, tmp_path / "shortened", LAYERS)
     shared = prompts(0, 1200)[: SHARED_BLOCKS * BLOCK_SIZE + 88]
     batch = [prompts(1 + i, n, shared if n > 1000 else None) for i, n in enumerate(LENGTHS)]
     sharing = sum(n > 1000 for n in LENGTHS)
@@ -27,7 +32,7 @@ def test_eight_requests_with_shared_prefixes_and_preemption_say_the_same(smollm2
     said = []
     for backend, settings in servers:
         with serving(
-            smollm2, backend=backend, settings=settings, extra_args=(*FP32, *blocks)
+            model, backend=backend, settings=settings, extra_args=(*FP32, *blocks)
         ) as client:
             client.complete(batch[-1], 1)  # puts the shared prefix into the cache
             said.append(client.complete_all(batch, MAX_TOKENS))

@@ -13,7 +13,7 @@ from statistics import fmean
 
 import torch
 
-from vllm_tokenselect.diagnosis.model import DiagnosedModel
+from vllm_tokenselect.diagnosis.model import DiagnosedModel, UnsupportedModel
 from vllm_tokenselect.diagnosis.selections import (
     WAYS,
     Chunk,
@@ -66,6 +66,7 @@ def compare_layers(
 
     Raises:
         NothingSelects: when no chunk of the prompt selects.
+        UnsupportedModel: when no layer has full attention.
     """
     selecting = [c for c in chunks_of(method, len(tokens), len(tokens)) if c.candidates is not None]
     if not selecting:
@@ -81,6 +82,11 @@ def compare_layers(
         method, {CHUNKS: several[-num_chunks:], TOKENS: singles[::-step][:num_tokens]}, singles
     )
     model.losses(tokens, 1, watch)
+    if not watch.reports:
+        raise UnsupportedModel(
+            "No layer of this model has full attention: all have a sliding window, and stay on vLLM's "
+            "own backend, which TOKENSELECT leaves as it is."
+        )
     return [watch.reports[layer] for layer in sorted(watch.reports)]
 
 
