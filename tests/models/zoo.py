@@ -113,7 +113,6 @@ EVERY_RUN = {
     "transformers' code, partial, yarn",
     "Gemma 3, with sliding windows",
     "layers without positions",
-    "transformers' code, a norm after the rotation",
 }
 
 

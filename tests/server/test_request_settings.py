@@ -22,10 +22,15 @@ def documents(prompts) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def full_attention(smollm2, documents) -> list[Completion]:
-    """What vLLM's own attention says."""
+def plain(smollm2, documents) -> tuple[list[Completion], str]:
+    """What vLLM's own attention says, and its server's log."""
     with serving(smollm2, backend="CPU_ATTN", extra_args=FP32) as client:
-        return client.complete_all(documents, MAX_TOKENS)
+        return client.complete_all(documents, MAX_TOKENS), client.server.log()
+
+
+@pytest.fixture(scope="module")
+def full_attention(plain) -> list[Completion]:
+    return plain[0]
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +57,17 @@ def test_off_is_full_attention_and_harms_no_neighbour(
         default = [pool.submit(sparse_client.complete, d, MAX_TOKENS) for d in documents]
         assert_same([answer.result() for answer in off], full_attention)
         assert_same([answer.result() for answer in default], selected)
+
+
+def test_not_chosen_the_package_changes_nothing(sparse_client, plain):
+    traces = (
+        "Using custom scheduler class",
+        "Using TOKENSELECT for full-attention layers",
+        "compiling the CPU kernels",
+    )
+    chosen, (_, not_chosen) = sparse_client.server.log(), plain
+    assert all(trace in chosen for trace in traces), "otherwise their absence proves nothing"
+    assert not [trace for trace in traces if trace in not_chosen]
 
 
 def test_a_request_selects_as_few_tokens_as_a_server_would(smollm2, documents, selected):
