@@ -91,10 +91,10 @@ def _at(ours: Method) -> list[Way]:
     found += [Way(f"chunk {n}", replace(ours, query_chunk=n)) for n in (128, 256)]
     found += [Way(f"smoothed {n}", ours, _always(_voted(_smoothed(n)))) for n in (3, 5, 9)]
     found += [Way(f"dense {n}", ours, dense_layers=n) for n in (1, 2, 4)]
-    kept = ours.n_local + ours.top_k
+    kept, n_local = ours.n_local + ours.top_k, ours.n_local
     found += [
-        Way(f"local {n}", replace(ours, n_local=n, top_k=kept - n))
-        for n in (kept // 16, kept // 8, kept // 2)
+        Way(f"local x{times}", replace(ours, n_local=n, top_k=kept - n))
+        for times, n in (("1/4", n_local // 4), ("1/2", n_local // 2), ("2", 2 * n_local))
     ]
     return found
 
