@@ -49,8 +49,8 @@ def length_axis(panel: Any, lengths: Iterable[int]) -> None:
 
 
 def short_length(tokens: int) -> str:
-    """`4K` for 4,096 tokens."""
-    return f"{tokens // 1024}K" if tokens >= 1024 else str(tokens)
+    """`4K` for 4,096 tokens, `1.25K` for 1,280."""
+    return f"{tokens / 1024:.3g}K" if tokens >= 1024 else str(tokens)
 
 
 def draw_depths(points: Sequence[DepthPoint], file: Path, hidden: str) -> None:
