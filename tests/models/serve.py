@@ -63,7 +63,9 @@ def main(jobs: str) -> None:
     os.environ.update(ENVIRONMENT)
     # Forks need not import it again, and vLLM's CPU platform starts one engine in a process: for a second
     # one it looks for kernels in every module, and trips over numba's, which the first has loaded.
-    import vllm  # noqa: F401
+    import vllm.entrypoints.llm
+    import vllm.v1.engine.core
+    import vllm.v1.worker.cpu_worker  # noqa: F401
 
     for folder, options in json.loads(Path(jobs).read_text()):
         fork = multiprocessing.get_context("fork").Process(target=answer, args=(folder, options))

@@ -83,6 +83,7 @@ def test_combined_options_change_nothing_that_is_said(model, adapter, prompts):
         assert answers(client, batch) == expected
 
 
+@pytest.mark.endurance
 def test_a_quantised_cache_is_refused_on_a_cpu(refusal):
     log = refusal({}, "--kv-cache-dtype", "fp8")
     assert "TOKENSELECT" in log

@@ -9,7 +9,10 @@ import pytest
 from tests.server.conftest import FP32, SPARSE, serving
 from tests.server.test_client import wait_until
 
-pytestmark = pytest.mark.server
+pytestmark = [
+    pytest.mark.server,
+    pytest.mark.endurance,
+]  # `test_tensor_parallel` kills one every time
 
 
 def test_a_killed_worker_ends_its_request_and_the_server(smollm2, prompts):

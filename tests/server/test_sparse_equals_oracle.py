@@ -71,6 +71,7 @@ def test_with_prefix_hits(sparse_client, cases, expected, kind, at_least):
     assert sparse_client.metric("vllm:prefix_cache_hits_total") - before > at_least
 
 
+@pytest.mark.endurance
 def test_when_requests_are_preempted_and_prefill_is_cut_into_the_smallest_steps(
     smollm2, cases, expected
 ):
@@ -92,14 +93,15 @@ def test_with_the_selection_cache(smollm2, tokenizer):
             assert_says_what_the_oracle_says(client, cases, expected)
 
 
-def test_with_the_selection_cache_and_preemption(smollm2, tokenizer):
+def test_with_the_selection_cache_preemption_and_the_smallest_steps(smollm2, tokenizer):
     cases = make_cached_cases(tokenizer)
     expected = load(cases, CACHED_SETTINGS)
     crowded = cases[-3:]
     blocks = sum(-(-len(case.prompt) // BLOCK_SIZE) for case in crowded)
     # The three prompts fit, and none of what they generate. One block is vLLM's own.
     arguments = ("--num-gpu-blocks-override", str(blocks + 1), "--max-model-len", "1700")
-    arguments += ("--dtype", "float32", "--max-num-seqs", "4", "--max-num-batched-tokens", "1024")
+    steps = str(CACHED_SETTINGS.query_chunk + 4)
+    arguments += ("--dtype", "float32", "--max-num-seqs", "4", "--max-num-batched-tokens", steps)
     with serving(smollm2, settings=asdict(CACHED_SETTINGS), extra_args=arguments) as client:
         assert_says_what_the_oracle_says(client, crowded, expected)
         assert client.metric("vllm:num_preemptions_total") > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -37,7 +38,17 @@ RANKS: dict[str, dict[str, str]] = {
         "PYTHONPATH": os.pathsep.join([str(RAY_ON_CPU), os.environ.get("PYTHONPATH", "")]),
     },
 }
+SHARED_MEMORY = Path("/dev/shm")
 ONE_RANK_A_HOST = {"RAY_OVERRIDE_RESOURCES": '{"GPU": 1}'}
+
+
+@pytest.fixture(autouse=True)
+def shared_memory() -> Iterator[None]:
+    """Ranks of vLLM on CPUs leave theirs behind, and one that draws the same port could not start."""
+    before = set(SHARED_MEMORY.glob("*cpushm*"))
+    yield
+    for left in set(SHARED_MEMORY.glob("*cpushm*")) - before:
+        left.unlink()
 
 
 @pytest.fixture(scope="module")
