@@ -108,13 +108,13 @@ def test_selective_attention_is_what_the_method_defines(generated: int):
 @pytest.mark.parametrize("way", WAYS)
 def test_what_begins_alike_is_read_once(llama, tokens, way: str):
     attention = selective(METHOD, 20, WAYS[way])
-    whole = llama.losses(tokens, 20, attention)
+    whole = llama.logits(tokens, 20, attention)
     shared = 3 * METHOD.query_chunk
     beginning = llama.read(tokens[:shared], attention)
     with pytest.raises(ValueError, match="no whole chunks"):
         llama.read(tokens[: shared + 1], attention)
     for _ in range(2):  # and it stays what it was
-        torch.testing.assert_close(llama.losses(tokens, 20, attention, beginning), whole)
+        torch.testing.assert_close(llama.logits(tokens, 20, attention, beginning), whole)
 
 
 def test_no_selection_keeps_more_attention_than_the_oracle_and_all_keep_less_than_all(

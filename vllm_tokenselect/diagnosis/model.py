@@ -49,7 +49,7 @@ class DiagnosedModel:
 
     @torch.inference_mode()
     def read(self, tokens: list[int], attention: Attention | None = None) -> Cache:
-        """Read the beginning of sequences: the keys and values that `logits` and `losses` go on from."""
+        """Read the beginning of sequences: the keys and values that `logits` goes on from."""
         cache = DynamicCache(config=self._model.config)
         with _attending(attention):
             self._model(self._ids(tokens), past_key_values=cache, logits_to_keep=1)
@@ -91,16 +91,13 @@ class DiagnosedModel:
         return logits
 
     def losses(
-        self,
-        tokens: list[int],
-        count: int,
-        attention: Attention | None = None,
-        beginning: Cache | None = None,
+        self, tokens: list[int], count: int, attention: Attention | None = None
     ) -> torch.Tensor:
         """Negative log-likelihoods fp32 [count], nats, of the last tokens; arguments as for `logits`."""
-        logits = self.logits(tokens, count, attention, beginning)
         target = torch.tensor(tokens[-count:], device=self._device)
-        return F.cross_entropy(logits, target, reduction="none").cpu()
+        return F.cross_entropy(
+            self.logits(tokens, count, attention), target, reduction="none"
+        ).cpu()
 
     def _ids(self, tokens: list[int]) -> torch.Tensor:
         return torch.tensor([tokens], device=self._device)
