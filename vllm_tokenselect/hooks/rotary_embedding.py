@@ -253,6 +253,7 @@ def _run_some_tokens(
     # Models are loaded under a default dtype of their own, in which the last token may be rounded up.
     tokens = torch.linspace(0, last, NUM_TRIED, dtype=torch.float64, device=device).int()
     positions = torch.arange(NUM_TRIED, device=device)
+    more = _earlier_stage(model, vllm_config, device)
     for layer in layers:
         # Not a forward hook: transformers' code calls `forward` itself.
         forward = layer.attention.forward
@@ -262,11 +263,25 @@ def _run_some_tokens(
             torch.inference_mode(),
             set_forward_context(None, vllm_config, num_tokens=NUM_TRIED, skip_compiled=True),
         ):
-            model(input_ids=tokens, positions=positions)
+            model(input_ids=tokens, positions=positions, **more)
     finally:
         for layer in layers:
             del layer.attention.forward
     return {name: inputs for name, inputs in attended.items() if all(x.any() for x in inputs)}
+
+
+def _earlier_stage(model: nn.Module, vllm_config: Any, device: torch.device) -> dict[str, Any]:
+    """What a later pipeline stage is called with as well: hidden states, here any numbers but zeros."""
+    from vllm.distributed import get_pp_group
+
+    if get_pp_group().is_first_rank:
+        return {}
+    dtype = vllm_config.model_config.dtype
+    states = model.make_empty_intermediate_tensors(NUM_TRIED, dtype, device)  # type: ignore[operator]
+    for tensor in states.tensors.values():
+        numbers = torch.linspace(-1, 1, tensor.numel(), dtype=dtype, device=device)
+        tensor.copy_(numbers.view_as(tensor))
+    return {"intermediate_tensors": states}
 
 
 def _refuse(model: nn.Module, problems: dict[str, list[str]]) -> None:

@@ -1,6 +1,6 @@
 """Two pipeline stages, each with layers of its own, say what one process says.
 
-Compiled: vLLM's CPU workers cannot run stages eagerly. That takes minutes: not among other tests.
+Compiled: vLLM's CPU workers cannot run stages eagerly.
 """
 
 from dataclasses import asdict
@@ -11,10 +11,12 @@ from tests.models.shortened import first_layers
 from tests.oracle.cases import CACHED_SETTINGS
 from tests.server.conftest import FP32, ONE_THREAD, serving
 
-pytestmark = pytest.mark.endurance
+pytestmark = pytest.mark.server
 
 
-@pytest.mark.parametrize("positions", ["native", "reassigned"])
+@pytest.mark.parametrize(
+    "positions", [pytest.param("native", marks=pytest.mark.endurance), "reassigned"]
+)
 def test_two_stages_say_what_one_process_says(smollm2, tokenizer, tmp_path, positions):
     from tests.oracle.prompts import prompt_tokens
 
