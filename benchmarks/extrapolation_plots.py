@@ -49,8 +49,12 @@ def _losses(cells: Rows, paired: Rows, file: Path) -> None:
 
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for method in dict.fromkeys(cell["method"] for cell in cells):
-        texts = [cell["losses"] for cell in cells if cell["method"] == method]
+    methods = list(dict.fromkeys(cell["method"] for cell in cells))
+    # Texts differ in difficulty: a curve shows those that every method has read.
+    read = [{cell["number"] for cell in cells if cell["method"] == method} for method in methods]
+    shown = [cell for cell in cells if cell["number"] in set.intersection(*read)]
+    for method in methods:
+        texts = [cell["losses"] for cell in shown if cell["method"] == method]
         reached = range(max(map(len, texts)))
         means = [fmean(losses[i] for losses in texts if i < len(losses)) for i in reached]
         starts = range(0, len(means), _SMOOTHED)
@@ -72,7 +76,11 @@ def _losses(cells: Rows, paired: Rows, file: Path) -> None:
             capsize=3,
             label=method,
         )
-    left.set(xlabel="position, K tokens", ylabel="nats per token", title="loss over position")
+    left.set(
+        xlabel="position, K tokens",
+        ylabel="nats per token",
+        title="loss over position, on the same texts",
+    )
     left.legend()
     right.axhline(0, color="grey", linewidth=0.8)
     length_axis(right, {row["end"] for row in paired} or {TARGET})
