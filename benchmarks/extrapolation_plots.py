@@ -49,12 +49,13 @@ def _losses(cells: Rows, paired: Rows, file: Path) -> None:
 
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    methods = list(dict.fromkeys(cell["method"] for cell in cells))
+    read: dict[str, dict[int, list[float]]] = {}  # losses by method and text
+    for cell in cells:
+        read.setdefault(cell["method"], {})[cell["number"]] = cell["losses"]
     # Texts differ in difficulty: a curve shows those that every method has read.
-    read = [{cell["number"] for cell in cells if cell["method"] == method} for method in methods]
-    shown = [cell for cell in cells if cell["number"] in set.intersection(*read)]
-    for method in methods:
-        texts = [cell["losses"] for cell in shown if cell["method"] == method]
+    shown = set.intersection(*map(set, read.values()))
+    for method, losses_of in read.items():
+        texts = [losses_of[number] for number in shown]
         reached = range(max(map(len, texts)))
         means = [fmean(losses[i] for losses in texts if i < len(losses)) for i in reached]
         starts = range(0, len(means), _SMOOTHED)

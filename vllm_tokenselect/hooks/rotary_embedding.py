@@ -144,10 +144,7 @@ def _take_each(
 
     def give_numbers(name: str, output: Inputs) -> Inputs:
         """Numbers in place of queries and keys, which could be zero where nothing has been attended."""
-        numbers = tuple(
-            torch.linspace(-size, size, x.numel(), dtype=x.dtype, device=x.device).view_as(x)
-            for size, x in zip((1, 2), output, strict=True)
-        )
+        numbers = tuple(_numbers(x, size) for size, x in zip((1, 2), output, strict=True))
         given[name] = numbers[0].flatten().clone(), numbers[1].flatten().clone()
         return numbers[0], numbers[1]
 
@@ -279,9 +276,14 @@ def _earlier_stage(model: nn.Module, vllm_config: Any, device: torch.device) -> 
     dtype = vllm_config.model_config.dtype
     states = model.make_empty_intermediate_tensors(NUM_TRIED, dtype, device)  # type: ignore[operator]
     for tensor in states.tensors.values():
-        numbers = torch.linspace(-1, 1, tensor.numel(), dtype=dtype, device=device)
-        tensor.copy_(numbers.view_as(tensor))
+        tensor.copy_(_numbers(tensor, 1))
     return {"intermediate_tensors": states}
+
+
+def _numbers(like: torch.Tensor, size: int) -> torch.Tensor:
+    """Numbers from `-size` to `size`, of the shape, dtype and device of a tensor."""
+    numbers = torch.linspace(-size, size, like.numel(), dtype=like.dtype, device=like.device)
+    return numbers.view_as(like)
 
 
 def _refuse(model: nn.Module, problems: dict[str, list[str]]) -> None:
