@@ -36,25 +36,18 @@ class Way:
     Attributes:
         method: the settings; None for full attention.
         selecting: makes of the text's number what selects for its chunks.
-        dense_layers: first layers that attend to everything.
     """
 
     name: str
     method: Method | None = None
     selecting: Callable[[int], Select] = lambda number: by_vote
-    dense_layers: int = 0
 
     def attention(self, num_tokens: int, num_generated: int, number: int) -> Attention | None:
         """Attention over a sequence of which the last `num_generated` tokens are read as if generated."""
         if self.method is None:
             return None
         chunks = chunks_of(self.method, num_tokens, num_tokens - num_generated)
-        selective = SelectiveAttention(self.method, chunks, self.selecting(number))
-
-        def attention(layer: int, *inputs: object) -> torch.Tensor | None:
-            return None if layer < self.dense_layers else selective(layer, *inputs)  # type: ignore[arg-type]
-
-        return attention
+        return SelectiveAttention(self.method, chunks, self.selecting(number))
 
 
 def split(budget: int) -> Method:
@@ -90,7 +83,8 @@ def _at(ours: Method) -> list[Way]:
     ]
     found += [Way(f"chunk {n}", replace(ours, query_chunk=n)) for n in (128, 256)]
     found += [Way(f"smoothed {n}", ours, _always(_voted(_smoothed(n)))) for n in (3, 5, 9)]
-    found += [Way(f"dense {n}", ours, dense_layers=n) for n in (1, 2, 4)]
+    found += [Way(f"means {n}", ours, _always(_by_means(n))) for n in (4, 16)]
+    found += [Way(f"dense {n}", replace(ours, dense_layers=n)) for n in (1, 2, 4, 8)]
     kept, n_local = ours.n_local + ours.top_k, ours.n_local
     found += [
         Way(f"local x{times}", replace(ours, n_local=n, top_k=kept - n))
@@ -112,6 +106,23 @@ def _voted(votes: Votes) -> Select:
         first, stop = chunk.candidates.start, chunk.candidates.stop
         logits = scores(mean, keys[:, first:stop], scale).transpose(0, 1)  # [1, Hq, N]
         return best(votes(logits)[0], chunk.top_k) + first
+
+    return select
+
+
+def _by_means(parts: int) -> Select:
+    """A chunk of many queries votes by the means of `parts` equal parts of it, one vote a head and part."""
+
+    def select(
+        chunk: Chunk, queries: torch.Tensor, keys: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        assert chunk.candidates is not None
+        first, stop = chunk.candidates.start, chunk.candidates.stop
+        means = [
+            part.mean(dim=1, dtype=torch.float32) for part in queries.chunk(parts, dim=1)
+        ]  # of [Hq, D]
+        logits = scores(torch.stack(means, dim=1), keys[:, first:stop], scale).transpose(0, 1)
+        return best(soft_vote(logits).sum(0), chunk.top_k) + first
 
     return select
 

@@ -58,6 +58,11 @@ class TokenSelectConfig(BaseModel):
         ge=0,
         description="most tokens by which a reused selection may be out of date",
     )
+    dense_layers: int = Field(
+        default=Method.dense_layers,
+        ge=0,
+        description="first layers of the model, which attend to everything, on vLLM's own backend",
+    )
     vote: Literal["local", "global"] = Field(
         default=Method.vote,
         description="with tensor parallelism: every rank selects with its own heads, or all select the "
@@ -104,12 +109,19 @@ class TokenSelectConfig(BaseModel):
                 f"tokenselect settings must be a JSON object, got {settings!r}.\n{cls.allowed()}"
             )
         try:
-            return cls.model_validate(dict(settings))
+            config = cls.model_validate(dict(settings))
         except ValidationError as error:
             problems = "\n".join(f"  - {_describe(problem)}" for problem in error.errors())
             raise SettingsError(
                 f"tokenselect settings cannot be used:\n{problems}\n{cls.allowed()}"
             ) from None
+        if config.dense_layers and config.method.reassigns_positions:
+            raise SettingsError(
+                f"tokenselect dense_layers={config.dense_layers} cannot be used with positions="
+                "'reassigned': a layer that attends to everything would see positions that the model "
+                "was not trained on. Leave one of them out."
+            )
+        return config
 
     @classmethod
     def from_additional_config(cls, additional_config: object) -> TokenSelectConfig:

@@ -31,6 +31,7 @@ class Method:
         similarity_threshold: cosine of a generated token's query with that of the last selection,
             in every KV head, from which on the selection is reused; at 1 or above none is.
         refresh_interval: most tokens that may have left the local window since a reused selection.
+        dense_layers: first layers of the model, which attend to everything.
         vote: where a layer's heads are divided among processes, whether each process selects with its
             own (`local`) or all together (`global`), which then select the same tokens.
         positions: `native`: keys are cached as the model rotates them. `reassigned`: keys are cached
@@ -45,6 +46,7 @@ class Method:
     tail_queries: int = 64
     similarity_threshold: float = 0.8
     refresh_interval: int = 64
+    dense_layers: int = 0
     vote: Literal["local", "global"] = "local"
     positions: Literal["native", "reassigned"] = "native"
 

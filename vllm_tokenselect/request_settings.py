@@ -75,6 +75,7 @@ def fingerprint(method: Method, top_k: int, tensor_parallel_size: int = 1) -> st
         "n_init": method.n_init,
         "n_local": method.n_local,
         "query_chunk": method.query_chunk,
+        "dense_layers": method.dense_layers,
         "positions": method.positions,
         "voters": tensor_parallel_size if method.vote == "local" else 1,
     }

@@ -8,7 +8,7 @@ import torch
 from benchmarks import accuracy
 from benchmarks.accuracy_questions import QUESTIONS, digits_only
 from benchmarks.accuracy_report import summarise, table
-from benchmarks.accuracy_ways import FULL, Way, split, ways
+from benchmarks.accuracy_ways import FULL, split, ways
 from benchmarks.extrapolation_report import Cell
 from vllm_tokenselect.diagnosis.model import DiagnosedModel
 from vllm_tokenselect.diagnosis.selections import Chunk, by_vote, chunks_of
@@ -60,8 +60,7 @@ def test_random_draws_anew_for_every_layer_and_alike_for_every_run():
 
 
 def test_dense_layers_are_left_to_the_model():
-    way = Way("", split(BUDGET), dense_layers=2)
-    attention = way.attention(1024, 0, 0)
+    attention = ways([BUDGET])[f"{BUDGET} dense 2"].attention(1024, 0, 0)
     query, key = torch.randn(HEADS, 1024, HEAD_SIZE), torch.randn(KV_HEADS, 1024, HEAD_SIZE)
     assert [attention(layer, query, key, key, 1.0) is None for layer in (0, 1, 2)] == [
         True,

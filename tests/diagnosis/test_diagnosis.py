@@ -1,6 +1,7 @@
 """What `tokenselect inspect` and `tune` say of a model is what selection would do to it."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -105,6 +106,20 @@ def test_selective_attention_is_what_the_method_defines(generated: int):
         torch.testing.assert_close(out[:, position], expected, rtol=1e-4, atol=1e-5)
 
 
+def test_dense_layers_attend_to_everything_and_the_others_select(llama, tokens):
+    layers = SIZES["num_hidden_layers"]
+    full, sparse = llama.losses(tokens, 20), llama.losses(tokens, 20, selective(METHOD, 20))
+    by_number = [
+        llama.losses(tokens, 20, selective(replace(METHOD, dense_layers=number), 20))
+        for number in range(layers + 1)
+    ]
+    assert torch.equal(by_number[0], sparse)
+    assert torch.equal(by_number[layers], full)
+    assert not any(torch.equal(x, y) for x, y in pairwise(by_number))
+    method = replace(METHOD, dense_layers=1)
+    assert [report.layer for report in compare_layers(llama, tokens, method)] == [*range(1, layers)]
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_what_begins_alike_is_read_once(llama, tokens, way: str):
     attention = selective(METHOD, 20, WAYS[way])
@@ -188,7 +203,7 @@ def test_layers_with_a_sliding_window_stay_as_they_are(tmp_path, tokens):
     torch.manual_seed(0)
     model = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=16))
     diagnosed = DiagnosedModel(saved(model, tmp_path), dtype="float32")
-    with pytest.raises(UnsupportedModel, match="No layer of this model has full attention"):
+    with pytest.raises(UnsupportedModel, match="No layer of this model selects"):
         compare_layers(diagnosed, tokens, METHOD)
 
 

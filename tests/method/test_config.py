@@ -38,6 +38,11 @@ def test_a_bad_value_is_named_and_everything_allowed_is_listed(settings, named):
         assert f"  {name}: " in message
 
 
+def test_dense_layers_and_reassigned_positions_exclude_each_other():
+    message = refusal({"dense_layers": 2, "positions": "reassigned"})
+    assert "dense_layers=2 cannot be used with positions='reassigned'" in message
+
+
 def test_every_problem_is_reported_at_once():
     message = refusal({"top_k": -1, "n_locl": 5})
     assert "top_k = -1" in message

@@ -51,7 +51,9 @@ def test_what_cannot_be_used_is_named_with_what_can(extra_args, named):
 
 
 def test_a_fingerprint_can_be_read():
-    settings = "top_k=1024,n_init=128,n_local=512,query_chunk=512,positions=native,voters=1"
+    settings = (
+        "top_k=1024,n_init=128,n_local=512,query_chunk=512,dense_layers=0,positions=native,voters=1"
+    )
     assert fingerprint(Method(), 1024) == f"v1:{settings}"
     assert fingerprint(Method(), FULL_ATTENTION) == "v1:off"
 

@@ -20,6 +20,8 @@ SETTINGS = Selection(
 # Of 24 generated tokens some reuse a selection because they resemble the one that made it, some may not,
 # and none may once more than 8 tokens have left its local window.
 CACHED_SETTINGS = replace(SETTINGS, similarity_threshold=0.75, refresh_interval=8)
+# The first two layers attend to everything.
+DENSE_LAYERS_SETTINGS = replace(CACHED_SETTINGS, dense_layers=2)
 # As many tokens are attended to, and never a position above 1,000.
 REASSIGNED_SETTINGS = replace(SETTINGS, positions="reassigned")
 
@@ -65,6 +67,11 @@ def make_cached_cases(tokenizer) -> list[Case]:
     lengths = zip(CACHED_SEEDS, CACHED_LENGTHS, strict=True)
     prompts = (prompt_tokens(tokenizer, seed, length) for seed, length in lengths)
     return [Case(f"cached-{len(prompt)}", prompt, 24) for prompt in prompts]
+
+
+def make_dense_layers_cases(tokenizer) -> list[Case]:
+    """3 of these prompts, for dense layers and for crowding."""
+    return make_cached_cases(tokenizer)[-4:-1]
 
 
 def make_reassigned_cases(tokenizer) -> list[Case]:

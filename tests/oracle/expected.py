@@ -15,11 +15,13 @@ from pathlib import Path
 
 from tests.oracle.cases import (
     CACHED_SETTINGS,
+    DENSE_LAYERS_SETTINGS,
     REASSIGNED_SETTINGS,
     SETTINGS,
     Case,
     make_cached_cases,
     make_cases,
+    make_dense_layers_cases,
     make_reassigned_cases,
 )
 from tests.oracle.model import OracleModel, Selection
@@ -27,6 +29,7 @@ from tests.oracle.model import OracleModel, Selection
 FILES = {
     SETTINGS: Path(__file__).with_name("expected.json"),
     CACHED_SETTINGS: Path(__file__).with_name("expected_cached.json"),
+    DENSE_LAYERS_SETTINGS: Path(__file__).with_name("expected_dense_layers.json"),
     REASSIGNED_SETTINGS: Path(__file__).with_name("expected_reassigned.json"),
 }
 # Where the oracle itself cannot tell two tokens apart, rounding may decide between them.
@@ -119,6 +122,7 @@ def main() -> None:
     sets = {
         SETTINGS: make_cases(tokenizer),
         CACHED_SETTINGS: make_cached_cases(tokenizer),
+        DENSE_LAYERS_SETTINGS: make_dense_layers_cases(tokenizer),
         REASSIGNED_SETTINGS: make_reassigned_cases(tokenizer),
     }
     chosen = [s for s in sets if not sys.argv[1:] or FILES[s].name in sys.argv[1:]]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -28,6 +28,7 @@ class Selection:
     similarity_threshold: float
     refresh_interval: int
     positions: str = "native"
+    dense_layers: int = 0
 
 
 @dataclass(frozen=True)
@@ -199,13 +200,16 @@ class OracleModel:
         self.cache[layer] = keys, values
         scale = self.head_size**-0.5
         outputs = []
-        for chunk in query_chunks(first, end, self.prompt_len, self.settings):
+        settings = self.settings
+        if layer < settings.dense_layers:
+            settings = replace(settings, top_k=10**9)
+        for chunk in query_chunks(first, end, self.prompt_len, settings):
             queries = q[chunk.start - first : chunk.stop - first]
             # Only generated tokens reuse a selection and leave one.
             generated = chunk.start >= self.prompt_len
             before = self.last[layer] if generated else None
             seen, last, margin = attended_positions(
-                queries, keys[:, : chunk.stop], chunk, scale, self.settings, before, self._asking
+                queries, keys[:, : chunk.stop], chunk, scale, settings, before, self._asking
             )
             self.margin = min(self.margin, margin)
             self.num_reused += last is not None and last is before

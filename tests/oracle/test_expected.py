@@ -4,10 +4,12 @@ import pytest
 
 from tests.oracle.cases import (
     CACHED_SETTINGS,
+    DENSE_LAYERS_SETTINGS,
     REASSIGNED_SETTINGS,
     SETTINGS,
     make_cached_cases,
     make_cases,
+    make_dense_layers_cases,
     make_reassigned_cases,
 )
 from tests.oracle.expected import REASSIGNED_TOLERANCE, ask, difference, load
@@ -39,6 +41,14 @@ def test_the_file_for_the_selection_cache_does_too(smollm2, tokenizer):
         again = ask(oracle, cases[name])
         assert difference(again.tokens, again.logprobs, expected[name]) == (None, False)
     assert 0 < oracle.num_reused < 2 * 24 * oracle.num_layers
+
+
+def test_the_file_for_dense_layers_does_too(smollm2, tokenizer):
+    cases = {case.name: case for case in make_dense_layers_cases(tokenizer)}
+    expected = load(list(cases.values()), DENSE_LAYERS_SETTINGS)
+    name = next(iter(cases))
+    again = ask(OracleModel(smollm2, DENSE_LAYERS_SETTINGS), cases[name])
+    assert difference(again.tokens, again.logprobs, expected[name]) == (None, False)
 
 
 def test_the_file_for_reassigned_positions_does_too(smollm2, tokenizer):

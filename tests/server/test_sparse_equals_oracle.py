@@ -9,7 +9,14 @@ from dataclasses import asdict
 
 import pytest
 
-from tests.oracle.cases import CACHED_SETTINGS, Case, make_cached_cases, make_cases
+from tests.oracle.cases import (
+    CACHED_SETTINGS,
+    DENSE_LAYERS_SETTINGS,
+    Case,
+    make_cached_cases,
+    make_cases,
+    make_dense_layers_cases,
+)
 from tests.oracle.expected import LOGPROB_TOLERANCE, Expected, difference, load
 from tests.server.conftest import BLOCK_SIZE, FP32, SPARSE, Client, serving
 
@@ -93,15 +100,18 @@ def test_with_the_selection_cache(smollm2, tokenizer):
             assert_says_what_the_oracle_says(client, cases, expected)
 
 
-def test_with_the_selection_cache_preemption_and_the_smallest_steps(smollm2, tokenizer):
-    cases = make_cached_cases(tokenizer)
-    expected = load(cases, CACHED_SETTINGS)
-    crowded = cases[-3:]
+def test_with_dense_layers_preemption_and_the_smallest_steps(smollm2, tokenizer):
+    """And with the Selection Cache in the layers that select."""
+    settings = DENSE_LAYERS_SETTINGS
+    crowded = make_dense_layers_cases(tokenizer)
+    expected = load(crowded, settings)
     blocks = sum(-(-len(case.prompt) // BLOCK_SIZE) for case in crowded)
     # The three prompts fit, and none of what they generate. One block is vLLM's own.
     arguments = ("--num-gpu-blocks-override", str(blocks + 1), "--max-model-len", "1700")
-    steps = str(CACHED_SETTINGS.query_chunk + 4)
+    steps = str(settings.query_chunk + 4)
     arguments += ("--dtype", "float32", "--max-num-seqs", "4", "--max-num-batched-tokens", steps)
-    with serving(smollm2, settings=asdict(CACHED_SETTINGS), extra_args=arguments) as client:
+    with serving(smollm2, settings=asdict(settings), extra_args=arguments) as client:
         assert_says_what_the_oracle_says(client, crowded, expected)
         assert client.metric("vllm:num_preemptions_total") > 0
+        log = client.server.log()
+    assert "leaves 2 layers on CPU_ATTN, where they attend to everything" in log

@@ -19,7 +19,7 @@ def model(tmp_path):
 
 
 def traffic_of(model, asked, layout, stage=0):
-    stages = cut_stages(model.layers, layout.pp)
+    stages = cut_stages(model.layers, layout.pp, asked.config.dense_layers)
     memory = gpu_memory(model, asked, layout, stages[stage])
     return traffic(model, asked, layout, stages[stage], memory, Attended.of(asked))
 
@@ -47,6 +47,29 @@ def test_full_attention_reads_the_whole_cache_and_a_selection_all_keys_and_itsel
     scores = 6 * 2 * 4 * (8 + 1) * attended.candidates  # written and read; 8 heads and the votes
     assert reads.selecting == attended.candidates * token // 2 + scores + 337 * token
     assert reads.reusing == (337 + 64) * token
+
+
+def test_a_dense_layer_reads_what_full_attention_does_and_votes_for_nothing(model):
+    for layout, stage, dense in (
+        (Layout(1, 1, 1), 0, 2),
+        (Layout(1, 2, 1), 0, 2),
+        (Layout(1, 2, 1), 1, 0),
+    ):
+        without = traffic_of(model, server(settings=SELECTING), layout, stage).reads
+        asked = server(settings={**SELECTING, "dense_layers": 2})
+        reads = traffic_of(model, asked, layout, stage).reads
+        layers = 6 // layout.pp
+        assert reads.full == without.full
+        for sparse, found in (
+            (without.selecting, reads.selecting),
+            (without.reusing, reads.reusing),
+        ):
+            assert found == (sparse * (layers - dense) + without.full * dense) // layers
+    tp = Layout(TP, 1, 1)
+    together = server(settings={**SELECTING, "vote": "global"})
+    votes = traffic_of(model, together, tp).decoding.votes
+    fewer = traffic_of(model, together.with_settings(dense_layers=2), tp).decoding.votes
+    assert fewer == votes * 4 // 6
 
 
 def test_gathering_reads_writes_and_reads_again(model):

@@ -12,7 +12,7 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionMetadata, Attentio
 
 from vllm_tokenselect.backend.tensor_parallel import heads_that_vote_together
 from vllm_tokenselect.config import TokenSelectConfig
-from vllm_tokenselect.hooks import install_in_worker, rotary_embedding
+from vllm_tokenselect.hooks import dense_layers, install_in_worker, rotary_embedding
 from vllm_tokenselect.kernels.head_group import num_voting_heads
 from vllm_tokenselect.kernels.rotate.rotation import Rotation
 from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
@@ -62,6 +62,8 @@ class TokenSelectImpl(AttentionImpl[M]):
         self.dtype: torch.dtype = vllm_config.model_config.dtype
         self.heads = heads_that_vote_together(vllm_config, self.num_kv_heads)
         self.rotation: Rotation | None = None
+        if self.config.dense_layers:
+            dense_layers.install()
         if self.reassigns_positions:
             rotary_embedding.install()
         self.prepare(vllm_config)

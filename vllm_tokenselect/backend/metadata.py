@@ -18,6 +18,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
 from vllm_tokenselect.backend.tensor_parallel import heads_that_vote_together
 from vllm_tokenselect.config import TokenSelectConfig
+from vllm_tokenselect.hooks.dense_layers import refuse_selecting
 from vllm_tokenselect.hooks.log import get_logger
 from vllm_tokenselect.hooks.runner_v1 import current_requests
 from vllm_tokenselect.hooks.runner_v2 import request_table
@@ -49,6 +50,7 @@ class TokenSelectMetadataBuilder(AttentionMetadataBuilder[M]):
                 f"{layer_names[0]}"
             )
         self.config = TokenSelectConfig.from_additional_config(vllm_config.additional_config)
+        refuse_selecting(layer_names, self.config)
         scheduler = vllm_config.scheduler_config
         self.config.check_engine(
             block_size=kv_cache_spec.block_size,

@@ -98,7 +98,7 @@ def run_plan(question: Question, json_path: Path | None) -> None:
     """
     model = read_model(question.model, quantised_ok=question.weights_dtype is not None)
     server = question.server(model)
-    _check_positions(model, server)
+    _check_settings(model, server)
     comparisons = question.comparisons(model, server)
     console = Console(width=WIDTH, highlight=False, markup=False)
     if len(comparisons) > 1 or len(comparisons[0].plans) > 1:
@@ -111,12 +111,17 @@ def run_plan(question: Question, json_path: Path | None) -> None:
     _print_choice(comparisons, model, server, console)
 
 
-def _check_positions(model: ModelShape, server: Server) -> None:
+def _check_settings(model: ModelShape, server: Server) -> None:
     method = server.config.method
     if method.reassigns_positions and method.max_attended > model.trained_length:
         raise ValueError(
             f'positions "reassigned" would number up to {method.max_attended:,} attended tokens, and '
             f"{model.name} was trained on {model.trained_length:,}: lower top_k"
+        )
+    if method.dense_layers >= len(model.layers):
+        raise ValueError(
+            f"dense_layers {method.dense_layers} leaves none of the {len(model.layers)} layers of "
+            f"{model.name} to select"
         )
 
 

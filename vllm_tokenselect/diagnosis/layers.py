@@ -55,7 +55,7 @@ def compare_layers(
     num_chunks: int = 3,
     num_tokens: int = 16,
 ) -> list[LayerReport]:
-    """Compare all ways to select at the settings' budget, in every full-attention layer.
+    """Compare all ways to select at the settings' budget, in every layer that selects.
 
     Args:
         model: reads the prompt once, with full attention.
@@ -66,7 +66,7 @@ def compare_layers(
 
     Raises:
         NothingSelects: when no chunk of the prompt selects.
-        UnsupportedModel: when no layer has full attention.
+        UnsupportedModel: when no layer selects.
     """
     selecting = [c for c in chunks_of(method, len(tokens), len(tokens)) if c.candidates is not None]
     if not selecting:
@@ -84,8 +84,8 @@ def compare_layers(
     model.losses(tokens, 1, watch)
     if not watch.reports:
         raise UnsupportedModel(
-            "No layer of this model has full attention: all have a sliding window, and stay on vLLM's "
-            "own backend, which TOKENSELECT leaves as it is."
+            "No layer of this model selects: all have a sliding window, or are among the first "
+            f"{method.dense_layers} that the setting dense_layers leaves dense."
         )
     return [watch.reports[layer] for layer in sorted(watch.reports)]
 
@@ -102,6 +102,8 @@ class _Watch:
     def __call__(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
     ) -> None:
+        if layer < self.method.dense_layers:
+            return
         mass: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
         error: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
         for kind, chunks in self.measured.items():

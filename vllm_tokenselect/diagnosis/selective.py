@@ -36,7 +36,9 @@ class SelectiveAttention:
 
     def __call__(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | None:
+        if layer < self._method.dense_layers:
+            return None
         out = torch.empty_like(query)
         first = key.shape[1] - query.shape[1]  # the position of the first query
         chunks = [chunk for chunk in self._chunks if first <= chunk.start < key.shape[1]]

@@ -2,6 +2,7 @@
 
 registration        the name TOKENSELECT, in every process
 platform_backend    which layers run on it
+dense_layers        the first layers left on vLLM's own backend, where the settings say so
 model_length        a longer --max-model-len than trained, where positions are reassigned
 rotary_embedding    the rotation of queries and keys taken over from the model, likewise;
                     transformers_rope is its part for models in transformers' own code
@@ -29,6 +30,7 @@ def all_seams() -> Sequence[Seam]:
     """Every seam of the project. Needs vLLM's dependencies, not vLLM itself."""
     from vllm_tokenselect.hooks import (
         block_hashes,
+        dense_layers,
         engine_config,
         metrics,
         model_length,
@@ -44,6 +46,7 @@ def all_seams() -> Sequence[Seam]:
     return (
         registration.SEAM,
         *platform_backend.SEAMS.values(),
+        dense_layers.SEAM,
         model_length.SEAM,
         *engine_config.SEAMS.values(),
         request_validation.SEAM,

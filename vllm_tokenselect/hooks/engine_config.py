@@ -16,7 +16,13 @@ from vllm_tokenselect.config import (
     DEFAULT_WORKSPACE_MB,
     TokenSelectConfig,
 )
-from vllm_tokenselect.hooks import block_hashes, metrics, model_length, request_validation
+from vllm_tokenselect.hooks import (
+    block_hashes,
+    dense_layers,
+    metrics,
+    model_length,
+    request_validation,
+)
 from vllm_tokenselect.hooks.log import get_logger
 from vllm_tokenselect.hooks.registration import is_selected
 from vllm_tokenselect.hooks.seam import Seam
@@ -88,6 +94,7 @@ def configure(vllm_config: Any, device_type: str) -> None:
         max_num_seqs=scheduler.max_num_seqs,
         long_prefill_token_threshold=scheduler.long_prefill_token_threshold,
     )
+    dense_layers.check_model(vllm_config.model_config, cache, config)
     model_length.check_trained_length(vllm_config.model_config, config)
     _choose_scheduler(scheduler)
     metrics.serve_counters()

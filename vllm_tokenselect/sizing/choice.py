@@ -72,7 +72,7 @@ def plan_layout(model: ModelShape, server: Server, layout: Layout) -> LayoutPlan
     together = server.with_settings(vote="global")
     stages = [
         (stage, gpu_memory(model, server, layout, stage))
-        for stage in cut_stages(model.layers, layout.pp)
+        for stage in cut_stages(model.layers, layout.pp, server.config.dense_layers)
     ]
     sent, joint = (
         [traffic(model, side, layout, stage, memory, attended) for stage, memory in stages]

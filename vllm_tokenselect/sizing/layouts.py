@@ -32,26 +32,41 @@ class Layout:
 
 @dataclass(frozen=True)
 class Stage:
-    """The layers of one pipeline stage; the first has the embedding, the last makes the logits."""
+    """The layers of one pipeline stage; the first has the embedding, the last makes the logits.
+
+    Attributes:
+        dense_layers: first of the stage's layers that the setting of this name leaves dense.
+    """
 
     layers: tuple[LayerShape, ...]
     first: bool
     last: bool
+    dense_layers: int = 0
+
+    @property
+    def full_attention(self) -> int:
+        """Layers without a sliding window."""
+        return sum(layer.window is None for layer in self.layers)
 
     @property
     def selecting(self) -> int:
         """Layers on TOKENSELECT."""
-        return sum(layer.window is None for layer in self.layers)
+        return sum(layer.window is None for layer in self.layers[self.dense_layers :])
 
 
-def cut_stages(layers: tuple[LayerShape, ...], pp: int) -> list[Stage]:
-    """Cut as vLLM does: what is left over goes to stages from the last but one backwards."""
+def cut_stages(layers: tuple[LayerShape, ...], pp: int, dense_layers: int = 0) -> list[Stage]:
+    """Cut as vLLM does: what is left over goes to stages from the last but one backwards.
+
+    Args:
+        dense_layers: the setting.
+    """
     sizes = [len(layers) // pp] * pp
     for i in range(len(layers) % pp):
         sizes[-2 - i] += 1
     stages, start = [], 0
     for i, size in enumerate(sizes):
-        stages.append(Stage(layers[start : start + size], i == 0, i == pp - 1))
+        dense = min(max(dense_layers - start, 0), size)
+        stages.append(Stage(layers[start : start + size], i == 0, i == pp - 1, dense))
         start += size
     return stages
 

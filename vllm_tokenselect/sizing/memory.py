@@ -66,7 +66,7 @@ class GpuMemory:
     Attributes:
         usable: what vLLM may use.
         buffers: all but the KV cache.
-        kv_token: KV cache of one token in the layers on TOKENSELECT.
+        kv_token: KV cache of one token in the layers with full attention, on TOKENSELECT or dense.
         kv_context: KV cache of one context in all layers.
     """
 
@@ -120,7 +120,7 @@ def gpu_memory(model: ModelShape, server: Server, layout: Layout, stage: Stage) 
     return GpuMemory(
         usable=server.usable,
         buffers=_buffers(model, server, layout, stage, rank),
-        kv_token=stage.selecting * page // BLOCK_SIZE,
+        kv_token=stage.full_attention * page // BLOCK_SIZE,
         kv_context=pages * page,
     )
 

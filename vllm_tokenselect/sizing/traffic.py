@@ -70,8 +70,9 @@ class Reads:
 
     Attributes:
         full: full attention.
-        selecting: a token that selects: all keys, the scores written and read, and what was selected.
-        reusing: most for a token that reuses a selection.
+        selecting: a token that selects: all keys, the scores written and read, and what was selected;
+            and what dense layers read.
+        reusing: likewise, most for a token that reuses a selection.
     """
 
     full: int
@@ -161,12 +162,15 @@ def _reads(
     server: Server, stage: Stage, memory: GpuMemory, attended: Attended, score_bytes: int
 ) -> Reads:
     times = 1 if server.attends_in_place else GATHERED_TIMES
-    keys = attended.candidates * memory.kv_token // 2
+    # A stage may have no layer with full attention.
+    selecting = memory.kv_token * stage.selecting // max(stage.full_attention, 1)
+    keys = attended.candidates * selecting // 2
     scores = 2 * score_bytes * stage.selecting
+    dense = attended.context * (memory.kv_token - selecting)
     return Reads(
         full=attended.context * memory.kv_token,
-        selecting=keys + scores + times * attended.decoding * memory.kv_token,
-        reusing=times * attended.reusing * memory.kv_token,
+        selecting=keys + scores + times * attended.decoding * selecting + dense,
+        reusing=times * attended.reusing * selecting + dense,
     )
 
 

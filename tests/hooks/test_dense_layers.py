@@ -1,0 +1,66 @@
+"""Dense layers: which they are, and where there cannot be any. `tests/server/` serves some."""
+
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from torch import nn
+
+from vllm_tokenselect.config import TokenSelectConfig
+from vllm_tokenselect.hooks import dense_layers, engine_config
+from vllm_tokenselect.hooks.registration import backend_member
+from vllm_tokenselect.method import SettingsError
+
+FIRST_TWO = TokenSelectConfig(dense_layers=2)
+NAMES = [f"model.layers.{layer}.self_attn.attn" for layer in range(4)]
+
+
+def test_they_are_the_first_of_the_whole_model():
+    assert [dense_layers.is_dense(name, FIRST_TWO) for name in NAMES] == [True, True, False, False]
+    assert not any(dense_layers.is_dense(name, TokenSelectConfig()) for name in NAMES)
+
+
+def test_a_layer_that_selects_though_it_is_to_be_dense_stops_the_server():
+    """As where a loader does not call the function that the hook wraps."""
+    dense_layers.refuse_selecting(NAMES[2:], FIRST_TWO)
+    with pytest.raises(SettingsError, match=r"--load-format.*model\.layers\.1\.self_attn\.attn"):
+        dense_layers.refuse_selecting(NAMES[1:], FIRST_TWO)
+
+
+@pytest.fixture
+def configure(make_vllm_config):
+    def run(**settings: int) -> None:
+        config = make_vllm_config()
+        config.attention_config.backend = backend_member()
+        own = config.additional_config["tokenselect"]
+        config.additional_config = {"tokenselect": {**own, **settings}}
+        engine_config.configure(config, "cpu")
+
+    return run
+
+
+def test_a_model_without_a_layer_that_selects_is_refused(configure):
+    configure(dense_layers=0)
+    with pytest.raises(SettingsError, match="leaves no layer of .* Set it to at most 0"):
+        configure(dense_layers=1)
+
+
+def test_a_quantised_cache_is_refused(make_vllm_config):
+    config = make_vllm_config()
+    model = SimpleNamespace(model="m", get_total_num_hidden_layers=lambda: 3)
+    dense_layers.check_model(model, config.cache_config, FIRST_TWO)
+    config.cache_config.cache_dtype = "fp8"
+    with pytest.raises(SettingsError, match="--kv-cache-dtype fp8"):
+        dense_layers.check_model(model, config.cache_config, FIRST_TWO)
+    dense_layers.check_model(model, config.cache_config, TokenSelectConfig())
+
+
+def test_a_patched_vllm_leaves_them_dense_before_it_processes_weights(load_patched, monkeypatch):
+    utils = load_patched("vllm/model_executor/model_loader/utils.py")
+    model, seen = nn.Linear(1, 1), []
+    monkeypatch.setattr(dense_layers, "leave_dense", seen.append)
+    monkeypatch.setattr(utils, "maybe_retie_word_embeddings", lambda *_: seen.append("weights"))
+    utils.process_weights_after_loading(model, SimpleNamespace(quantization=None), None)
+    assert seen == [model, "weights"]

@@ -1,0 +1,172 @@
+"""Leave the first layers on vLLM's own attention backend, which attends to everything.
+
+vLLM chooses a backend by what layers are like, not by which one of them it is, so all full-attention
+layers of a model are made on TOKENSELECT. Once they are made, and before vLLM processes their weights,
+those that the setting `dense_layers` counts are put on the platform's default backend.
+
+Wraps `process_weights_after_loading` wherever a loader has imported it.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from vllm_tokenselect.config import TokenSelectConfig
+from vllm_tokenselect.hooks.log import get_logger
+from vllm_tokenselect.hooks.registration import BACKEND_NAME
+from vllm_tokenselect.hooks.seam import Seam
+from vllm_tokenselect.method import SettingsError
+
+_FUNCTION = "process_weights_after_loading"
+
+SEAM = Seam(
+    name="dense_layers",
+    module="vllm.model_executor.model_loader.utils",
+    qualname=_FUNCTION,
+    parameters=("model", "model_config", "target_device"),
+    contains=("module.process_weights_after_loading(model_config.dtype)",),
+    why="leaves the first layers on vLLM's own backend where the settings say so",
+)
+
+
+def leave_dense(model: nn.Module) -> None:
+    """Put the model's first layers on the platform's default backend, as many as the settings say.
+
+    Called while the model is loaded, under its engine's configuration.
+    """
+    from vllm.config import get_current_vllm_config
+
+    vllm_config = get_current_vllm_config()
+    config = TokenSelectConfig.from_additional_config(vllm_config.additional_config)
+    names = []
+    for name, layer in _selecting_layers(model):
+        if is_dense(name, config):
+            _put_on_default_backend(layer, vllm_config)
+            names.append(name)
+            backend = layer.attn_backend.get_name()
+    if names:
+        get_logger(__name__).info(
+            "TOKENSELECT leaves %d layers on %s, where they attend to everything (dense_layers %d): %s",
+            len(names),
+            backend,
+            config.dense_layers,
+            ", ".join(names),
+        )
+
+
+def is_dense(layer_name: str, config: TokenSelectConfig) -> bool:
+    """Whether the layer is one of those that the settings leave dense."""
+    from vllm.model_executor.models.utils import extract_layer_index
+
+    return config.dense_layers > 0 and extract_layer_index(layer_name) < config.dense_layers
+
+
+def refuse_selecting(layer_names: Iterable[str], config: TokenSelectConfig) -> None:
+    """Check that no layer that is to be dense selects.
+
+    Raises:
+        SettingsError: where a loader made the model in another way than this hook knows.
+    """
+    wrong = [name for name in layer_names if is_dense(name, config)]
+    if wrong:
+        raise SettingsError(
+            f"tokenselect dense_layers={config.dense_layers} cannot be used with this --load-format, "
+            f"which does not load models as vLLM's other loaders do ({wrong[0]} selects). Use another "
+            "one, or leave dense_layers out."
+        )
+
+
+def check_model(model_config: Any, cache_config: Any, config: TokenSelectConfig) -> None:
+    """Check that layers which select are left, and that the others can be served.
+
+    Raises:
+        SettingsError: saying what is allowed.
+    """
+    if not config.dense_layers:
+        return
+    from vllm.utils.torch_utils import is_quantized_kv_cache
+
+    layers = model_config.get_total_num_hidden_layers()
+    if config.dense_layers >= layers:
+        raise SettingsError(
+            f"tokenselect dense_layers={config.dense_layers} leaves no layer of {model_config.model} to "
+            f"select, which has {layers}. Set it to at most {layers - 1}, or leave out "
+            "--attention-backend TOKENSELECT."
+        )
+    if is_quantized_kv_cache(cache_config.cache_dtype):
+        raise SettingsError(
+            f"tokenselect dense_layers={config.dense_layers} cannot be used with --kv-cache-dtype "
+            f"{cache_config.cache_dtype}: vLLM's backends quantise queries then, which is decided before "
+            "a layer is put on one. Leave one of them out."
+        )
+
+
+def _selecting_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    from vllm.model_executor.layers.attention import Attention
+
+    for module in model.modules():
+        if isinstance(module, Attention) and module.attn_backend.get_name() == BACKEND_NAME:
+            yield module.layer_name, module
+
+
+def _put_on_default_backend(layer: Any, vllm_config: Any) -> None:
+    """What `Attention.__init__` does with a backend, with the platform's default one.
+
+    TOKENSELECT has refused layers with any of the options that are left out here.
+    """
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+    from vllm.v1.attention.selector import get_attn_backend
+
+    with _no_backend_chosen(vllm_config.attention_config):
+        backend = get_attn_backend(
+            layer.head_size,
+            layer.dtype,
+            layer.kv_cache_dtype,
+            attn_type=layer.attn_type,
+        )
+    old = layer.impl
+    layer.attn_backend = backend
+    layer.backend = AttentionBackendEnum[backend.get_name()]
+    layer.impl = backend.get_impl_cls()(
+        *(old.num_heads, old.head_size, old.scale, old.num_kv_heads),
+        *(None, None, layer.kv_cache_dtype, None, layer.attn_type, None),
+    )
+
+
+@contextmanager
+def _no_backend_chosen(attention_config: Any) -> Iterator[None]:
+    chosen = attention_config.backend, attention_config.backend_per_kind
+    attention_config.backend, attention_config.backend_per_kind = None, {}
+    try:
+        yield
+    finally:
+        attention_config.backend, attention_config.backend_per_kind = chosen
+
+
+def install() -> None:
+    """Wrap vLLM's function; safe to call again, also while a model is being loaded."""
+    from vllm.model_executor.model_loader import utils
+
+    original = utils.process_weights_after_loading
+    # Every layer asks; the check reads vLLM's source.
+    if hasattr(original, "_tokenselect_original") or SEAM.require() == "patched":
+        return
+
+    @functools.wraps(original)
+    def leave_dense_and_process(
+        model: nn.Module, model_config: Any, target_device: torch.device
+    ) -> None:
+        leave_dense(model)
+        original(model, model_config, target_device)
+
+    leave_dense_and_process._tokenselect_original = original  # type: ignore[attr-defined]
+    for module in list(sys.modules.values()):
+        if getattr(module, "__dict__", {}).get(_FUNCTION) is original:
+            setattr(module, _FUNCTION, leave_dense_and_process)
