@@ -39,6 +39,8 @@ MODEL = {
 PROMPT_LENGTHS = (40, 700, 1500, 3100)
 SMALL_BUDGET = {"top_k": 256, "n_init": 32, "n_local": 128, "query_chunk": 128}
 COVERING = {"top_k": 8192}
+# Reassigned positions must lie within the model's own.
+REASSIGNED = {"top_k": 4096, "positions": "reassigned"}
 LARGEST_DIFFERENCE = 0.08  # of log-probabilities in bf16
 
 
@@ -174,6 +176,12 @@ def main() -> int:
             compare("a budget that covers the context is full attention", covering, expected),
             sparse is not None,
         ]
+        for name, settings in (
+            ("dense layers beside layers that select", {**COVERING, "dense_layers": 2}),
+            ("reassigned positions", REASSIGNED),
+        ):
+            other = run(name, folder, ours(settings, enforce_eager=False))
+            good.append(compare(f"{name}, with graphs: full attention", other, expected))
         if on_gpu:
             graphs = run(
                 "TOKENSELECT, CUDA graphs", folder, ours(SMALL_BUDGET, enforce_eager=False)
