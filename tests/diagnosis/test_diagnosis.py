@@ -20,8 +20,10 @@ from vllm_tokenselect.cli.app import app
 from vllm_tokenselect.diagnosis.layers import (
     CHUNKS,
     TOKENS,
+    LayerReport,
     NothingSelects,
     compare_layers,
+    diffuse_layers,
     reuse_of,
 )
 from vllm_tokenselect.diagnosis.losses import BudgetCost, smallest_budget
@@ -118,6 +120,16 @@ def test_dense_layers_attend_to_everything_and_the_others_select(llama, tokens):
     assert not any(torch.equal(x, y) for x, y in pairwise(by_number))
     method = replace(METHOD, dense_layers=1)
     assert [report.layer for report in compare_layers(llama, tokens, method)] == [*range(1, layers)]
+
+
+def test_only_the_first_layers_can_be_left_dense_however_diffuse_others_are():
+    def report(kept: float, of_chunks: float = 0.95) -> LayerReport:
+        return LayerReport(
+            0, {CHUNKS: {TOKENSELECT: of_chunks}, TOKENS: {TOKENSELECT: kept}}, {}, None
+        )
+
+    assert diffuse_layers([report(0.7), report(0.95, 0.8), report(0.95), report(0.5)]) == 2
+    assert diffuse_layers([report(0.95), report(0.5)]) == 0
 
 
 @pytest.mark.parametrize("way", WAYS)

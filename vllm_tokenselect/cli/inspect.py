@@ -12,7 +12,7 @@ from rich.progress import track
 
 from vllm_tokenselect.cli.model import ensure_smollm2
 from vllm_tokenselect.config import TokenSelectConfig
-from vllm_tokenselect.diagnosis.layers import compare_layers
+from vllm_tokenselect.diagnosis.layers import DIFFUSE_BELOW, compare_layers, diffuse_layers
 from vllm_tokenselect.diagnosis.losses import budget_costs, smallest_budget
 from vllm_tokenselect.diagnosis.model import DiagnosedModel
 from vllm_tokenselect.diagnosis.passages import built_in_passages, needle_passages, own_passages
@@ -92,6 +92,16 @@ def run_inspect(
     for kind in layers[0].mass:
         if layers[0].mass[kind]:
             console.print(layer_table(layers, kind))
+    diffuse = diffuse_layers(layers)
+    if diffuse:
+        dense = json.dumps({"dense_layers": method.dense_layers + diffuse})
+        console.print(
+            f"The first {'layer keeps' if diffuse == 1 else f'{diffuse} layers keep'} less than "
+            f"{DIFFUSE_BELOW:.0%} of the attention. What it is worth to attend to everything there, "
+            f"`tokenselect tune --settings '{dense}'` tells.",
+            highlight=False,
+            markup=False,
+        )
     if plot is not None:
         draw_layers(layers, plot)
         console.print(f"Drawn into {plot}", highlight=False)

@@ -8,13 +8,16 @@ full attention, relative to it.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from statistics import fmean
 
 import torch
 
 from vllm_tokenselect.diagnosis.model import DiagnosedModel, UnsupportedModel
 from vllm_tokenselect.diagnosis.selections import (
+    TOKENSELECT,
     WAYS,
     Chunk,
     attended_positions,
@@ -25,6 +28,8 @@ from vllm_tokenselect.diagnosis.selections import (
 from vllm_tokenselect.method import Method
 
 CHUNKS, TOKENS = "chunks of the prompt", "single tokens"
+# Of its attention a layer that looks at few tokens keeps more, at any budget worth its while.
+DIFFUSE_BELOW = 0.9
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,15 @@ def compare_layers(
             f"{method.dense_layers} that the setting dense_layers leaves dense."
         )
     return [watch.reports[layer] for layer in sorted(watch.reports)]
+
+
+def diffuse_layers(layers: Sequence[LayerReport]) -> int:
+    """How many of the first layers spread their attention so widely that no selection keeps most of it.
+
+    They are what the setting `dense_layers` is for.
+    """
+    kept = [min(ways[TOKENSELECT] for ways in report.mass.values() if ways) for report in layers]
+    return len(list(takewhile(lambda share: share < DIFFUSE_BELOW, kept)))
 
 
 @dataclass
