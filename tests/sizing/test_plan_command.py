@@ -110,6 +110,7 @@ REFUSED = {
     "is no JSON": ("--settings", "{"),
     "there is no such setting": ("--settings", '{"topk": 1}'),
     "vote": ("--settings", '{"vote": "none"}'),
+    "leaves none of the 6 layers": ("--settings", '{"dense_layers": 6}'),
     "must be a JSON object": ("--settings", "[]"),
     "--dtype 'int8': it is auto": ("--dtype", "int8"),
     "--kv-cache-dtype 'int8': it is auto": ("--kv-cache-dtype", "int8"),
