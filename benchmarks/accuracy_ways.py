@@ -85,6 +85,8 @@ def _at(ours: Method) -> list[Way]:
     found += [Way(f"smoothed {n}", ours, _always(_voted(_smoothed(n)))) for n in (3, 5, 9)]
     found += [Way(f"means {n}", ours, _always(_by_means(n))) for n in (4, 16)]
     found += [Way(f"dense {n}", replace(ours, dense_layers=n)) for n in (1, 2, 4, 8)]
+    one_dense = replace(ours, dense_layers=1)
+    found.append(Way("dense 1 oracle", one_dense, _always(by_attention)))
     kept, n_local = ours.n_local + ours.top_k, ours.n_local
     found += [
         Way(f"local x{times}", replace(ours, n_local=n, top_k=kept - n))
