@@ -83,7 +83,7 @@ def _at(ours: Method) -> list[Way]:
     ]
     found += [Way(f"chunk {n}", replace(ours, query_chunk=n)) for n in (128, 256)]
     found += [Way(f"smoothed {n}", ours, _always(_voted(_smoothed(n)))) for n in (3, 5, 9)]
-    found += [Way(f"means {n}", ours, _always(_by_means(n))) for n in (4, 16)]
+    found += [Way(f"means {n}", ours, _always(_voted(soft_vote, n))) for n in (4, 16)]
     found += [Way(f"dense {n}", replace(ours, dense_layers=n)) for n in (1, 2, 4, 8)]
     one_dense = replace(ours, dense_layers=1)
     found.append(Way("dense 1 oracle", one_dense, _always(by_attention)))
@@ -96,35 +96,20 @@ def _at(ours: Method) -> list[Way]:
 
 
 Votes = Callable[[torch.Tensor], torch.Tensor]
-"""From logits fp32 [1, Hq, N] of candidates to votes [1, N]."""
+"""From logits fp32 [n, Hq, N] of candidates to votes [n, N]."""
 
 
-def _voted(votes: Votes) -> Select:
-    def select(
-        chunk: Chunk, queries: torch.Tensor, keys: torch.Tensor, scale: float
-    ) -> torch.Tensor:
-        assert chunk.candidates is not None
-        mean = queries.mean(dim=1, keepdim=True, dtype=torch.float32)
-        first, stop = chunk.candidates.start, chunk.candidates.stop
-        logits = scores(mean, keys[:, first:stop], scale).transpose(0, 1)  # [1, Hq, N]
-        return best(votes(logits)[0], chunk.top_k) + first
-
-    return select
-
-
-def _by_means(parts: int) -> Select:
-    """A chunk of many queries votes by the means of `parts` equal parts of it, one vote a head and part."""
+def _voted(votes: Votes, parts: int = 1) -> Select:
+    """A chunk votes by the means of so many equal parts of it, if it has as many queries."""
 
     def select(
         chunk: Chunk, queries: torch.Tensor, keys: torch.Tensor, scale: float
     ) -> torch.Tensor:
         assert chunk.candidates is not None
         first, stop = chunk.candidates.start, chunk.candidates.stop
-        means = [
-            part.mean(dim=1, dtype=torch.float32) for part in queries.chunk(parts, dim=1)
-        ]  # of [Hq, D]
+        means = [part.mean(dim=1, dtype=torch.float32) for part in queries.chunk(parts, dim=1)]
         logits = scores(torch.stack(means, dim=1), keys[:, first:stop], scale).transpose(0, 1)
-        return best(soft_vote(logits).sum(0), chunk.top_k) + first
+        return best(votes(logits).sum(0), chunk.top_k) + first
 
     return select
 

@@ -12,11 +12,10 @@ name the extra keys for external routers, agree with the hashes.
 from __future__ import annotations
 
 import functools
-import sys
 from typing import TYPE_CHECKING, Any
 
 from vllm_tokenselect.config import TokenSelectConfig
-from vllm_tokenselect.hooks.seam import Seam
+from vllm_tokenselect.hooks.seam import Seam, replace_everywhere
 from vllm_tokenselect.request_settings import fingerprint, requested_top_k
 
 if TYPE_CHECKING:
@@ -82,6 +81,4 @@ def install() -> None:
         return ((*(keys or ()), *ours) if ours else keys), next_mm_idx
 
     generate_with_settings._tokenselect_original = original  # type: ignore[attr-defined]
-    for module in list(sys.modules.values()):
-        if getattr(module, "__dict__", {}).get(_FUNCTION) is original:
-            setattr(module, _FUNCTION, generate_with_settings)
+    replace_everywhere(_FUNCTION, original, generate_with_settings)

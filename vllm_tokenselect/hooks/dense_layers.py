@@ -10,7 +10,6 @@ Wraps `process_weights_after_loading` wherever a loader has imported it.
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,7 +20,7 @@ from torch import nn
 from vllm_tokenselect.config import TokenSelectConfig
 from vllm_tokenselect.hooks.log import get_logger
 from vllm_tokenselect.hooks.registration import BACKEND_NAME
-from vllm_tokenselect.hooks.seam import Seam
+from vllm_tokenselect.hooks.seam import Seam, replace_everywhere
 from vllm_tokenselect.method import SettingsError
 
 _FUNCTION = "process_weights_after_loading"
@@ -167,6 +166,4 @@ def install() -> None:
         original(model, model_config, target_device)
 
     leave_dense_and_process._tokenselect_original = original  # type: ignore[attr-defined]
-    for module in list(sys.modules.values()):
-        if getattr(module, "__dict__", {}).get(_FUNCTION) is original:
-            setattr(module, _FUNCTION, leave_dense_and_process)
+    replace_everywhere(_FUNCTION, original, leave_dense_and_process)
