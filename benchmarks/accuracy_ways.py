@@ -76,7 +76,7 @@ def _at(ours: Method) -> list[Way]:
         Way("random", ours, _at_random),
         Way("oracle", ours, _always(by_attention)),
         Way("loudest head", ours, _always(_voted(lambda logits: logits.softmax(-1).amax(-2)))),
-        Way("sum of logits", ours, _always(_voted(lambda logits: logits.sum(-2)))),
+        Way("sum of logits", ours, _always(_voted(_summed))),
     ]
     found += [
         Way(f"tail {n}", replace(ours, tail_queries=n)) for n in (8, 16, 32, 96, 128, 256, 384)
@@ -117,6 +117,13 @@ def _voted(votes: Votes, parts: int = 1) -> Select:
 def _smoothed(width: int) -> Votes:
     """Each candidate gets the most votes that any of `width` neighbours has, itself in their middle."""
     return lambda logits: F.max_pool1d(soft_vote(logits), width, stride=1, padding=width // 2)
+
+
+def _summed(logits: torch.Tensor) -> torch.Tensor:
+    """The paper's first variant: scores summed over heads. In their order, but as votes are: above zero."""
+    total = logits.sum(-2)
+    low, high = total.aminmax(dim=-1, keepdim=True)
+    return (32 * (total - low) / (high - low).clamp_min(1e-9)).exp2()
 
 
 def _always(select: Select) -> Callable[[int], Select]:

@@ -155,8 +155,12 @@ def scores(asking: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tens
 
 def best(votes: torch.Tensor, top_k: int) -> torch.Tensor:
     """Indices of the highest votes [..., N], of equal ones the first: int64 [..., top_k], ascending."""
-    ranked = order_keys(votes).sort(dim=-1, descending=True, stable=True).indices
-    return ranked[..., :top_k].sort(dim=-1).values
+    count = votes.shape[-1]
+    # The vote above, and below it how many come later: no two are equal, so nothing has to be sorted whole.
+    later = torch.arange(count - 1, -1, -1, device=votes.device)
+    ranks = (order_keys(votes).long() << 32) + later
+    chosen = ranks.topk(min(top_k, count), dim=-1, sorted=False).indices
+    return chosen.sort(dim=-1).values
 
 
 def _candidates(chunk: Chunk) -> range:
