@@ -61,6 +61,8 @@ class TokenSelectImpl(AttentionImpl[M]):
         self.config = TokenSelectConfig.from_additional_config(vllm_config.additional_config)
         self.dtype: torch.dtype = vllm_config.model_config.dtype
         self.heads = heads_that_vote_together(vllm_config, self.num_kv_heads)
+        # Whether the layer rotates its queries and keys in the model's stead.
+        self.reassigns_positions = self.config.method.reassigns_positions
         self.rotation: Rotation | None = None
         if self.config.dense_layers:
             dense_layers.install()
@@ -71,11 +73,6 @@ class TokenSelectImpl(AttentionImpl[M]):
     @abstractmethod
     def prepare(self, vllm_config: VllmConfig) -> None:
         """Allocate and compile what the layer needs, before vLLM measures the memory that is left."""
-
-    @property
-    def reassigns_positions(self) -> bool:
-        """Whether the layer rotates its queries and keys in the model's stead."""
-        return self.config.method.reassigns_positions
 
     def take_rotation(self, table: torch.Tensor) -> None:
         """Take over the rotation of this layer's queries and keys, which come without from now on.
