@@ -76,22 +76,12 @@ def _at(ours: Method) -> list[Way]:
         Way("random", ours, _at_random),
         Way("oracle", ours, _always(by_attention)),
         Way("loudest head", ours, _always(_voted(lambda logits: logits.softmax(-1).amax(-2)))),
-        Way("sum of logits", ours, _always(_voted(_summed))),
+        Way("smoothed 3", ours, _always(_voted(_smoothed(3)))),
+        Way("means 4", ours, _always(_voted(soft_vote, 4))),
+        Way("dense 1 oracle", replace(ours, dense_layers=1), _always(by_attention)),
     ]
-    found += [
-        Way(f"tail {n}", replace(ours, tail_queries=n)) for n in (8, 16, 32, 96, 128, 256, 384)
-    ]
-    found += [Way(f"chunk {n}", replace(ours, query_chunk=n)) for n in (128, 256)]
-    found += [Way(f"smoothed {n}", ours, _always(_voted(_smoothed(n)))) for n in (3, 5, 9)]
-    found += [Way(f"means {n}", ours, _always(_voted(soft_vote, n))) for n in (4, 16)]
-    found += [Way(f"dense {n}", replace(ours, dense_layers=n)) for n in (1, 2, 4, 8)]
-    one_dense = replace(ours, dense_layers=1)
-    found.append(Way("dense 1 oracle", one_dense, _always(by_attention)))
-    kept, n_local = ours.n_local + ours.top_k, ours.n_local
-    found += [
-        Way(f"local x{times}", replace(ours, n_local=n, top_k=kept - n))
-        for times, n in (("1/4", n_local // 4), ("1/2", n_local // 2), ("2", 2 * n_local))
-    ]
+    found += [Way(f"tail {n}", replace(ours, tail_queries=n)) for n in (32, 128, 384)]
+    found += [Way(f"dense {n}", replace(ours, dense_layers=n)) for n in (1, 2, 4)]
     return found
 
 
@@ -117,13 +107,6 @@ def _voted(votes: Votes, parts: int = 1) -> Select:
 def _smoothed(width: int) -> Votes:
     """Each candidate gets the most votes that any of `width` neighbours has, itself in their middle."""
     return lambda logits: F.max_pool1d(soft_vote(logits), width, stride=1, padding=width // 2)
-
-
-def _summed(logits: torch.Tensor) -> torch.Tensor:
-    """The paper's first variant: scores summed over heads. In their order, but as votes are: above zero."""
-    total = logits.sum(-2)
-    low, high = total.aminmax(dim=-1, keepdim=True)
-    return (32 * (total - low) / (high - low).clamp_min(1e-9)).exp2()
 
 
 def _always(select: Select) -> Callable[[int], Select]:

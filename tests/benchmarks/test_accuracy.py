@@ -43,7 +43,7 @@ def test_votes_of_another_kind_choose_other_tokens_and_neighbours_of_a_loud_one(
     found = ways([BUDGET])
     chosen = {
         name: found[f"{BUDGET} {name}"].selecting(0)(chunk, query, key, 1.0).tolist()
-        for name in ("ours", "smoothed 3", "loudest head", "sum of logits")
+        for name in ("ours", "smoothed 3", "loudest head")
     }
     assert chosen.pop("smoothed 3") == [89, 90, 91]
     assert all(90 in tokens for tokens in chosen.values())

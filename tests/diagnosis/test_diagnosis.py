@@ -144,6 +144,14 @@ def test_what_begins_alike_is_read_once(llama, tokens, way: str):
         torch.testing.assert_close(llama.logits(tokens, 20, attention, beginning), whole)
 
 
+def test_what_attends_to_everything_may_be_read_in_two_parts(llama, tokens):
+    method = replace(METHOD, top_k=3 * METHOD.query_chunk)  # the first chunks are dense, and joined
+    attention = selective(method, 20)
+    beginning = llama.read(tokens[: METHOD.query_chunk + 1], attention)
+    whole = llama.logits(tokens, 20, attention)
+    torch.testing.assert_close(llama.logits(tokens, 20, attention, beginning), whole)
+
+
 def test_no_selection_keeps_more_attention_than_the_oracle_and_all_keep_less_than_all(
     llama, tokens
 ):

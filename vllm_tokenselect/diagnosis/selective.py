@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ class SelectiveAttention:
     Args:
         method: the settings, with native positions.
         chunks: of the sequence. Some of its beginning may have been read before, and some of its end may
-            be read later, in whole chunks.
+            be read later, in whole chunks; only one that attends to everything may be divided.
         select: how each chunk selects; the method's own if it is left out.
     """
 
@@ -41,9 +42,7 @@ class SelectiveAttention:
             return None
         out = torch.empty_like(query)
         first = key.shape[1] - query.shape[1]  # the position of the first query
-        chunks = [chunk for chunk in self._chunks if first <= chunk.start < key.shape[1]]
-        if sum(chunk.end - chunk.start for chunk in chunks) != query.shape[1]:
-            raise ValueError(f"tokens {first:,} to {key.shape[1]:,} are no whole chunks")
+        chunks = self._chunks_of(first, key.shape[1])
         singles = [chunk for chunk in chunks if _selects_alone(chunk)]
         for chunk in chunks:
             if chunk in singles:
@@ -72,6 +71,19 @@ class SelectiveAttention:
             mask = torch.zeros(len(batch), key.shape[1], dtype=torch.bool, device=query.device)
             out[:, places] = _attend(asking, key, value, mask.scatter_(1, attended, True), scale)
         return out
+
+    def _chunks_of(self, first: int, end: int) -> list[Chunk]:
+        """The chunks of tokens [first, end)."""
+        chunks = [chunk for chunk in self._chunks if chunk.start < end and first < chunk.end]
+        chunks = [
+            replace(chunk, start=max(chunk.start, first), end=min(chunk.end, end))
+            if chunk.candidates is None
+            else chunk
+            for chunk in chunks
+        ]
+        if sum(chunk.end - chunk.start for chunk in chunks) != end - first:
+            raise ValueError(f"tokens {first:,} to {end:,} are no whole chunks")
+        return chunks
 
     def _select_each(
         self, singles: Sequence[Chunk], asking: torch.Tensor, key: torch.Tensor, scale: float
