@@ -69,10 +69,17 @@ async def test_both_servers_are_asked_the_same_and_compared(servers, words, tmp_
     rates = {(row["task"], row["method"]): row["rate"] for row in summary if row["kind"] == "rate"}
     assert rates["passkey", "A"] == rates["number_string", "A"] == 1
     assert rates["passkey", "B"] == rates["number_string", "B"] == 0.5
-    (passkey,) = (row for row in summary if row.get("difference") and row["task"] == "passkey")
+    differences = {row["task"]: row for row in summary if row["kind"] == "difference"}
+    passkey = differences["passkey"]
     assert passkey["difference"] == -0.5
     assert (passkey["pairs"], passkey["better"], passkey["worse"]) == (4, 0, 2)
     assert passkey["low"] < -0.5 < passkey["high"]
+
+    means = {row["method"]: row for row in summary if row["kind"] == "mean rate"}
+    assert (means["A"]["rate"], means["B"]["rate"]) == (1, 0.5)
+    (mean,) = (row for row in summary if row["kind"] == "mean difference")
+    assert (mean["difference"], mean["tasks"]) == (-0.5, ["number_string", "passkey"])
+    assert passkey["low"] < mean["low"] < -0.5 < mean["high"] < passkey["high"]
 
     losses = {row["method"]: row for row in summary if row["kind"].startswith("loss")}
     assert losses["A"]["tokens"] == 10

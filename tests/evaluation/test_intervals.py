@@ -4,7 +4,12 @@ import random
 
 import pytest
 
-from vllm_tokenselect.evaluation.intervals import mean_interval, paired_difference, wilson
+from vllm_tokenselect.evaluation.intervals import (
+    mean_interval,
+    mean_of_estimates,
+    paired_difference,
+    wilson,
+)
 
 
 def pairs(both: int, only_before: int, only_after: int, neither: int) -> tuple[list, list]:
@@ -63,3 +68,19 @@ def test_a_mean_has_students_interval():
     assert mean_interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, -0.4841, 4.4841), abs=1e-4)
     assert mean_interval([5.0]) == (5.0, None, None)
     assert mean_interval([2.0, 2.0]) == (2.0, 2.0, 2.0)
+
+
+def test_the_mean_of_tasks_is_known_better_than_each_of_them():
+    mean, low, high = mean_of_estimates([(0.5, 0.3, 0.6), (0.7, 0.4, 0.8), (0.9, 0.9, 0.9)])
+    assert (mean, low, high) == pytest.approx((0.7, 0.7 - 0.13**0.5 / 3, 0.7 + 0.02**0.5 / 3))
+    assert mean_of_estimates([(0.5, 0.3, 0.6)]) == pytest.approx((0.5, 0.3, 0.6))
+
+
+def test_the_interval_of_a_mean_of_tasks_holds_the_truth_as_often_as_it_says():
+    rng = random.Random(2)
+    truths, held = (0.97, 0.5, 0.1), 0
+    for _ in range(400):
+        right = [sum(rng.random() < truth for _ in range(16)) for truth in truths]
+        _, low, high = mean_of_estimates([(n / 16, *wilson(n, 16)) for n in right])
+        held += low <= sum(truths) / 3 <= high
+    assert 0.92 < held / 400 < 0.99

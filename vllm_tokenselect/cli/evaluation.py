@@ -207,7 +207,7 @@ class Evaluation:
         from vllm_tokenselect.evaluation import run
         from vllm_tokenselect.evaluation.losses import loss_table
         from vllm_tokenselect.evaluation.pictures import draw
-        from vllm_tokenselect.evaluation.rates import difference_table, rate_table
+        from vllm_tokenselect.evaluation.rates import difference_table, mean_table, rate_table
 
         summary = run.summarise(self.report.cells)
         self.report.write(summary)
@@ -218,6 +218,8 @@ class Evaluation:
             self._console.print(rate_table(rows["rate"]))
         if rows["difference"]:
             self._console.print(difference_table(rows["difference"], run.BEFORE, run.AFTER))
+        if means := rows["mean rate"] + rows["mean difference"]:
+            self._console.print(mean_table(means))
         if losses := rows["loss"] + rows["loss difference"]:
             self._console.print(loss_table(losses))
         if self._asked.plots is not None:
@@ -243,7 +245,7 @@ class Evaluation:
         )
 
 
-_KINDS = ("rate", "difference", "loss", "loss difference")
+_KINDS = ("rate", "difference", "mean rate", "mean difference", "loss", "loss difference")
 
 
 def _share(

@@ -65,6 +65,24 @@ def _correlation(before: Sequence[float], after: Sequence[float]) -> float:
     return covariance / spread
 
 
+def mean_of_estimates(
+    estimates: Sequence[tuple[float, float, float]],
+) -> tuple[float, float, float]:
+    """Mean of independent estimates, each with its interval, and the mean's interval.
+
+    By recovering the variances from the intervals (Zou and Donner 2008, Statistics in Medicine 27,
+    1693-1702), as Newcombe's interval of a difference does.
+
+    Args:
+        estimates: value, low end and high end of each, all at the same confidence.
+    """
+    count = len(estimates)
+    mean = sum(value for value, _, _ in estimates) / count
+    low = mean - sqrt(sum((value - low) ** 2 for value, low, _ in estimates)) / count
+    high = mean + sqrt(sum((high - value) ** 2 for value, _, high in estimates)) / count
+    return mean, low, high
+
+
 def mean_interval(
     values: Sequence[float], confidence: float = 0.95
 ) -> tuple[float, float | None, float | None]:

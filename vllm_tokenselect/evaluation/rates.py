@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from vllm_tokenselect.evaluation.intervals import paired_difference, wilson
+from vllm_tokenselect.evaluation.intervals import mean_of_estimates, paired_difference, wilson
 
 Rows = list[dict[str, Any]]
 
@@ -116,5 +116,42 @@ def difference_table(rows: Iterable[dict[str, Any]], before: str, after: str) ->
             f"{row['length']:,}",
             f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]",
             *(str(row[name]) for name in ("pairs", "better", "worse")),
+        )
+    return table
+
+
+def task_means(rows: Rows) -> Rows:
+    """Means over the tasks, each counted once, of the rates or differences at a length, with intervals.
+
+    Args:
+        rows: of kind "rate" or "difference". Lengths with a single task are left out.
+    """
+    groups: dict[tuple[Any, ...], Rows] = {}
+    for row in rows:
+        named = row["kind"], row["length"], row.get("method")
+        groups.setdefault(named, []).append(row)
+    means = []
+    for (kind, length, method), group in sorted(groups.items(), key=lambda group: group[0][:2]):
+        if len(group) < 2:
+            continue
+        mean, low, high = mean_of_estimates([(row[kind], row["low"], row["high"]) for row in group])
+        tasks = sorted(row["task"] for row in group)
+        means.append({"kind": f"mean {kind}", "length": length, "tasks": tasks})
+        if method is not None:
+            means[-1]["method"] = method
+        means[-1] |= {kind: mean, "low": low, "high": high}
+    return means
+
+
+def mean_table(rows: Rows) -> Table:
+    """Means over the tasks with their intervals, one row a length and method, the difference below."""
+    table = Table(title="mean of the tasks [95 % interval]")
+    for heading in ("tokens", "tasks", "", "mean"):
+        table.add_column(heading, justify="right")
+    for row in sorted(rows, key=lambda row: (row["length"], "difference" in row)):
+        name, sign = (row["method"], "") if "method" in row else ("difference", "+")
+        shown = (format(row[part], f"{sign}.3f") for part in (row["kind"][5:], "low", "high"))
+        table.add_row(
+            f"{row['length']:,}", str(len(row["tasks"])), name, "{} [{}, {}]".format(*shown)
         )
     return table

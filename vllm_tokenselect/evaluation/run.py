@@ -11,7 +11,7 @@ from typing import Any
 from vllm_tokenselect.evaluation.cells import Cell, Report
 from vllm_tokenselect.evaluation.client import Client, Endpoint, ServerError, is_masked
 from vllm_tokenselect.evaluation.losses import loss_differences, loss_rows
-from vllm_tokenselect.evaluation.rates import rate_differences, rates
+from vllm_tokenselect.evaluation.rates import rate_differences, rates, task_means
 from vllm_tokenselect.evaluation.tasks import LOSSES, REPLAY, STEPS, TASKS, Prompt
 from vllm_tokenselect.evaluation.text import document, encode, prefix
 
@@ -250,12 +250,16 @@ async def step_by_step(client: Client, tokens: list[int], steps: int) -> list[fl
 
 
 def summarise(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rates, losses and their differences between the servers, as rows."""
+    """Rates, losses and their differences between the servers, and means over tasks, as rows."""
     answered = [cell for cell in done if "answers" in cell]
     read = [cell for cell in done if "losses" in cell]
-    return [
+    of_tasks = [
         *({"kind": "rate"} | row for row in rates(answered)),
         *rate_differences(answered, BEFORE, AFTER),
+    ]
+    return [
+        *of_tasks,
+        *task_means(of_tasks),
         *loss_rows(read),
         *loss_differences(read, BEFORE, AFTER),
     ]
