@@ -10,7 +10,6 @@ from vllm.config import set_current_vllm_config
 from vllm.model_executor.layers.rotary_embedding import get_rope
 
 from vllm_tokenselect.backend.cpu_impl import CpuTokenSelectImpl
-from vllm_tokenselect.config import TokenSelectConfig
 from vllm_tokenselect.hooks.rotary_embedding import AttentionLayer, Unrotated, _extend_table
 from vllm_tokenselect.kernels.rotate.reference import rotate
 from vllm_tokenselect.kernels.rotate.rotation import Rotation
@@ -104,12 +103,31 @@ def test_a_table_that_cannot_be_made_longer_names_the_layer_and_the_limit(make_r
         _extend_table(layer_with(make_rope("dynamic", True, 96)), 500)
 
 
-@pytest.mark.parametrize("positions", ["native", "reassigned"])
-def test_only_layers_that_reassign_positions_lose_their_rotation(positions):
+class Unprepared(CpuTokenSelectImpl):
+    """An implementation as vLLM makes it, which compiles and allocates nothing."""
+
+    def prepare(self, vllm_config):
+        pass
+
+
+@pytest.fixture
+def make_impl(make_vllm_config, monkeypatch):
+    monkeypatch.setattr("vllm_tokenselect.backend.impl.install_in_worker", lambda runner_v2: None)
+    monkeypatch.setattr("vllm_tokenselect.hooks.rotary_embedding.install", lambda: None)
+
+    def make(positions: str) -> Unprepared:
+        vllm_config = make_vllm_config()
+        vllm_config.additional_config = {"tokenselect": {"positions": positions}}
+        with set_current_vllm_config(vllm_config):
+            return Unprepared(2, HEAD_SIZE, 1.0, 1, None, None, "auto")
+
+    return make
+
+
+def test_only_layers_that_reassign_positions_lose_their_rotation(make_impl):
     """A vLLM with the diff asks this of every model, and so does a process that served one before."""
     layer = layer_with(nn.Module())
     assert not layer.reassigns, "a layer of another backend"
-    impl = object.__new__(CpuTokenSelectImpl)
-    impl.config = TokenSelectConfig(positions=positions)
-    layer.attention.impl = impl
-    assert layer.reassigns == (positions == "reassigned")
+    for positions in ("native", "reassigned"):
+        layer.attention.impl = make_impl(positions)
+        assert layer.reassigns == (positions == "reassigned")

@@ -149,8 +149,9 @@ def mean_table(rows: Rows) -> Table:
     for heading in ("tokens", "tasks", "", "mean"):
         table.add_column(heading, justify="right")
     for row in sorted(rows, key=lambda row: (row["length"], "difference" in row)):
-        name, sign = (row["method"], "") if "method" in row else ("difference", "+")
-        shown = (format(row[part], f"{sign}.3f") for part in (row["kind"][5:], "low", "high"))
+        value = "difference" if "difference" in row else "rate"
+        name, sign = (row["method"], "") if value == "rate" else (value, "+")
+        shown = (format(row[part], f"{sign}.3f") for part in (value, "low", "high"))
         table.add_row(
             f"{row['length']:,}", str(len(row["tasks"])), name, "{} [{}, {}]".format(*shown)
         )
