@@ -39,7 +39,7 @@ from vllm_tokenselect.evaluation.hidden import HiddenPrompt, needle_prompts
 from vllm_tokenselect.evaluation.text import encode
 
 K = 1024
-MAIN = ("full", "ours", "dense 1", "dense 2", "paper", "sink+local", "random")
+MAIN = ("full", "ours", "dense 2", "paper", "sink+local", "random")
 SHARED = 512  # tokens, in multiples of which a text is read once for all of its questions
 
 
