@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.utils.torch_utils import is_quantized_kv_cache
+from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
 
 from vllm_tokenselect.config import TokenSelectConfig

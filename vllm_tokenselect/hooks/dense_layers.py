@@ -90,7 +90,7 @@ def check_model(model_config: Any, cache_config: Any, config: TokenSelectConfig)
     """
     if not config.dense_layers:
         return
-    from vllm.utils.torch_utils import is_quantized_kv_cache
+    from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
     layers = model_config.get_total_num_hidden_layers()
     if config.dense_layers >= layers:
