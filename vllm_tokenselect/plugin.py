@@ -1,8 +1,21 @@
-"""The one entry point that vLLM calls, in every process, before arguments are parsed."""
+"""The one entry point that vLLM calls, in every process, before arguments are parsed.
+
+It is called in every vLLM of an environment that has the package, chosen or not. So nothing that goes
+wrong here stops a server: the backend is withdrawn, with one warning, and only whoever asks for it is
+refused.
+"""
 
 from __future__ import annotations
 
+import logging
+import os
+from typing import Any
+
 SUPPORTED_VLLM = ("0.32", "0.33")
+
+_NAME = "TOKENSELECT"
+# Inherited by the processes that vLLM starts, which need not repeat the warning.
+_WARNED = "TOKENSELECT_WITHDRAWAL_WARNED"
 
 
 class UnsupportedVllm(RuntimeError):
@@ -22,15 +35,56 @@ def check_vllm_version(version: str) -> None:
     raise UnsupportedVllm(
         f"vllm-tokenselect {__version__} supports vLLM {' and '.join(SUPPORTED_VLLM)}, but vLLM "
         f"{version} is installed. Install a supported vLLM, or another vllm-tokenselect; to run "
-        "this vLLM without it, uninstall vllm-tokenselect or leave it out of VLLM_PLUGINS."
+        "this vLLM without it, leave out --attention-backend TOKENSELECT."
     )
 
 
 def register() -> None:
-    """Register the backend TOKENSELECT and install the hooks that stay idle until it is chosen."""
-    import vllm
+    """Register the backend TOKENSELECT and install the hooks that stay idle until it is chosen.
 
-    check_vllm_version(vllm.__version__)
-    from vllm_tokenselect.hooks import install_in_every_process
+    Where that fails, for whatever reason, warn and withdraw the backend.
+    """
+    try:
+        import vllm
 
-    install_in_every_process()
+        check_vllm_version(vllm.__version__)
+        from vllm_tokenselect.hooks import install_in_every_process
+
+        install_in_every_process()
+    except Exception as error:
+        withdraw(error)
+
+
+def withdraw(error: Exception) -> None:
+    """Refuse the name TOKENSELECT, whoever asks for it, because of `error`; everything else is served."""
+    known = isinstance(error, UnsupportedVllm) or type(error).__name__ == "SeamBroken"
+    reason = str(error) if known else f"vllm-tokenselect cannot start: {error!r}"
+    if _WARNED not in os.environ:
+        os.environ[_WARNED] = "1"
+        logging.getLogger("vllm.tokenselect").warning(
+            "The attention backend TOKENSELECT is not available; everything else is. %s", reason
+        )
+    try:
+        from vllm.v1.attention.backends.registry import AttentionBackendEnum
+    except ImportError:
+        return  # a name that vLLM does not know, and refuses without us
+    # Every way to choose a backend looks its name up here. A member whose class refuses would not do: on
+    # CPUs vLLM ignores backends that it does not know, and would serve full attention in silence.
+    members = AttentionBackendEnum._member_map_
+    others = {name: member for name, member in members.items() if name != _NAME}
+    type.__setattr__(AttentionBackendEnum, "_member_map_", _Members(others, reason))
+    if _NAME in vars(AttentionBackendEnum):
+        type.__delattr__(AttentionBackendEnum, _NAME)
+
+
+class _Members(dict[str, Any]):
+    """The members of an enumeration by name. Looking up TOKENSELECT gives the reason why it is none."""
+
+    def __init__(self, members: dict[str, Any], reason: str) -> None:
+        super().__init__(members)
+        self.reason = reason
+
+    def __missing__(self, name: str) -> Any:
+        if name == _NAME:
+            raise ValueError(f"--attention-backend TOKENSELECT is not available: {self.reason}")
+        raise KeyError(name)

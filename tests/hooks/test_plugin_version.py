@@ -19,4 +19,4 @@ def test_any_other_release_is_refused_with_what_to_do(version):
     message = str(refused.value)
     assert f"vLLM {version} is installed" in message
     assert "supports vLLM 0.32 and 0.33" in message
-    assert "uninstall vllm-tokenselect" in message
+    assert "leave out --attention-backend TOKENSELECT" in message
