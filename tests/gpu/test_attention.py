@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.gpu.flash_model import FlashAttentionModel
 from tests.gpu.test_step import REASSIGNING, Graph, Layer, groups_of
 from tests.kernels_gpu.cases import DEVICE
 from tests.method.definition import CONFIG, HEAD_SIZE, REQUESTS
@@ -15,26 +16,6 @@ from vllm_tokenselect.gpu.flash_attention import (
 from vllm_tokenselect.method import Method
 
 
-def defined_varlen(
-    q, k, v, cu_seqlens_q, max_seqlen_q, seqused_k, max_seqlen_k, block_table, out, **options
-):
-    """What `flash_attn_varlen_func` documents, for a paged cache and the mask to the lower right."""
-    assert options["causal"]
-    page, group = k.shape[1], q.shape[1] // k.shape[2]
-    for line, length in enumerate(seqused_k.tolist()):
-        start, end = cu_seqlens_q[line : line + 2].tolist()
-        assert end - start <= max_seqlen_q
-        assert length <= max_seqlen_k <= block_table.shape[1] * page
-        position = torch.arange(length, device=q.device)
-        pages = block_table[line, position // page].long()
-        keys, values = (x[pages, position % page].repeat_interleave(group, 1) for x in (k, v))
-        visible = torch.ones(end - start, length, dtype=torch.bool, device=q.device)
-        logits = torch.einsum("nhd,mhd->hnm", q[start:end], keys) * options["softmax_scale"]
-        hidden = ~visible.tril(length - (end - start))
-        weights = logits.masked_fill(hidden, float("-inf")).softmax(-1)
-        out[start:end] = torch.einsum("hnm,mhd->nhd", weights, values)
-
-
 def buffer_of(layer: Layer, lines: int | None = None) -> GatherBuffer:
     num_kv_heads = layer.cache.pages.shape[1]
     dtype, device = layer.cache.pages.dtype, torch.device(DEVICE)
@@ -44,20 +25,30 @@ def buffer_of(layer: Layer, lines: int | None = None) -> GatherBuffer:
     return buffer
 
 
+KINDS = ["3 in place", "2 gathered", "3 gathered", "4 gathered"]
+
+
 def flash(layer: Layer, kind: str):
-    if kind == "in place":
-        return PagedFlashAttention(defined_varlen)
-    return GatheredFlashAttention(defined_varlen, 2, buffer_of(layer, lines=3))
+    """FlashAttention of a version, in place or over gathered tokens of three rows at a time."""
+    version, where = int(kind[0]), kind[2:]
+    if where == "in place":
+        return PagedFlashAttention(FlashAttentionModel(version))
+    return GatheredFlashAttention(FlashAttentionModel(version), version, buffer_of(layer, lines=3))
 
 
-@pytest.mark.parametrize("kind", ["in place", "gathered"])
-@pytest.mark.parametrize("name", REQUESTS)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *((name, kind) for name in REQUESTS for kind in KINDS[:2]),
+        *(("mixed", k) for k in KINDS[2:]),
+    ],
+)
 def test_flash_attention_gets_the_rows_of_the_table(name: str, kind: str):
     assert_attends(name, (6, 2), CONFIG, kind)
 
 
 def test_flash_attention_gets_the_rows_of_the_table_at_reassigned_positions():
-    assert_attends("mixed", (4, 1), REASSIGNING, "gathered")
+    assert_attends("mixed", (4, 1), REASSIGNING, "2 gathered")
 
 
 def assert_attends(name: str, heads: tuple[int, int], method: Method, kind: str) -> None:
@@ -68,7 +59,21 @@ def assert_attends(name: str, heads: tuple[int, int], method: Method, kind: str)
     torch.testing.assert_close(out, layer.expected(requests), rtol=2e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("kind", ["in place", "gathered"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("heads", [(6, 2), (2, 2)], ids=["6 heads share 2", "2 heads"])
+def test_flash_attention_gets_the_rows_of_a_captured_decoding_step(kind: str, heads):
+    requests = [(30, 31, 30), (180, 181, 100), (60, 61, 10), (150, 151, 100)]
+    layer = Layer(requests, heads, workspace_bytes=4 * (heads[0] + 1) * 256 * 5)
+    layer.query = torch.cat([layer.query, layer.query])  # queries of padded requests
+    layer.attention = flash(layer, kind)
+    graph = Graph(layer, num_tokens=8, queries=1)
+    assert [group.num_rows for group in graph.captured] == [5, 3]
+    out = graph.replay(requests)[:4]
+    layer.query = layer.query[:4]
+    torch.testing.assert_close(out, layer.expected(requests), rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_flash_attention_gets_the_rows_of_a_captured_step_of_three_tokens_a_request(kind: str):
     requests = [(150, 153, 100), (30, 33, 20)]
     layer = Layer(requests, (6, 2))

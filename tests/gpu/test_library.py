@@ -9,7 +9,7 @@ pytest.importorskip("vllm")
 
 from vllm.v1.attention.backends import fa_utils
 
-from tests.gpu.test_attention import defined_varlen
+from tests.gpu.flash_model import FlashAttentionModel
 from tests.kernels_gpu.cases import DEVICE
 from vllm_tokenselect.backend import gpu_attention
 from vllm_tokenselect.gpu.flash_attention import GatheredFlashAttention, PagedFlashAttention
@@ -18,11 +18,11 @@ from vllm_tokenselect.gpu.flash_attention import GatheredFlashAttention, PagedFl
 @pytest.mark.parametrize(
     ("quantised", "reassigned", "kind", "said"),
     [
-        (False, False, PagedFlashAttention, "FlashAttention 3, through the sparse block table"),
-        (True, False, GatheredFlashAttention, "FlashAttention 3, over gathered tokens"),
+        (False, False, PagedFlashAttention, "through the sparse block table: 0 MiB of buffers"),
+        (True, False, GatheredFlashAttention, "over gathered tokens: 256 MiB of buffers"),
         (
             *(False, True, GatheredFlashAttention),
-            "FlashAttention 3, over gathered tokens, positions reassigned",
+            "over gathered tokens, positions reassigned: 256 MiB of buffers",
         ),
     ],
 )
@@ -33,12 +33,13 @@ def test_only_keys_that_are_attended_as_they_are_cached_are_read_in_place(
     log = SimpleNamespace(info=lambda line, *values: lines.append(line % values))
     monkeypatch.setattr(gpu_attention, "get_logger", lambda name: log)
     monkeypatch.setattr(gpu_attention, "get_flash_attn_version", lambda head_size: 3)
-    monkeypatch.setattr(fa_utils, "flash_attn_varlen_func", defined_varlen, raising=False)
+    monkeypatch.setattr(fa_utils, "flash_attn_varlen_func", FlashAttentionModel(3), raising=False)
     attention = gpu_attention.make_attention(
         *("flash", 2, 64, torch.bfloat16, quantised, reassigned, 128, torch.device(DEVICE))
     )
     assert type(attention) is kind
-    assert lines == [f"TOKENSELECT attends with {said}"]
+    name, scratch = "FlashAttention 3", "up to 64 MiB of partial outputs"
+    assert lines == [f"TOKENSELECT attends with {name}, {said}, {scratch}"]
 
 
 def test_full_attention_is_not_served_at_reassigned_positions():

@@ -78,7 +78,7 @@ def test_positions_follow_the_length_that_the_device_knows():
     # The host believes that every draft was accepted; the device knows that two were not.
     believed, real = [(152, 155, 100), (46, 49, 20)], [(150, 153, 100), (43, 46, 20)]
     layer = reassigning(real)
-    layer.attention = flash(layer, "gathered")
+    layer.attention = flash(layer, "2 gathered")
     out = Graph(layer, num_tokens=6, queries=3).replay(believed, ends_of(real))
     assert_defined(out, layer, real)
 

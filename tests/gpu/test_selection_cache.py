@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.gpu.test_attention import defined_varlen
+from tests.gpu.flash_model import FlashAttentionModel
 from tests.gpu.test_step import on_device, rotation_of
 from tests.kernels_gpu.cases import DEVICE
 from tests.method.definition import CONFIG, HEAD_SIZE, SCALE, best, paged_step, turned
@@ -120,12 +120,12 @@ class Server:
             selections=state if method.reuses_selections else None,
             rotation=rotation_of(method),
         )
-        self.attention: RowAttention = PagedFlashAttention(defined_varlen)
+        self.attention: RowAttention = PagedFlashAttention(FlashAttentionModel(3))
         if method.reassigns_positions:
             buffer = GatherBuffer(
                 *(kv_heads, HEAD_SIZE, torch.float32, method.max_attended, device)
             )
-            self.attention = GatheredFlashAttention(defined_varlen, 2, buffer)
+            self.attention = GatheredFlashAttention(FlashAttentionModel(2), 2, buffer)
         self.expected = Counter[str]()
 
     def groups(

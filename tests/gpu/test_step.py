@@ -76,15 +76,15 @@ def ends_of(requests: list[Request]) -> np.ndarray:
     return np.array([end for _, end, _ in requests], np.int32)
 
 
-def plan_of(requests: list[Request], padding: int = 0) -> SelectionPlan:
+def plan_of(requests: list[Request], padding: int = 0, method: Method = CONFIG) -> SelectionPlan:
     lens = [end - first for first, end, _ in requests] + [0] * padding
     return SelectionPlan.build(
         np.cumsum([0, *lens]).astype(np.int32),
         np.append(ends_of(requests), [0] * padding).astype(np.int32),
         BatchRequests.without_slots(
-            np.array([prompt for _, _, prompt in requests] + [0] * padding, np.int32), CONFIG.top_k
+            np.array([prompt for _, _, prompt in requests] + [0] * padding, np.int32), method.top_k
         ),
-        CONFIG,
+        method,
     )
 
 

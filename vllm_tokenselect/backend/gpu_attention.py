@@ -7,8 +7,8 @@ from typing import Literal
 
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from vllm_tokenselect.config import TokenSelectConfig
 from vllm_tokenselect.gpu.attention import GatherBuffer, RowAttention, SdpaAttention
@@ -114,15 +114,32 @@ def make_attention(
         reassigned: whether positions are.
         width: most tokens of a row.
     """
-    log = get_logger(__name__)
     version = _flash_version(library, head_size)
     in_place = reads_in_place(version, as_cached=not (quantised or reassigned))
-    log.info(
-        "TOKENSELECT attends with %s, %s%s",
+    attention = _attention(
+        library, version, in_place, num_kv_heads, head_size, dtype, width, device
+    )
+    get_logger(__name__).info(
+        "TOKENSELECT attends with %s, %s%s: %d MiB of buffers, up to %d MiB of partial outputs",
         library_name(library, version),
         "through the sparse block table" if in_place else "over gathered tokens",
         ", positions reassigned" if reassigned else "",
+        attention.buffer_bytes >> 20,
+        attention.scratch_bytes >> 20,
     )
+    return attention
+
+
+def _attention(
+    library: Library,
+    version: int | None,
+    in_place: bool,
+    num_kv_heads: int,
+    head_size: int,
+    dtype: torch.dtype,
+    width: int,
+    device: torch.device,
+) -> RowAttention:
     if version is not None:
         from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
 

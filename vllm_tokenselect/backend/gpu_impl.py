@@ -110,7 +110,9 @@ class GpuTokenSelectImpl(TokenSelectImpl[GpuTokenSelectMetadata]):
     ) -> torch.Tensor:
         """Attend `query` [T, Hq, D] to the cached tokens; writes and returns `output` [T, Hq, D]."""
         rotation = self.layer_rotation()
-        if attn_metadata is None:  # profiling run
+        if attn_metadata is None:
+            # A profiling run sees what a step takes for a moment. It does so in every layer in turn.
+            torch.empty(self.attention.scratch_bytes, dtype=torch.uint8, device=output.device)
             return output.zero_()
         cache = self._cache(layer, kv_cache, rotation)
         attn_metadata.step.run_layer(

@@ -56,9 +56,13 @@ class RowAttention(Protocol):
 
     Attributes:
         name: as the setting `attention` names it.
+        buffer_bytes: what it holds.
+        scratch_bytes: bound of what the library allocates by itself in a call.
     """
 
     name: str
+    buffer_bytes: int
+    scratch_bytes: int
 
     def __call__(
         self,
@@ -73,13 +77,13 @@ class RowAttention(Protocol):
         """Attend the rows of a group.
 
         Args:
-            query: [T, Hq, D], queries of the step, rotated; those of the rows are read.
+            query: [T, Hq, D], queries of the group, rotated; those of the rows are read.
             cache: the layer's. Its keys are rotated here if they lie there un-rotated.
-            group: rows of the step.
+            group: its rows.
             slots: int32 [R, width], sparse block table of page size 1, ascending by position.
             lengths: int32 [R], entries of each row; 0 for a padded row.
             scale: scale of q . k.
-            out: [T, Hq, D]; written for the rows' queries.
+            out: [T, Hq, D]; written for the rows' queries, of others what the library leaves there.
         """
 
 
@@ -115,6 +119,10 @@ class GatherBuffer:
     def num_lines(self) -> int:
         return len(self.keys)
 
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (self.keys, self.values))
+
     def gather(
         self, cache: LayerCache, slots: torch.Tensor, lengths: torch.Tensor
     ) -> Iterator[tuple[int, int]]:
@@ -145,9 +153,11 @@ class SdpaAttention:
     """
 
     name = "sdpa"
+    scratch_bytes = 0
 
     def __init__(self, buffer: GatherBuffer) -> None:
         self.buffer = buffer
+        self.buffer_bytes = buffer.num_bytes
         self.position = torch.arange(buffer.keys.shape[1], device=buffer.keys.device)
 
     def __call__(
@@ -162,7 +172,7 @@ class SdpaAttention:
     ) -> None:
         for first, last in self.buffer.gather(cache, slots, lengths):
             if group.max_query_len == 1:
-                self._attend_single_queries(query, group, lengths, first, last, scale, out)
+                self._attend_single_queries(query, lengths, first, last, scale, out)
                 continue
             for row in range(first, last):
                 if group.query_lens[row]:
@@ -171,16 +181,14 @@ class SdpaAttention:
     def _attend_single_queries(
         self,
         query: torch.Tensor,
-        group: RowGroup,
         lengths: torch.Tensor,
         first: int,
         last: int,
         scale: float,
         out: torch.Tensor,
     ) -> None:
-        """Rows of one query each: row `r` of a step of such rows is query `r`."""
-        start = int(group.query_starts[first])
-        queries = slice(start, start + last - first)
+        """Rows of one query each: row `r` is query `r` of the group."""
+        queries = slice(first, last)
         visible = self.position < lengths[first:last, None]  # [rows, width]
         attended = F.scaled_dot_product_attention(
             query[queries, :, None],

@@ -15,6 +15,11 @@ from vllm_tokenselect.gpu.rows import RowGroup
 
 VarlenFunction = Callable[..., Any]
 
+# What FlashAttention allocates at most for the partial outputs of the parts that it splits a row's tokens
+# into, to have work for every multiprocessor.
+SPLIT_BYTES = 64 << 20
+MAX_SPLITS = 32  # as many as vLLM allows in a CUDA graph
+
 
 def reads_in_place(version: int | None, as_cached: bool) -> bool:
     """Whether this version of FlashAttention reads the cache through the sparse block table.
@@ -25,6 +30,26 @@ def reads_in_place(version: int | None, as_cached: bool) -> bool:
     return version == 3 and as_cached
 
 
+def choose_splits(version: int, query: torch.Tensor, most_queries: int) -> int:
+    """Most parts that a row's tokens may be split into; 0 where FlashAttention's own choice is bounded.
+
+    Partial outputs are allocated for all queries that are handed over. FlashAttention 3 chooses as many
+    parts as one row alone could use; version 4 no more than its rows need to fill the multiprocessors,
+    which is bounded unless it is handed queries of other rows too. Version 2 allocates for rows.
+
+    Args:
+        query: [T, Hq, D].
+        most_queries: of the rows.
+    """
+    num_queries, num_heads, head_size = query.shape
+    if version == 2 or (version == 4 and num_queries <= most_queries):
+        return 0
+    if version == 4:
+        return 1
+    part_bytes = 4 * num_queries * num_heads * (head_size + 1)  # fp32, and the logarithm of its sum
+    return min(max(SPLIT_BYTES // part_bytes, 1), MAX_SPLITS)
+
+
 class PagedFlashAttention:
     """FlashAttention 3, which takes pages of a single token: reads the cache where it lies.
 
@@ -33,6 +58,8 @@ class PagedFlashAttention:
     """
 
     name = "flash"
+    buffer_bytes = 0
+    scratch_bytes = SPLIT_BYTES
 
     def __init__(self, varlen: VarlenFunction) -> None:
         self.varlen = varlen
@@ -60,6 +87,7 @@ class PagedFlashAttention:
             softmax_scale=scale,
             causal=True,
             out=out,
+            num_splits=choose_splits(3, query, len(query)),
             fa_version=3,
         )
 
@@ -74,11 +102,13 @@ class GatheredFlashAttention:
     """
 
     name = "flash"
+    scratch_bytes = SPLIT_BYTES
 
     def __init__(self, varlen: VarlenFunction, version: int, buffer: GatherBuffer) -> None:
         self.varlen = varlen
         self.version = version
         self.buffer = buffer
+        self.buffer_bytes = buffer.num_bytes
         # The buffer as a paged cache, so that lengths may lie on the device.
         self.keys = buffer.keys.unflatten(1, (-1, PAGE_TOKENS)).flatten(0, 1)
         self.values = buffer.values.unflatten(1, (-1, PAGE_TOKENS)).flatten(0, 1)
@@ -96,20 +126,36 @@ class GatheredFlashAttention:
         out: torch.Tensor,
     ) -> None:
         for first, last in self.buffer.gather(cache, slots, lengths):
+            queries, starts = _queries_of(group, first, last)
+            own = query[queries]
             self.varlen(
-                q=query,
+                q=own,
                 k=self.keys,
                 v=self.values,
-                cu_seqlens_q=group.query_start_loc[first : last + 1],
+                cu_seqlens_q=starts,
                 max_seqlen_q=group.max_query_len,
                 seqused_k=lengths[first:last],
                 max_seqlen_k=self.buffer.keys.shape[1],
                 block_table=self.block_table[: last - first],
                 softmax_scale=scale,
                 causal=True,
-                out=out,
+                out=out[queries],
+                num_splits=choose_splits(self.version, own, (last - first) * group.max_query_len),
                 fa_version=self.version,
             )
+
+
+def _queries_of(group: RowGroup, first: int, last: int) -> tuple[slice, torch.Tensor]:
+    """Queries of the rows [first, last) of a group, and where each row's start among them.
+
+    FlashAttention 2 takes as many queries as rows where each has one. Fixed for a captured step, whose
+    longer rows start where only the device knows: theirs are all of the group's.
+    """
+    starts = group.query_start_loc[first : last + 1]
+    if group.max_query_len > 1 or (first == 0 and last == group.num_rows):
+        return slice(None), starts
+    # A padded row, without queries, starts behind the last query of the group.
+    return slice(first, last), (starts - first).clamp_(min=0) if first else starts
 
 
 def single_token_pages(pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,6 +8,7 @@ far each row ends before its request does, and positions are computed on the dev
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,8 +24,9 @@ from vllm_tokenselect.requests import NO_SLOT, Int32
 MAX_GROUP_ROWS = 512
 # Of the sparse block table; one line of it at least.
 TABLE_BYTES = 64 << 20
-# Entries of what the host sends of a row: six numbers, a tile and a chain; and of what is found there.
-SENT_FIELDS, ENDS = 6 + 3 + 4, 5
+# Entries of what the host sends of a row: five numbers, a tile, a chain and where its queries start (one
+# more for each group, of which there are no more than rows); and of what is found there.
+FIELDS, SENT_FIELDS, ENDS = 5, 5 + 3 + 4 + 2, 5
 # Widths of the scores are multiples of it, so that one compiled kernel fits all of them.
 WIDTH_STEP = 64
 
@@ -115,8 +117,10 @@ class RowGroup:
     """Consecutive rows of a step that are selected and attended together.
 
     Attributes:
+        queries: the group's among the step's, on the host: which of a captured step's is fixed. Of one
+            whose rows have a single query each, query `r` of the group is row `r`'s.
         row_seq: int32 [R], the row's request.
-        query_start_loc: int32 [R + 1], where the queries of each row start in the step's.
+        query_start_loc: int32 [R + 1], where the queries of each row start among the group's.
         query_len: int32 [R]; 0 for a padded row.
         top_k: int32 [R], candidates that the row selects.
         slot: int32 [R], of the row's request; -1 for a padded row and where there is no request.
@@ -137,6 +141,7 @@ class RowGroup:
     Every layer writes `scored_end`, `table_end` and `reused_end` of the rows of chains anew.
     """
 
+    queries: slice
     row_seq: torch.Tensor
     query_start_loc: torch.Tensor
     query_len: torch.Tensor
@@ -192,7 +197,7 @@ def step_rows(
     most_rows = tile_rows(limits.num_heads, limits.num_kv_heads)
     sent = _Sent(plan.num_rows)
     sent.write_rows(plan, seq_lens)
-    groups = []
+    groups: list[_GroupSizes] = []
     for first, last in _cut_groups(plan, limits):
         runs = _tile_runs(plan, first, last, most_rows)
         # A tile of one row is padded to a small product, any other to a full one: two compiled
@@ -204,7 +209,16 @@ def step_rows(
         longest = _max_length(plan, first, last, limits)
         width = _width(plan, first, last, limits)
         max_query_len = int(plan.query_len[first:last].max())
-        groups.append(_GroupSizes(first, last, sizes, chains, width, max_query_len, longest))
+        queries = slice(
+            int(plan.query_start[first]),
+            int(plan.query_start[last - 1] + plan.query_len[last - 1]),
+        )
+        starts = sent.write_starts(plan, first, last, queries, len(groups))
+        groups.append(
+            _GroupSizes(
+                *(first, last, queries, starts, sizes, chains, width, max_query_len, longest)
+            )
+        )
     buffers = RowBuffers(plan.num_rows, device_seq_lens.device)
     device = sent.send(buffers, device_seq_lens, limits.method)
     return [device.group(sent, group) for group in groups]
@@ -237,7 +251,7 @@ def graph_rows(
         rows_per_group -= rows_per_group % queries_per_request
     sent = _Sent(num_tokens)
     sent.write_rows(plan, seq_lens)
-    groups = []
+    groups: list[_GroupSizes] = []
     for first in range(0, num_tokens, rows_per_group):
         last = min(first + rows_per_group, num_tokens)
         runs = _tile_runs(plan, first, min(last, plan.num_rows), most_rows)
@@ -245,9 +259,12 @@ def graph_rows(
         sizes = [(last - first, most_rows)] if limits.max_width else []
         sent.write_chains(plan, first, min(last, plan.num_rows))
         chains = last - first if limits.method.reuses_selections else 0
+        # A row has a query at least: those of row `r` are not before query `r`.
+        queries = slice(first, min(last * queries_per_request, num_tokens))
+        starts = sent.write_starts(plan, first, last, queries, len(groups))
         groups.append(
             _GroupSizes(
-                *(first, last, sizes, chains),
+                *(first, last, queries, starts, sizes, chains),
                 *(limits.max_width, queries_per_request, limits.table_width),
             )
         )
@@ -260,17 +277,32 @@ def _field_size(num_rows: int) -> int:
     return -(-(num_rows + 1) // 4) * 4
 
 
+def _split(sent: Any, size: int) -> tuple[Any, Any, Any, Any]:
+    """Fields, tiles, chains and starts in an array or tensor that is sent."""
+    fields, tiles, chains = FIELDS * size, (FIELDS + 3) * size, (FIELDS + 7) * size
+    return (
+        sent[:fields].reshape(FIELDS, size),
+        sent[fields:tiles].reshape(-1, 3),
+        sent[tiles:chains].reshape(-1, 4),
+        sent[chains:],
+    )
+
+
 @dataclass(frozen=True)
 class _GroupSizes:
     """What the host decides of a group: rows [first, last), and see `RowGroup`.
 
     Attributes:
+        queries: as `RowGroup.queries`.
+        starts: first entry of its `query_start_loc`.
         tiles: number of tiles and most rows of a tile, of each class.
         chains: number of chains.
     """
 
     first: int
     last: int
+    queries: slice
+    starts: int
     tiles: list[tuple[int, int]]
     chains: int
     width: int
@@ -285,21 +317,34 @@ class _Sent:
         self.num_rows = num_rows
         self.size = size = _field_size(num_rows)
         self.array = np.zeros(SENT_FIELDS * size, np.int32)
-        fields = self.array[: 6 * size].reshape(6, size)
-        self.row_seq, self.query_len, self.after, self.query_start, self.top_k, self.slot = fields
+        fields, tiles, chains, self.starts = _split(self.array, size)
+        self.row_seq, self.query_len, self.after, self.top_k, self.slot = fields
         self.slot[:] = NO_SLOT
-        self.tiles = self.array[6 * size : 9 * size].reshape(-1, 3)
-        self.chains = self.array[9 * size :].reshape(-1, 4)
+        self.tiles, self.chains = tiles, chains
 
     def write_rows(self, plan: SelectionPlan, seq_lens: Int32) -> None:
         rows = slice(plan.num_rows)
         self.row_seq[rows] = plan.row_seq
         self.query_len[rows] = plan.query_len
         self.after[rows] = seq_lens[plan.row_seq] - plan.chunk_end
-        self.query_start[rows] = plan.query_start
-        self.query_start[plan.num_rows :] = int(plan.query_len.sum())
         self.top_k[rows] = plan.top_k
         self.slot[rows] = plan.slot
+
+    def write_starts(
+        self, plan: SelectionPlan, first: int, last: int, queries: slice, group: int
+    ) -> int:
+        """Where the queries of the rows [first, last) start in the group's; returns the first entry.
+
+        Padded rows are without queries behind the others.
+        """
+        starts = np.full(last - first + 1, int(plan.query_len.sum()))
+        known = plan.query_start[first : last + 1]
+        starts[: len(known)] = known
+        entry = first + group
+        self.starts[entry : entry + len(starts)] = np.clip(
+            starts - queries.start, 0, queries.stop - queries.start
+        )
+        return entry
 
     def write_chains(self, plan: SelectionPlan, first: int, last: int) -> int:
         """Chains of the rows [first, last); returns how many there are."""
@@ -314,8 +359,8 @@ class _Sent:
             source = source.pin_memory()  # a copy from pageable memory would wait for the device
         sent = buffers.sent[: len(source)]
         sent.copy_(source, non_blocking=True)
-        rows = sent[: 6 * self.size].view(6, self.size)
-        row_seq, query_len, after, _, top_k, _ = rows
+        rows, tiles, chains, starts = _split(sent, self.size)
+        row_seq, query_len, after, top_k, _ = rows
         context_end = (seq_lens[row_seq.long()] - after) * (query_len > 0)
         candidate_end = context_end - query_len - method.n_local
         selects = candidate_end - method.n_init > top_k
@@ -323,12 +368,7 @@ class _Sent:
         reused_end = torch.full_like(context_end, SELECTS)
         ends = buffers.ends[: ENDS * self.size].view(ENDS, self.size)
         torch.stack([candidate_end, context_end, scored_end, context_end, reused_end], out=ends)
-        return _OnDevice(
-            rows,
-            ends,
-            sent[6 * self.size : 9 * self.size].view(-1, 3),
-            sent[9 * self.size :].view(-1, 4),
-        )
+        return _OnDevice(rows, ends, tiles, chains, starts)
 
 
 @dataclass(frozen=True)
@@ -337,6 +377,7 @@ class _OnDevice:
     ends: torch.Tensor
     tiles: torch.Tensor
     chains: torch.Tensor
+    starts: torch.Tensor
 
     def group(self, sent: _Sent, sizes: _GroupSizes) -> RowGroup:
         first, last = sizes.first, sizes.last
@@ -344,11 +385,13 @@ class _OnDevice:
         for count, rows_per_tile in sizes.tiles:
             tiles.append(Tiles(self.tiles[start : start + count], rows_per_tile))
             start += count
-        row_seq, query_len, _, query_start, top_k, slot = self.rows
+        row_seq, query_len, _, top_k, slot = self.rows
+        starts = slice(sizes.starts, sizes.starts + last - first + 1)
         candidate_end, context_end, scored_end, table_end, reused_end = self.ends[:, first:last]
         return RowGroup(
+            queries=sizes.queries,
             row_seq=row_seq[first:last],
-            query_start_loc=query_start[first : last + 1],
+            query_start_loc=self.starts[starts],
             query_len=query_len[first:last],
             top_k=top_k[first:last],
             slot=slot[first:last],
@@ -360,7 +403,7 @@ class _OnDevice:
             chains=self.chains[first : first + sizes.chains],
             tiles=tuple(tiles),
             width=sizes.width,
-            query_starts=sent.query_start[first:last],
+            query_starts=sent.starts[starts][:-1],
             query_lens=sent.query_len[first:last],
             max_query_len=sizes.max_query_len,
             max_length=sizes.max_length,

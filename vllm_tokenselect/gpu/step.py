@@ -54,13 +54,15 @@ class GpuStep:
             out: [T, Hq, D], written for every query of a row.
         """
         for group in self.groups:
-            self.decide(group, query, cache, workspace)
+            # A group is handed its own queries: what libraries allocate grows with how many they get.
+            own, own_out = query[group.queries], out[group.queries]
+            self.decide(group, own, cache, workspace)
             if group.tiles:
-                self.score(group, query, cache, scale, workspace)
+                self.score(group, own, cache, scale, workspace)
                 self.vote(group, workspace)
             self.build_table(group, cache, workspace)
             self.finish(group, cache, workspace)
-            self.attend(group, query, cache, scale, workspace, attention, out)
+            self.attend(group, own, cache, scale, workspace, attention, own_out)
 
     def decide(
         self, group: RowGroup, query: torch.Tensor, cache: LayerCache, workspace: Workspace

@@ -18,9 +18,11 @@ class XformersAttention:
     """
 
     name = "xformers"
+    scratch_bytes = 0
 
     def __init__(self, buffer: GatherBuffer) -> None:
         self.buffer = buffer
+        self.buffer_bytes = buffer.num_bytes
 
     def __call__(
         self,
