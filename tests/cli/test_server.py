@@ -2,7 +2,11 @@
 
 import json
 import os
+import signal
+import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -73,6 +77,88 @@ def test_a_detached_server_outlives_the_with_block(tmp_path):
     assert is_running(process.pid)
     server._process = process
     server.stop(grace=1)
+
+
+# Stands for a server that takes its time to end: longer than a run leaves its workers.
+BUSY = f"""
+import signal
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+{ANSWERS}
+"""
+
+# Tests that have a server each, as workers of pytest-xdist; they tell its processes, and wait to be ended.
+SERVING_TESTS = """
+import time
+from pathlib import Path
+import pytest
+from tests.cli.test_server import BUSY, server_that_runs
+
+@pytest.mark.parametrize("name", ["one", "other"])
+def test_serves(name, tmp_path):
+    with server_that_runs(BUSY, tmp_path) as server:
+        found = Path(__file__).with_name(f"{name}.tmp")
+        found.write_text(f"{server.pid} {server.log().split()[1]}")
+        found.rename(found.with_suffix(".pids"))
+        time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_servers_of_tests_end_with_the_run_however_it_ends(how, tmp_path):
+    (tmp_path / "test_serving.py").write_text(SERVING_TESTS)
+    run = subprocess.Popen(
+        [sys.executable, "-m", "pytest", "-n", "2", "-p", "no:cacheprovider", "test_serving.py"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        # Not ignored, as whatever a shell starts in the background ignores it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    try:
+        wait_until(lambda: len(list(tmp_path.glob("*.pids"))) == 2, 60)
+        pids = [int(pid) for told in tmp_path.glob("*.pids") for pid in told.read_text().split()]
+        assert len(pids) == 4
+        assert all(map(is_running, pids))
+        os.killpg(run.pid, how)  # Ctrl-C reaches all processes of a terminal's foreground
+        wait_until(lambda: not any(map(is_running, pids)), 40)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
+        run.wait()
+
+
+def wait_until(condition, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_a_detached_server_outlives_the_process_that_started_it(tmp_path):
+    code = (
+        "from pathlib import Path\n"
+        "from tests.cli.test_server import ANSWERS, server_that_runs\n"
+        "server = server_that_runs(ANSWERS, Path.cwd())\n"
+        "server.start(timeout=60)\n"
+        "print(server.pid, flush=True)\n"
+        "server.detach()\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    leader = int(ended.stdout)
+    time.sleep(1)
+    try:
+        assert is_running(leader)
+    finally:
+        os.killpg(leader, signal.SIGKILL)
 
 
 def test_settings_and_backend_reach_the_command_line():

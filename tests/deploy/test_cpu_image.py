@@ -19,6 +19,7 @@ import pytest
 from tests.deploy.dockerfile import command, environment, stages, values
 from tests.deploy.tools import REPOSITORY
 from vllm_tokenselect.cli.server import free_port
+from vllm_tokenselect.cli.watcher import watch_group
 
 # Of the image, and of this machine: made by hand, or there already.
 LEFT_OUT = ("apt-get", "useradd")
@@ -74,6 +75,7 @@ def test_the_commands_of_the_cpu_image_end_in_a_server_that_answers(image):
         executable=root / "venv/bin/vllm",
         start_new_session=True,
     )
+    watcher = watch_group(server.pid)
     try:
         client = openai.OpenAI(
             base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0
@@ -82,6 +84,7 @@ def test_the_commands_of_the_cpu_image_end_in_a_server_that_answers(image):
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.wait(60)
+        watcher.dismiss()
     assert "Paris" in answer
 
 

@@ -12,8 +12,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from vllm_tokenselect.cli.watcher import Watcher
+
 RAY = Path(sys.executable).parent / "ray"
 RAY_PORT = 6379
+# If the tests are killed, which leaves nobody to end what runs there.
+REMOVE_HOSTS = """
+for name; do
+    kill -s KILL $(ip netns pids "$name")
+    ip netns delete "$name"
+done
+"""
 CLONE_NEWNET = 0x40000000
 
 
@@ -50,6 +59,7 @@ class Host:
 def two_hosts() -> Iterator[tuple[Host, Host]]:
     """Make them, and remove them with all that still runs there. Takes the rights of root."""
     one, other = (Host(f"tokenselect-{os.getpid()}-{i}", f"10.213.0.{i}") for i in (1, 2))
+    watcher = Watcher(REMOVE_HOSTS, one.name, other.name)
     try:
         for host in (one, other):
             _ip("netns", "add", host.name)
@@ -65,6 +75,7 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
             if Path("/run/netns", host.name).exists():
                 host.lose_power()
                 _ip("netns", "delete", host.name)
+        watcher.dismiss()
 
 
 class RayCluster:

@@ -19,6 +19,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from vllm_tokenselect.cli.watcher import Watcher, watch_group
+
 # What vLLM's log says on the way up: pattern, what it means, share of the start that is behind it.
 _STAGES = (
     (re.compile(r"Initializing a V1 LLM engine"), "starting the engine", 0.3),
@@ -40,7 +42,7 @@ class ServerFailed(RuntimeError):
 
 
 class VllmServer:
-    """One `vllm serve`, in a process group of its own.
+    """One `vllm serve`, in a process group of its own, which ends with this process, however that ends.
 
         with VllmServer(model, settings={"top_k": 1024}) as server:
             openai.OpenAI(base_url=server.base_url + "/v1", api_key="none")
@@ -83,6 +85,7 @@ class VllmServer:
         self.env = {**_defaults(), **os.environ, **(env or {})}
         self._log_path = log_path
         self._process: subprocess.Popen[bytes] | None = None
+        self._watcher: Watcher | None = None
 
     @property
     def base_url(self) -> str:
@@ -136,6 +139,7 @@ class VllmServer:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+        self._watcher = watch_group(self._process.pid)
         try:
             self._wait_until_ready(timeout, on_progress)
         except BaseException:
@@ -177,11 +181,14 @@ class VllmServer:
                 process.wait(seconds)
                 break
         _end_group(process)
-        self._process = None
+        self.detach()
 
     def detach(self) -> None:
-        """Leave the server running: `stop` and the end of a `with` block no longer touch it."""
+        """Leave the server running: neither `stop` nor the end of this process ends it any more."""
         self._process = None
+        if self._watcher is not None:
+            self._watcher.dismiss()
+            self._watcher = None
 
     def log(self) -> str:
         """Everything that the server wrote so far."""
