@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from vllm_tokenselect import misplaced
 from vllm_tokenselect.method import Method, SettingsError
 
-ADDITIONAL_CONFIG_KEY = "tokenselect"
+ADDITIONAL_CONFIG_KEY = misplaced.KEY
 
 # On a CPU scores must fit the processor's caches better than they fit memory; on a GPU they should hold
 # every row of a step, so that the keys are read once.
@@ -125,10 +127,26 @@ class TokenSelectConfig(BaseModel):
 
     @classmethod
     def from_additional_config(cls, additional_config: object) -> TokenSelectConfig:
-        """Read the settings out of vLLM's `additional_config` (a dictionary or any other object)."""
-        if isinstance(additional_config, Mapping):
-            return cls.from_mapping(additional_config.get(ADDITIONAL_CONFIG_KEY, {}))
-        return cls()
+        """Read the settings out of vLLM's `additional_config`; the keys of others are left alone.
+
+        Raises:
+            SettingsError: also for what looks like a setting and would not be read where it stands.
+        """
+        if additional_config is None:
+            return cls()
+        if not isinstance(additional_config, Mapping):
+            raise SettingsError(
+                f"additional_config must be a JSON object with TOKENSELECT, got {additional_config!r}. "
+                "Pass settings as --additional-config '{\"tokenselect\": {...}}', or leave it out."
+            )
+        if wrong := misplaced.find_misplaced(additional_config, cls.model_fields):
+            given = ", ".join(f"{name!r}: {additional_config[name]!r}" for name in wrong)
+            right = misplaced.corrected(additional_config, cls.model_fields)
+            raise SettingsError(
+                f"additional_config has {{{given}}} where nothing reads it. Settings of TOKENSELECT "
+                f'belong below the key "{ADDITIONAL_CONFIG_KEY}": --additional-config {shlex.quote(right)}'
+            )
+        return cls.from_mapping(additional_config.get(ADDITIONAL_CONFIG_KEY, {}))
 
     @classmethod
     def allowed(cls) -> str:

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from vllm_tokenselect.method import FULL_ATTENTION, Method, SettingsError
+from vllm_tokenselect.misplaced import looks_like_ours
 
-PREFIX = "tokenselect"
 SWITCH = "tokenselect"
 TOP_K = "tokenselect_top_k"
 
@@ -26,7 +26,7 @@ def requested_top_k(extra_args: Mapping[str, Any] | None, server_top_k: int) -> 
     """Tokens that the chunks of a request select.
 
     Args:
-        extra_args: of the request; what does not start with `tokenselect` is somebody else's.
+        extra_args: of the request; what does not look like `tokenselect` is somebody else's.
         server_top_k: the server's setting.
 
     Returns:
@@ -35,7 +35,7 @@ def requested_top_k(extra_args: Mapping[str, Any] | None, server_top_k: int) -> 
     Raises:
         SettingsError: naming the value and what is allowed.
     """
-    own = {name: value for name, value in (extra_args or {}).items() if name.startswith(PREFIX)}
+    own = {name: value for name, value in (extra_args or {}).items() if looks_like_ours(name)}
     switch, top_k = own.pop(SWITCH, "on"), own.pop(TOP_K, None)
     if own:
         raise SettingsError(

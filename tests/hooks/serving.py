@@ -18,6 +18,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from tests.hooks.conftest import BLOCK_SIZE, QUERY_CHUNK, TAIL_QUERIES
 from vllm_tokenselect.config import TokenSelectConfig
+from vllm_tokenselect.hooks.block_hashes import SettingsHasher
 from vllm_tokenselect.hooks.preemption import blocks_may_run_short
 from vllm_tokenselect.hooks.scheduler import TokenSelectScheduler
 
@@ -39,7 +40,7 @@ class Serving:
         )
         vllm_config.cache_config.num_gpu_blocks = num_blocks
         init_none_hash(sha256)
-        self.block_hasher = get_request_block_hasher(BLOCK_SIZE, sha256)
+        self.block_hasher = SettingsHasher(get_request_block_hasher(BLOCK_SIZE, sha256), CONFIG)
         self.scheduler = scheduler_cls(
             vllm_config=vllm_config,
             kv_cache_config=KVCacheConfig(

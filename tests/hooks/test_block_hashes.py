@@ -8,13 +8,15 @@ from vllm.pooling_params import PoolingParams
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core import block_pool, kv_cache_utils
+from vllm.v1.engine import EngineCoreRequest, core
 from vllm.v1.request import Request
 
 from tests.hooks.conftest import BLOCK_SIZE, MAX_NUM_SEQS, QUERY_CHUNK
 from tests.hooks.serving import Serving
 from vllm_tokenselect.config import TokenSelectConfig
 from vllm_tokenselect.hooks import block_hashes
-from vllm_tokenselect.hooks.engine_config import configure
+from vllm_tokenselect.hooks.block_hashes import SettingsHasher
+from vllm_tokenselect.hooks.registration import backend_member
 from vllm_tokenselect.method import Method, SettingsError
 from vllm_tokenselect.request_settings import fingerprint
 
@@ -26,11 +28,10 @@ FEWER = {"tokenselect_top_k": 100}
 
 @pytest.fixture(params=["hook", "diff"])
 def vllm_utils(request, monkeypatch):
-    """vLLM's real hashing, with the hook or with our diff; as in a process of no engine yet."""
+    """vLLM's real hashing, with the hook or with our diff."""
     original = getattr(kv_cache_utils.generate_block_hash_extra_keys, "_tokenselect_original", None)
     for module in (kv_cache_utils, block_pool):
         monkeypatch.setattr(module, FUNCTION, original or getattr(module, FUNCTION))
-    monkeypatch.setattr(block_hashes, "_config", None)
     if request.param == "diff":
         import vllm_tokenselect.hooks.scheduler  # noqa: F401 - marks a process that schedules for us
 
@@ -48,19 +49,25 @@ def hashes(vllm_utils):
     """Block hashes of the prompt in an engine of these settings, with a request's own arguments."""
 
     def compute(settings: dict, extra_args=None, **options) -> list[bytes]:
-        block_hashes.use(TokenSelectConfig.from_mapping(settings))
+        hasher = vllm_utils.get_request_block_hasher(BLOCK_SIZE, sha256)
         request = Request(
             request_id="id",
             prompt_token_ids=PROMPT,
             sampling_params=SamplingParams(extra_args=extra_args),
             pooling_params=None,
-            block_hasher=vllm_utils.get_request_block_hasher(BLOCK_SIZE, sha256),
+            block_hasher=SettingsHasher(hasher, TokenSelectConfig.from_mapping(settings)),
             **options,
         )
         assert len(request.block_hashes) == 4
         return request.block_hashes
 
     return compute
+
+
+def bound(sampling_params, pooling_params=None, **options) -> Request:
+    """A request of an engine with default settings."""
+    hasher = SettingsHasher(lambda request: [], TokenSelectConfig())
+    return Request("id", PROMPT, sampling_params, pooling_params, block_hasher=hasher, **options)
 
 
 def test_what_was_computed_alike_is_hashed_alike(hashes):
@@ -89,11 +96,8 @@ def test_no_block_is_shared_between_settings(hashes):
     assert len({block for blocks in different for block in blocks}) == 4 * len(different)
 
 
-def test_an_engine_that_is_not_on_tokenselect_hashes_as_vllm_does(
-    hashes, vllm_utils, make_vllm_config
-):
+def test_an_engine_that_is_not_on_tokenselect_hashes_as_vllm_does(hashes, vllm_utils):
     ours = hashes({})
-    configure(make_vllm_config(), "cpu")
     request = Request("id", PROMPT, SamplingParams(extra_args={"tokenselect": "theirs"}), None)
     assert vllm_utils.generate_block_hash_extra_keys(request, 0, BLOCK_SIZE, 0) == (None, 0)
     plain = vllm_utils.get_request_block_hasher(BLOCK_SIZE, sha256)(request)
@@ -101,8 +105,7 @@ def test_an_engine_that_is_not_on_tokenselect_hashes_as_vllm_does(
 
 
 def test_the_first_block_names_the_settings_beside_vllms_own_keys(vllm_utils):
-    block_hashes.use(TokenSelectConfig())
-    request = Request("id", PROMPT, SamplingParams(extra_args=OFF), None, cache_salt="tenant")
+    request = bound(SamplingParams(extra_args=OFF), cache_salt="tenant")
     generate = vllm_utils.generate_block_hash_extra_keys
     keys, _ = generate(request, 0, BLOCK_SIZE, 0)
     assert set(keys) == {("cache_salt", "tenant"), ("tokenselect", "v1:off")}
@@ -110,14 +113,77 @@ def test_the_first_block_names_the_settings_beside_vllms_own_keys(vllm_utils):
     assert generate(request, BLOCK_SIZE, 2 * BLOCK_SIZE, 0) == (None, 0)
 
 
-def test_a_request_that_was_not_validated_is_refused_before_the_engine_has_it(hashes):
-    with pytest.raises(SettingsError, match="tokenselect='of'"):
-        hashes({}, {"tokenselect": "of"})
+class EngineCore:
+    """vLLM's real `preprocess_add_request`, of an engine that schedules nothing."""
+
+    def __init__(self, core, vllm_config, block_hasher) -> None:
+        self.vllm = object.__new__(core.EngineCore)
+        self.vllm.vllm_config = vllm_config
+        self.vllm.mm_receiver_cache = None
+        self.vllm.request_block_hasher = block_hasher
+
+    def add(self, extra_args: dict | None) -> Request:
+        request = EngineCoreRequest(
+            request_id="id",
+            prompt_token_ids=PROMPT,
+            mm_features=None,
+            sampling_params=SamplingParams(max_tokens=1, extra_args=extra_args),
+            pooling_params=None,
+            arrival_time=0.0,
+            lora_request=None,
+            cache_salt=None,
+            data_parallel_rank=None,
+        )
+        return self.vllm.preprocess_add_request(request)[0]
+
+
+@pytest.fixture(params=["hook", "diff"])
+def make_core(request, make_vllm_config, vllm_utils, monkeypatch):
+    """Make engines of one process, each with settings of its own; None for one on CPU_ATTN."""
+    monkeypatch.setattr("vllm_tokenselect.hooks.scheduler.SEAMS", ())
+    monkeypatch.setattr(
+        core.EngineCore, "preprocess_add_request", core.EngineCore.preprocess_add_request
+    )
+    block_hashes.install()
+    module = core
+    if request.param == "diff":
+        module = request.getfixturevalue("load_patched")("vllm/v1/engine/core.py")
+
+    def make(settings: dict | None, prefix_caching: bool = True) -> EngineCore:
+        config = make_vllm_config()
+        config.additional_config = {} if settings is None else {"tokenselect": settings}
+        config.attention_config.backend = None if settings is None else backend_member()
+        hasher = vllm_utils.get_request_block_hasher(BLOCK_SIZE, sha256)
+        return EngineCore(module, config, hasher if prefix_caching else None)
+
+    return make
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)], ids=str)
+def test_engines_of_one_process_hash_by_their_own_settings(make_core, hashes, order):
+    each = [{"top_k": 256}, {"top_k": 64}, None]
+    engines = {index: make_core(each[index]) for index in order}
+    found = [engines[index].add(None).block_hashes for index in range(3)]
+    assert found[:2] == [hashes(each[0]), hashes(each[1])]
+    assert not {*found[0], *found[1]} & {*found[2]}
+    assert engines[0].add({"tokenselect_top_k": 64}).block_hashes == found[1]
+    assert engines[2].add({"tokenselect": "theirs"}).block_hashes == found[2]
+
+
+@pytest.mark.parametrize("prefix_caching", [True, False])
+def test_a_request_that_no_front_checked_is_refused_before_the_engine_has_it(
+    make_core, prefix_caching
+):
+    engine = make_core({"top_k": 256}, prefix_caching)
+    make_core({"top_k": 1024}, prefix_caching)
+    for extra_args in ({"tokenselect": "of"}, {"tokenselect_top_k": 300}):
+        with pytest.raises(SettingsError, match="this server's 256"):
+            engine.add(extra_args)
+    assert engine.add({"tokenselect_top_k": 256}).num_tokens == len(PROMPT)
 
 
 def test_pooling_requests_have_no_settings_of_their_own(vllm_utils):
-    block_hashes.use(TokenSelectConfig())
-    request = Request("id", PROMPT, None, PoolingParams())
+    request = bound(None, pooling_params=PoolingParams())
     keys, _ = vllm_utils.generate_block_hash_extra_keys(request, 0, BLOCK_SIZE, 0)
     assert keys == (("tokenselect", fingerprint(Method(), Method.top_k)),)
 
@@ -129,7 +195,7 @@ def test_events_about_cached_blocks_tell_the_same_keys(make_vllm_config, monkeyp
     assert (
         block_pool.generate_block_hash_extra_keys is kv_cache_utils.generate_block_hash_extra_keys
     )
-    request = Request("id", PROMPT, SamplingParams(extra_args=OFF), None)
+    request = bound(SamplingParams(extra_args=OFF))
     assert block_pool.generate_block_hash_extra_keys(request, 0, BLOCK_SIZE, 0)[0] == (
         ("tokenselect", "v1:off"),
     )

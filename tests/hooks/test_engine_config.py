@@ -1,16 +1,23 @@
 """What cannot be served is refused at start; what is not TOKENSELECT's is left alone."""
 
 import copy
+import json
 import logging
 import os
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("vllm")
 
+from pydantic import ValidationError
+from vllm.config import KVTransferConfig, VllmConfig
+from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms.cpu import CpuPlatform
 
+from tests.hooks.conftest import TINY_LLAMA
 from vllm_tokenselect.config import SettingsError, TokenSelectConfig
 from vllm_tokenselect.hooks.engine_config import configure, install
 from vllm_tokenselect.hooks.registration import backend_member
@@ -87,7 +94,10 @@ REFUSED = {
     "speculative decoding with a draft model": lambda config: setattr(
         config, "speculative_config", SimpleNamespace(method="eagle")
     ),
-    "KV connectors": lambda config: setattr(config, "kv_transfer_config", SimpleNamespace()),
+    "KV connectors (--kv-transfer-config, --kv-offloading-size)": lambda config: setattr(
+        config, "kv_transfer_config", SimpleNamespace()
+    ),
+    "diffusion models": lambda config: setattr(config, "diffusion_config", SimpleNamespace()),
     "decode context parallelism": lambda config: setattr(
         config.parallel_config, "decode_context_parallel_size", 2
     ),
@@ -100,8 +110,24 @@ REFUSED = {
 @pytest.mark.parametrize("feature", REFUSED)
 def test_an_engine_feature_that_is_not_served_is_refused_by_name(selected, feature):
     REFUSED[feature](selected)
-    with pytest.raises(SettingsError, match=f"TOKENSELECT does not support {feature}"):
+    with pytest.raises(SettingsError, match=f"TOKENSELECT does not support {re.escape(feature)}"):
         configure(selected, "cpu")
+
+
+def engine_config(folder: Path, **options) -> VllmConfig:
+    """What vLLM makes of command-line options, with its checks in its own order."""
+    (folder / "config.json").write_text(json.dumps(TINY_LLAMA))
+    options |= {"attention_backend": "TOKENSELECT", "skip_tokenizer_init": True}
+    return EngineArgs(model=str(folder), max_num_seqs=4, **options).create_engine_config()
+
+
+def test_an_offloading_size_is_refused_as_the_connector_that_vllm_makes_of_it(tmp_path):
+    engine_config(tmp_path)
+    refused = "does not support KV connectors (--kv-transfer-config, --kv-offloading-size)"
+    connector = KVTransferConfig(kv_connector="OffloadingConnector", kv_role="kv_both")
+    for option in ({"kv_offloading_size": 1.0}, {"kv_transfer_config": connector}):
+        with pytest.raises(ValidationError, match=re.escape(refused)):
+            engine_config(tmp_path, **option)
 
 
 def test_pipeline_stages_that_vllm_cannot_run_eagerly_on_cpus_are_refused(selected):
@@ -118,6 +144,7 @@ def test_a_kind_of_model_that_is_not_served_is_refused_by_name(selected, kind):
     selected.model_config = SimpleNamespace(
         runner_type="pooling" if kind == "pooling models" else "generate",
         is_encoder_decoder=kind == "encoder-decoder models",
+        is_diffusion=False,
     )
     with pytest.raises(SettingsError, match=f"TOKENSELECT does not support {kind}"):
         configure(selected, "cpu")
@@ -160,11 +187,23 @@ def test_a_selection_cache_that_was_asked_for_is_refused_beside_drafts(selected)
     configure(selected, "cpu")
 
 
-def test_settings_that_cannot_be_written_back_are_refused_beside_drafts(selected):
-    selected.speculative_config = SimpleNamespace(method="ngram")
+def test_settings_that_cannot_be_read_are_refused(selected):
     selected.additional_config = SimpleNamespace(compute_hash=lambda: "an object of the user's")
-    with pytest.raises(SettingsError, match="similarity_threshold"):
+    with pytest.raises(SettingsError, match="additional_config must be a JSON object"):
         configure(selected, "cpu")
+
+
+@pytest.mark.parametrize("others", [{}, {"gdn_prefill_backend": "triton", "ascend": {"top_p": 1}}])
+def test_a_setting_in_the_wrong_place_stops_the_server_and_the_keys_of_others_do_not(
+    selected, others
+):
+    right = {**others, "tokenselect": {"query_chunk": 64}}
+    selected.additional_config = right
+    configure(selected, "cpu")
+    selected.additional_config = {**others, "query_chunk": 64}
+    with pytest.raises(SettingsError) as refused:
+        configure(selected, "cpu")
+    assert f"--additional-config '{json.dumps(right)}'" in str(refused.value)
 
 
 def test_without_drafts_the_settings_stay_as_they_were_given(selected):
@@ -179,9 +218,19 @@ def test_a_setting_for_gpus_is_refused_on_a_cpu(selected):
         configure(selected, "cpu")
 
 
-def test_a_device_without_kernels_is_refused_by_name(selected):
-    with pytest.raises(SettingsError, match="no kernels for device type 'xpu'"):
-        configure(selected, "xpu")
+@pytest.mark.parametrize(
+    ("name", "device_type"), [("rocm", "cuda"), ("xpu", "xpu"), ("tpu", "tpu"), ("npu", "npu")]
+)
+def test_a_platform_without_kernels_is_refused_by_name(selected, name, device_type):
+    class Platform(CpuPlatform):
+        """Stands in for a platform of vLLM's, whose libraries are not here."""
+
+    Platform.device_name, Platform.device_type = name, device_type
+    install(Platform)
+    with pytest.raises(SettingsError, match=f"no kernels for the platform '{name}'; it runs on"):
+        Platform.check_and_update_config(selected)
+    selected.attention_config.backend = None
+    Platform.check_and_update_config(selected)
 
 
 def test_the_installed_hook_adds_to_what_the_platform_does(selected):

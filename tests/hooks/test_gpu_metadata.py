@@ -28,7 +28,8 @@ def builder(make_vllm_config, monkeypatch):
     config = make_vllm_config()
     built = GpuTokenSelectMetadataBuilder(SPEC, ["layer"], config, torch.device(DEVICE))
     built.model_runner_v2 = True
-    monkeypatch.setattr(runner_v2, "_table", RequestTable(MAX_NUM_SEQS))
+    built.table = RequestTable(MAX_NUM_SEQS)
+    monkeypatch.setitem(runner_v2._tables, id(config), built.table)
     return built
 
 
@@ -76,14 +77,14 @@ def test_a_decoding_step_is_written_where_the_captured_one_was(builder):
 
 
 def test_a_prompt_is_cut_by_its_own_length_which_its_slot_knows(builder):
-    runner_v2._table.add("long", 3000, 2048, slot=3)
-    runner_v2._table.add("short", 2900, 2048, slot=1)
+    builder.table.add("long", 3000, 2048, slot=3)
+    builder.table.add("short", 2900, 2048, slot=1)
     step = metadata([64, 64], [2880, 2880], [3, 1])
     built = builder.build(0, step)
     # 2880 is before the tail of the first; the second's begins at 2890.
     lens = [length for group in built.step.groups for length in group.query_lens.tolist()]
     assert lens == [64, 64]
-    runner_v2._table.add("shorter", 2880, 2048, slot=0)
+    builder.table.add("shorter", 2880, 2048, slot=0)
     built = builder.build(0, metadata([64], [2880], [0]))
     lens = [length for group in built.step.groups for length in group.query_lens.tolist()]
     assert lens == [54] + [1] * 10
@@ -141,7 +142,7 @@ def test_full_attention_is_served_where_the_cache_is_read_in_place(
 
 
 def test_requests_carry_their_top_k_slot_and_owner_to_the_rows(builder):
-    table = runner_v2._table
+    table = builder.table
     table.add("first", 100, 300, slot=3)
     table.add("off", 100, FULL_ATTENTION, slot=1)
     built = builder.build(0, metadata([1, 1], [3000, 3001], [3, 1], padding=2))

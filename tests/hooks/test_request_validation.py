@@ -1,5 +1,6 @@
 """A request whose own settings cannot be served is refused when it arrives."""
 
+import asyncio
 import sys
 from types import SimpleNamespace
 
@@ -7,8 +8,10 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from vllm.entrypoints.generate.base import serving as generate_serving
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.serve.engine import serving
 from vllm.exceptions import VLLMValidationError
-from vllm.platforms.cpu import CpuPlatform
 from vllm.pooling_params import PoolingParams
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import input_processor
@@ -21,86 +24,161 @@ from vllm_tokenselect.method import Method
 PROMPT = {"type": "token", "prompt_token_ids": [1, 2, 3]}
 
 
-@pytest.fixture(autouse=True)
-def no_engine_yet(monkeypatch):
-    monkeypatch.setattr(request_validation, "_engine", None)
+BAD = {"tokenselect_top_k": 4096}
+ALLOWED = "tokenselect_top_k an integer from 1 to this server's 2048"
 
 
 @pytest.fixture
-def vllm_config(make_vllm_config):
-    """Of a server whose chunks select 2048 tokens."""
-    config = make_vllm_config()
-    config.attention_config.backend = backend_member()
-    return config
+def make_config(make_vllm_config):
+    """Configurations of engines of one process; None for one that is not on TOKENSELECT."""
+
+    def make(settings: dict | None = None, backend="TOKENSELECT"):
+        config = make_vllm_config()
+        config.attention_config.backend = backend_member() if backend else None
+        config.additional_config = {"tokenselect": {"query_chunk": 64, **(settings or {})}}
+        configure(config, "cpu")
+        return config
+
+    return make
 
 
 @pytest.fixture(params=["hook", "diff"])
-def send(request, vllm_config, monkeypatch):
-    """Let vLLM's real input processor take a request, with the hook or with our diff."""
-
-    class Platform(CpuPlatform):
-        """Wrapped in place of vLLM's, which other tests use."""
-
-    if request.param == "diff":
-        name = "vllm/v1/engine/input_processor.py"
-        module = request.getfixturevalue("load_patched")(name)
-    else:
-        module = input_processor
-        request_validation.install(Platform)
-        request_validation.install(Platform)
-    monkeypatch.setattr(module, "current_platform", Platform())
-    renderer = SimpleNamespace(
-        _executor=None,
-        tokenizer=None,
-        get_eos_token_id=lambda: 0,
-        validate_token_ids=lambda token_ids: None,
+def vllm(request, monkeypatch):
+    """vLLM's own input processor and servings, with the hook or with our diff."""
+    load = request.getfixturevalue("load_patched") if request.param == "diff" else None
+    if load is not None:
+        return SimpleNamespace(
+            InputProcessor=load("vllm/v1/engine/input_processor.py").InputProcessor,
+            check_model=load("vllm/entrypoints/serve/engine/serving.py").BaseServing._check_model,
+            around=load(
+                "vllm/entrypoints/generate/base/serving.py"
+            ).GenerateBaseServing._with_kv_transfer_rejection_cleanup,
+        )
+    request_validation.install()
+    request_validation.install()
+    return SimpleNamespace(
+        InputProcessor=input_processor.InputProcessor,
+        check_model=serving.BaseServing._check_model,
+        around=generate_serving.GenerateBaseServing._with_kv_transfer_rejection_cleanup,
     )
-    processor = module.InputProcessor(vllm_config, renderer)
-
-    def process(**extra_args):
-        params = SamplingParams(max_tokens=1, extra_args=extra_args or None)
-        return processor.process_inputs("id", PROMPT, params, ("generate",))
-
-    return process
 
 
-BAD = {"tokenselect_top_k": 4096}
+@pytest.fixture
+def make_processor(vllm, make_config):
+    """vLLM's real input processor of an engine, without a tokenizer."""
+
+    def make(*settings, **options):
+        renderer = SimpleNamespace(
+            _executor=None,
+            tokenizer=None,
+            get_eos_token_id=lambda: 0,
+            validate_token_ids=lambda token_ids: None,
+        )
+        return vllm.InputProcessor(make_config(*settings, **options), renderer)
+
+    return make
 
 
-def test_a_value_that_cannot_be_served_is_refused_with_what_is_allowed(send, vllm_config):
-    configure(vllm_config, "cpu")
-    with pytest.raises(
-        VLLMValidationError, match=r"tokenselect_top_k=4096 .* from 1 to this server's 2048"
-    ):
-        send(**BAD)
+def send(processor, **extra_args):
+    params = SamplingParams(max_tokens=1, extra_args=extra_args or None)
+    return processor.process_inputs("id", PROMPT, params, ("generate",))
 
 
-def test_what_can_be_served_reaches_the_engine_as_it_was_sent(send, vllm_config):
-    configure(vllm_config, "cpu")
+def test_a_value_that_cannot_be_served_is_refused_with_what_is_allowed(make_processor):
+    with pytest.raises(VLLMValidationError, match=f"tokenselect_top_k=4096 .* {ALLOWED}"):
+        send(make_processor(), **BAD)
+
+
+def test_what_can_be_served_reaches_the_engine_as_it_was_sent(make_processor):
+    processor = make_processor()
     for extra_args in ({}, {"tokenselect": "off"}, {"tokenselect_top_k": 2048, "other": 1}):
-        assert send(**extra_args).sampling_params.extra_args == (extra_args or None)
+        assert send(processor, **extra_args).sampling_params.extra_args == (extra_args or None)
 
 
-def test_without_tokenselect_the_arguments_are_somebody_elses(send, vllm_config):
-    assert send(**BAD).sampling_params.extra_args == BAD
-    configure(vllm_config, "cpu")
-    vllm_config.attention_config.backend = None
-    configure(vllm_config, "cpu")
-    assert send(**BAD).sampling_params.extra_args == BAD
+def test_without_tokenselect_the_arguments_are_somebody_elses(make_processor):
+    processor = make_processor(backend=None)
+    assert send(processor, **BAD).sampling_params.extra_args == BAD
 
 
-def test_a_configuration_without_a_model_is_no_engine(vllm_config):
-    configure(vllm_config, "cpu")
-    configure(
-        SimpleNamespace(attention_config=None, additional_config={}, model_config=None), "cpu"
-    )
-    with pytest.raises(VLLMValidationError):
-        request_validation.validate(SamplingParams(extra_args=BAD))
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)], ids=str)
+def test_engines_of_one_process_refuse_by_their_own_settings(make_processor, order):
+    each = [({"top_k": 256}, "TOKENSELECT"), ({"top_k": 64}, "TOKENSELECT"), (None, None)]
+    made = {index: make_processor(each[index][0], backend=each[index][1]) for index in order}
+    assert send(made[0], tokenselect_top_k=128)
+    with pytest.raises(VLLMValidationError, match="top_k=128 .* this server's 64"):
+        send(made[1], tokenselect_top_k=128)
+    with pytest.raises(VLLMValidationError, match="top_k=99999 .* this server's 256"):
+        send(made[0], tokenselect_top_k=99999)
+    assert send(made[2], tokenselect_top_k=99999)
 
 
-def test_pooling_has_no_settings_of_ours(vllm_config):
-    configure(vllm_config, "cpu")
-    request_validation.validate(PoolingParams())
+def test_pooling_has_no_settings_of_ours(make_processor):
+    request_validation.validate(make_processor(), PoolingParams())
+
+
+class Body:
+    """Stands in for Starlette's request, which keeps its parsed body."""
+
+    def __init__(self, **body) -> None:
+        self.body = body
+
+    async def json(self):
+        return self.body
+
+
+@pytest.fixture
+def ask(vllm, make_processor):
+    """What an endpoint does before it begins a response, with a request as it was sent."""
+
+    def ask(body: dict, raw: bool = True, kind=CompletionRequest, backend="TOKENSELECT") -> str:
+        request = kind(model="m", prompt="p", **body)
+        endpoint = SimpleNamespace(
+            input_processor=make_processor(backend=backend),
+            request_logger=None,
+            has_kv_connector=False,
+            _is_model_supported=lambda name: True,
+        )
+
+        async def answer():
+            await vllm.check_model(endpoint, request)
+            return "answered"
+
+        raw_request = Body(model="m", prompt="p", **body) if raw else None
+        return asyncio.run(vllm.around(endpoint, answer(), request, raw_request))
+
+    return ask
+
+
+NEAR = [
+    ({"vllm_xargs": BAD}, f"tokenselect_top_k=4096 cannot be used: .*{ALLOWED}"),
+    ({"vllm_xargs": {"tokenselect_topk": 5}}, f"no extra argument 'tokenselect_topk'; .*{ALLOWED}"),
+    ({"vllm_xargs": {"top_k_tokenselect": 5}}, f"no extra argument 'top_k_tokenselect'.*{ALLOWED}"),
+    ({"vllm_xargs": {"TOKENSELECT": "off"}}, f"no extra argument 'TOKENSELECT'; .*{ALLOWED}"),
+    ({"vllm_xargs": {"tokenselct_top_k": 5}}, f"no extra argument 'tokenselct_top_k'.*{ALLOWED}"),
+    ({"vllm_xargs": {"tokenselect_top_k": "5"}}, f"tokenselect_top_k='5' .*{ALLOWED}"),
+    ({"vllm_xargs": {"tokenselect_top_k": 5.0}}, f"tokenselect_top_k=5.0 .*{ALLOWED}"),
+    ({"tokenselect": "off"}, "{'tokenselect': 'off'} stands beside vllm_xargs, .*into vllm_xargs"),
+    ({"TokenSelect_top_k": 5}, "{'TokenSelect_top_k': 5} stands beside vllm_xargs"),
+    (
+        {"vllm_xargs": {"tokenselect": "off"}, "use_beam_search": True},
+        "'tokenselect' cannot be used with use_beam_search, .*leave one of them out",
+    ),
+]
+
+
+@pytest.mark.parametrize("raw", [True, False], ids=["http", "run-batch"])
+@pytest.mark.parametrize(("body", "message"), NEAR, ids=lambda value: str(value)[:40])
+def test_an_endpoint_refuses_before_it_begins_a_response(ask, body, message, raw):
+    with pytest.raises(VLLMValidationError, match=message):
+        ask(body, raw)
+    assert ask(body, raw, backend=None) == "answered"
+
+
+def test_true_is_no_number_though_vllm_reads_it_as_one(ask):
+    body = {"vllm_xargs": {"tokenselect_top_k": True}}
+    with pytest.raises(VLLMValidationError, match=f"tokenselect_top_k=True .*{ALLOWED}"):
+        ask(body)
+    assert ask({"vllm_xargs": {"tokenselect_top_k": 1, "flag": True}}) == "answered"
 
 
 @pytest.fixture
@@ -117,30 +195,27 @@ def gpu_attention(monkeypatch):
     return module
 
 
-OFF = SamplingParams(extra_args={"tokenselect": "off"})
+OFF = {"tokenselect": "off"}
 
 
 def test_off_is_refused_where_the_gpu_cannot_attend_to_everything(gpu_attention):
     gpu_attention.reason = "SDPA copies what it attends to"
-    request_validation.use(request_validation.Engine(None, Method(), "cuda"))
+    engine = request_validation.Engine(None, Method(), "cuda")
     for _ in range(2):
         with pytest.raises(VLLMValidationError, match='="off" cannot be served here: SDPA copies'):
-            request_validation.validate(OFF)
+            engine.check(OFF)
     assert gpu_attention.asked == 1
-    request_validation.validate(SamplingParams(extra_args={"tokenselect_top_k": 5}))
+    engine.check({"tokenselect_top_k": 5})
 
 
 def test_off_is_served_elsewhere(gpu_attention):
-    request_validation.use(request_validation.Engine(None, Method(), "cuda"))
-    request_validation.validate(OFF)
+    request_validation.Engine(None, Method(), "cuda").check(OFF)
     gpu_attention.reason = "not asked on a CPU"
-    request_validation.use(request_validation.Engine(None, Method(), "cpu"))
-    request_validation.validate(OFF)
+    request_validation.Engine(None, Method(), "cpu").check(OFF)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_off_is_refused_where_positions_are_reassigned(device):
-    method = Method(positions="reassigned")
-    request_validation.use(request_validation.Engine(None, method, device))
+    engine = request_validation.Engine(None, Method(positions="reassigned"), device)
     with pytest.raises(VLLMValidationError, match='="off" cannot be served .* are reassigned'):
-        request_validation.validate(OFF)
+        engine.check(OFF)

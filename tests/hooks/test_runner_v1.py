@@ -32,7 +32,10 @@ def runner():
     return SimpleNamespace(
         requests={"a": state(100), "b": state(200), "c": state(300)},
         input_batch=SimpleNamespace(req_ids=[]),
-        vllm_config=SimpleNamespace(additional_config={"tokenselect": {"top_k": 1000}}),
+        vllm_config=SimpleNamespace(
+            additional_config={"tokenselect": {"top_k": 1000}},
+            attention_config=SimpleNamespace(backend="TOKENSELECT"),
+        ),
     )
 
 
@@ -130,3 +133,17 @@ def test_requests_do_not_outlive_a_step_that_failed(table, runner):
     with pytest.raises(ZeroDivisionError), requests_of_step(table, runner, 0, dummy=False):
         raise ZeroDivisionError
     assert current_requests() is None
+
+
+def test_settings_that_no_front_refused_end_no_worker(table, runner):
+    runner.requests["a"] = state(150, tokenselect_top_k=99999)
+    update_slots(table, runner, step(new=["a"]))
+    assert table.top_k[table.slots_of(["a"])] == [1000]
+
+
+def test_another_engine_of_the_process_keeps_its_arguments_to_itself(table, runner):
+    runner.vllm_config.attention_config.backend = "CPU_ATTN"
+    runner.vllm_config.additional_config = {"tokenselect": {"no such": "setting"}}
+    runner.requests["a"] = state(150, tokenselect="theirs")
+    update_slots(table, runner, step(new=["a"]))
+    assert "a" in table

@@ -60,7 +60,8 @@ class Runner:
             device=torch.device("cpu"),
         )
         runner.vllm_config = SimpleNamespace(
-            additional_config={"tokenselect": {"top_k": SERVER_TOP_K}}
+            additional_config={"tokenselect": {"top_k": SERVER_TOP_K}},
+            attention_config=SimpleNamespace(backend="TOKENSELECT"),
         )
         for part in ("model_state", "block_tables", "lora_state"):
             setattr(runner, part, MagicMock())
@@ -80,6 +81,10 @@ class Runner:
         self.vllm.finish_requests(output)
         self.vllm.add_requests(output)
 
+    @property
+    def table(self):
+        return runner_v2.request_table(self.vllm.vllm_config)
+
     def row(self, request_id: str) -> int:
         return self.vllm.req_states.req_id_to_index[request_id]
 
@@ -87,7 +92,6 @@ class Runner:
 @pytest.fixture(params=["hook", "diff"])
 def new_runner(request, monkeypatch):
     """Make runners, once with the hook installed and once with our diff applied."""
-    monkeypatch.setattr(runner_v2, "_table", None)
     monkeypatch.setattr(states, "StagedWriteTensor", HostTensor)
     monkeypatch.setattr(states, "UvaBackedTensor", HostTensor)
     if request.param == "diff":
@@ -123,10 +127,10 @@ def logged(monkeypatch):
 
 
 def test_a_request_has_the_slot_of_its_row_and_its_prompt_length(runner):
-    assert runner_v2.request_table() is None
+    assert runner.table is None
     runner.step(new_request("a", 5), new_request("b", 7))
     rows = [runner.row("a"), runner.row("b")]
-    table = runner_v2.request_table()
+    table = runner.table
     assert table.slots_of(["a", "b"]).tolist() == rows
     assert table.prompt_lens[rows].tolist() == [5, 7]
 
@@ -137,7 +141,7 @@ def test_each_request_selects_by_its_own_settings(runner):
         new_request("b", tokenselect="off"),
         new_request("c", tokenselect_top_k=7),
     )
-    table = runner_v2.request_table()
+    table = runner.table
     selected = table.top_k[table.slots_of(["a", "b", "c"])]
     assert selected.tolist() == [SERVER_TOP_K, FULL_ATTENTION, 7]
 
@@ -146,12 +150,12 @@ def test_a_request_that_samples_nothing_selects_as_the_server_does(runner):
     pooling = new_request("a")
     pooling.sampling_params = None
     runner.step(pooling)
-    assert runner_v2.request_table().top_k[runner.row("a")] == SERVER_TOP_K
+    assert runner.table.top_k[runner.row("a")] == SERVER_TOP_K
 
 
 def test_a_row_that_is_given_to_another_request_has_another_owner(runner):
     runner.step(new_request("a", tokenselect_top_k=7))
-    row, table = runner.row("a"), runner_v2.request_table()
+    row, table = runner.row("a"), runner.table
     owner = table.owners[row]
     runner.step(new_request("b"), finished=["a"])
     assert "a" not in table
@@ -162,7 +166,7 @@ def test_a_row_that_is_given_to_another_request_has_another_owner(runner):
 
 def test_a_resumed_request_is_another_owner_with_the_same_settings(runner):
     runner.step(new_request("a", tokenselect_top_k=7))
-    table = runner_v2.request_table()
+    table = runner.table
     owner = table.owners[runner.row("a")]
     runner.step(new_request("b"), preempted=["a"])
     assert "a" not in table
@@ -175,7 +179,7 @@ def test_a_resumed_request_is_another_owner_with_the_same_settings(runner):
 
 def test_streams_that_are_continued_have_their_new_prompts_and_settings(runner):
     runner.step(new_request("a", 5), new_request("b", 6))
-    table = runner_v2.request_table()
+    table = runner.table
     owners = table.owners.tolist()
     runner.step(new_request("c"), new_request("b", 9, tokenselect="off"), new_request("a", 8))
     rows = [runner.row(request_id) for request_id in "abc"]
@@ -189,9 +193,9 @@ def test_rows_come_and_go_without_a_leak(runner):
     for round_ in range(10):
         names = [f"{round_}-{index}" for index in range(3)]
         runner.step(*map(new_request, names))
-        assert sorted(runner_v2.request_table().slots_of(names)) == [0, 1, 2]
+        assert sorted(runner.table.slots_of(names)) == [0, 1, 2]
         runner.step(finished=names[:2], preempted=names[2:])
-    assert len(runner_v2.request_table()) == 0
+    assert len(runner.table) == 0
 
 
 def test_a_row_that_is_freed_without_a_step_can_be_used_again(runner):
@@ -199,12 +203,12 @@ def test_a_row_that_is_freed_without_a_step_can_be_used_again(runner):
     runner.step(new_request("warmup"))
     assert runner.vllm._remove_request("warmup")
     runner.step(new_request("a"))
-    assert runner_v2.request_table().slots_of(["a"]) == [runner.row("a")]
+    assert runner.table.slots_of(["a"]) == [runner.row("a")]
 
 
 def test_a_request_is_logged_once_at_its_end_with_what_it_did_before_a_preemption(runner, logged):
     runner.step(new_request("a"))
-    table = runner_v2.request_table()
+    table = runner.table
     table.record("a", Activity(decode_queries=3))
     runner.step(preempted=["a"])
     assert logged == []
@@ -219,9 +223,17 @@ def test_removing_an_unknown_request_is_left_to_vllm(runner):
     runner.step(finished=["never added"])
 
 
-def test_a_runner_of_another_size_starts_a_table_of_its_own(new_runner):
-    new_runner(3).step(new_request("a"))
-    new_runner(5).step(new_request("b"))
-    table = runner_v2.request_table()
-    assert table.capacity == 5
-    assert "a" not in table
+def test_runners_of_one_process_have_tables_of_their_own(new_runner):
+    first, second = new_runner(3), new_runner(3)
+    first.step(new_request("a", tokenselect_top_k=7))
+    second.vllm.vllm_config.attention_config.backend = "CPU_ATTN"
+    second.vllm.vllm_config.additional_config = {"tokenselect": {"no such": "setting"}}
+    second.step(new_request("b", tokenselect="somebody else's"), finished=["a"])
+    assert first.table.slots_of(["a"]) == [first.row("a")]
+    assert first.table.top_k[first.row("a")] == 7
+    assert "b" not in first.table
+
+
+def test_settings_that_no_front_refused_end_no_worker(runner):
+    runner.step(new_request("a", tokenselect_top_k=99999), new_request("b", tokenselect="of"))
+    assert runner.table.top_k[[runner.row("a"), runner.row("b")]].tolist() == [SERVER_TOP_K] * 2

@@ -1,5 +1,8 @@
 """Settings that cannot be served are refused with one message that says what is allowed."""
 
+import json
+import shlex
+
 import pytest
 
 from vllm_tokenselect.config import SettingsError, TokenSelectConfig
@@ -36,6 +39,50 @@ def test_a_bad_value_is_named_and_everything_allowed_is_listed(settings, named):
     assert named in message
     for name in TokenSelectConfig.model_fields:
         assert f"  {name}: " in message
+
+
+MISPLACED = [
+    ({"top_k": 300}, {"tokenselect": {"top_k": 300}}),
+    ({"TOKENSELECT": {"top_k": 300}}, {"tokenselect": {"top_k": 300}}),
+    ({"token_select": {"n_init": 1}}, {"tokenselect": {"n_init": 1}}),
+    ({"tokenslect": {"n_init": 1}}, {"tokenselect": {"n_init": 1}}),
+    ({"Token-Select": {}}, {"tokenselect": {}}),
+    ({"tokenselect_top_k": 300, "theirs": 1}, {"theirs": 1, "tokenselect": {"top_k": 300}}),
+    ({"queryChunk": 64, "tokenselect": {"n_init": 1}}, {"tokenselect": {"n_init": 1, "query_chunk": 64}}),
+    ({"n_init": "it's"}, {"tokenselect": {"n_init": "it's"}}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("given", "right"), MISPLACED, ids=str)
+def test_a_setting_in_the_wrong_place_is_named_with_the_json_that_was_meant(given, right):
+    with pytest.raises(SettingsError) as refused:
+        TokenSelectConfig.from_additional_config(given)
+    message = str(refused.value)
+    wrong = next(iter(given))
+    assert (
+        f"additional_config has {{{wrong!r}: {given[wrong]!r}}} where nothing reads it" in message
+    )
+    command = message.partition("below the key ")[2]
+    assert shlex.split(command)[-2:] == ["--additional-config", json.dumps(right)]
+
+
+def test_every_setting_is_known_outside_of_its_place():
+    for name in TokenSelectConfig.model_fields:
+        with pytest.raises(SettingsError, match=f"has .'{name}': None. where nothing reads it"):
+            TokenSelectConfig.from_additional_config({name: None})
+
+
+def test_the_keys_of_other_platforms_are_left_alone():
+    theirs = {"gdn_prefill_backend": "triton", "tokenizer": {"top_k": 1}, "select": 1, "tokens": 2}
+    assert TokenSelectConfig.from_additional_config(theirs) == TokenSelectConfig()
+
+
+@pytest.mark.parametrize(
+    "given", [[1], "top_k", 5, object()], ids=lambda value: type(value).__name__
+)
+def test_an_additional_config_that_is_no_object_is_refused(given):
+    with pytest.raises(SettingsError, match="must be a JSON object with TOKENSELECT, got"):
+        TokenSelectConfig.from_additional_config(given)
 
 
 def test_dense_layers_and_reassigned_positions_exclude_each_other():

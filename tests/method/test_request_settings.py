@@ -20,7 +20,7 @@ SERVER = 2048
         ({"tokenselect_top_k": 1}, 1),
         ({"tokenselect_top_k": SERVER}, SERVER),
         ({"tokenselect": "on", "tokenselect_top_k": 7}, 7),
-        ({"kv_transfer_params": {}, "top_k": "not ours"}, SERVER),
+        ({"kv_transfer_params": {}, "top_k": "not ours", "token_detect": 1, "tokens": 2}, SERVER),
     ],
 )
 def test_a_request_selects_what_it_asks_for_or_what_the_server_does(extra_args, top_k):
@@ -40,6 +40,13 @@ def test_a_request_selects_what_it_asks_for_or_what_the_server_does(extra_args, 
         ({"tokenselect_top_k": True}, "tokenselect_top_k=True"),
         ({"tokenselect_top_k": [512]}, r"tokenselect_top_k=\[512\]"),
         ({"tokenselect_topk": 512}, "no extra argument 'tokenselect_topk'"),
+        ({"top_k_tokenselect": 512}, "no extra argument 'top_k_tokenselect'"),
+        ({"TOKENSELECT": "off"}, "no extra argument 'TOKENSELECT'"),
+        ({"Tokenselect_Top_K": 512}, "no extra argument 'Tokenselect_Top_K'"),
+        ({"token_select": "off"}, "no extra argument 'token_select'"),
+        ({"tokenslect": "off"}, "no extra argument 'tokenslect'"),
+        ({"tokenselect": True}, "tokenselect=True"),
+        ({"tokenselect": "OFF"}, "tokenselect='OFF'"),
         ({"tokenselect": "off", "tokenselect_top_k": 7}, "exclude each other"),
     ],
 )

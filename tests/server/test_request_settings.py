@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import openai
 import pytest
@@ -109,23 +112,53 @@ def test_a_bad_value_is_a_bad_request_that_says_what_is_allowed(sparse_client, x
     assert ALLOWED in refused.value.body["message"]
 
 
+MESSAGES = [{"role": "user", "content": "Hello"}]
+ENDPOINTS = {
+    "completions": {"prompt": "Hello", "max_tokens": 2},
+    "chat/completions": {"messages": MESSAGES, "max_tokens": 2},
+    "responses": {"input": "Hello", "max_output_tokens": 2},
+    "messages": {"messages": MESSAGES, "max_tokens": 2},  # Anthropic's
+}
+
+
+def post(client: Client, endpoint: str, **body: object) -> tuple[int, str]:
+    """Status and text of an answer, whole or as a stream."""
+    data = json.dumps({"model": client.model, **ENDPOINTS[endpoint], **body}).encode()
+    url, headers = f"{client.server.base_url}/v1/{endpoint}", {"Content-Type": "application/json"}
+    try:
+        with urlopen(Request(url, data, headers), timeout=60) as answer:
+            return answer.status, answer.read().decode()
+    except HTTPError as refused:
+        return refused.code, refused.read().decode()
+
+
+UNREAD = [
+    ({"vllm_xargs": {"tokenselect": "none"}}, "tokenselect='none' is neither"),
+    ({"vllm_xargs": {"tokenselect_top_k": True}}, "tokenselect_top_k=True cannot be used"),
+    ({"vllm_xargs": {"TOKENSELECT_top_k": 5}}, "there is no extra argument 'TOKENSELECT_top_k'"),
+    ({"tokenselect": "off"}, "stands beside vllm_xargs"),
+    ({"top_p": 2.0}, "top_p must be in (0, 1]"),  # vLLM's own
+]
+
+
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-def test_chat_takes_and_refuses_the_same(sparse_client, stream):
-    """vLLM has answered a stream with 200 before it looks at it; the message comes as its error."""
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
+def test_every_endpoint_answers_a_bad_setting_as_it_answers_a_bad_top_p(
+    sparse_client, endpoint, stream
+):
+    for body, message in UNREAD:
+        status, text = post(sparse_client, endpoint, stream=stream, **body)
+        assert (status, message in text) == (400, True), f"{body}: {status} {text}"
+    for xargs in (OFF, {"tokenselect_top_k": 100}, {}):
+        assert post(sparse_client, endpoint, stream=stream, vllm_xargs=xargs)[0] == 200
 
-    def chat(**xargs: object) -> list:
-        answer = sparse_client.openai.chat.completions.create(
-            model=sparse_client.model,
-            messages=[{"role": "user", "content": "Hello"}],
-            max_tokens=2,
-            stream=stream,
-            extra_body={"vllm_xargs": xargs},
-        )
-        return list(answer)
 
-    with pytest.raises(openai.APIError, match="tokenselect='none' is neither"):
-        chat(tokenselect="none")
-    assert chat(**OFF)
+def test_settings_that_beam_search_would_not_read_are_refused(sparse_client):
+    beams = {"use_beam_search": True, "n": 2}
+    status, text = post(sparse_client, "completions", vllm_xargs=OFF, **beams)
+    assert status == 400
+    assert "'tokenselect' cannot be used with use_beam_search" in text
+    assert post(sparse_client, "completions", **beams)[0] == 200
 
 
 def hits(client: Client, prompt: list[int], **xargs: object) -> float:

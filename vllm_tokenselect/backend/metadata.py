@@ -108,7 +108,7 @@ class TokenSelectMetadataBuilder(AttentionMetadataBuilder[M]):
     def _requests(self, metadata: CommonAttentionMetadata) -> StepRequests | None:
         if not self.model_runner_v2:
             return current_requests()
-        table = request_table()
+        table = request_table(self.vllm_config)
         if table is None or metadata.req_idx is None:
             return None
         return StepRequests(table, metadata.req_idx)

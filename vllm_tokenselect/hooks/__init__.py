@@ -49,9 +49,9 @@ def all_seams() -> Sequence[Seam]:
         dense_layers.SEAM,
         model_length.SEAM,
         *engine_config.SEAMS.values(),
-        request_validation.SEAM,
+        *request_validation.SEAMS,
         *scheduler_seams.SEAMS,
-        block_hashes.SEAM,
+        *block_hashes.SEAMS,
         rotary_embedding.SEAM,
         *runner_v1.SEAMS,
         *runner_v2.SEAMS,
@@ -73,7 +73,6 @@ def install_in_every_process() -> None:
         model_length,
         platform_backend,
         registration,
-        request_validation,
     )
 
     registration.install()
@@ -81,7 +80,6 @@ def install_in_every_process() -> None:
     platform = type(current_platform)
     platform_backend.install(platform)
     engine_config.install(platform)
-    request_validation.install(platform)
 
 
 def install_in_worker(model_runner_v2: bool) -> None:

@@ -5,16 +5,22 @@ which tokens were attended. So the fingerprint of the request's settings is hash
 block, and by vLLM's chain with every block after it: requests and servers of different settings
 share nothing.
 
-Wraps `generate_block_hash_extra_keys` wherever it was imported, so that vLLM's KV cache events, which
-name the extra keys for external routers, agree with the hashes.
+Wraps `EngineCore.preprocess_add_request`, where an engine's own hasher is handed to a request: it is
+wrapped in one that knows the engine's settings, and what no front checked is refused. And
+`generate_block_hash_extra_keys` wherever it was imported, so that vLLM's KV cache events, which name
+the extra keys for external routers, agree with the hashes. Both could go if vLLM asked a scheduler for
+extra keys.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm_tokenselect.config import TokenSelectConfig
+from vllm_tokenselect.hooks.registration import is_selected
 from vllm_tokenselect.hooks.seam import Seam, replace_everywhere
 from vllm_tokenselect.request_settings import fingerprint, requested_top_k
 
@@ -24,53 +30,97 @@ if TYPE_CHECKING:
 _MODULE = "vllm.v1.core.kv_cache_utils"
 _FUNCTION = "generate_block_hash_extra_keys"
 
-SEAM = Seam(
-    name="block_hashes",
-    module=_MODULE,
-    qualname=_FUNCTION,
-    parameters=("request", "start_token_idx", "end_token_idx", "start_mm_idx"),
-    contains=(
-        "if (start_token_idx == 0 and request.cache_salt)",
-        "return None, new_start_mm_idx",
-        "return tuple(extra_keys), new_start_mm_idx",
+SEAMS = (
+    Seam(
+        name="block_hashes",
+        module=_MODULE,
+        qualname=_FUNCTION,
+        parameters=("request", "start_token_idx", "end_token_idx", "start_mm_idx"),
+        contains=(
+            "if (start_token_idx == 0 and request.cache_salt)",
+            "return None, new_start_mm_idx",
+            "return tuple(extra_keys), new_start_mm_idx",
+        ),
+        why="keeps what was computed by different settings apart in the prefix cache",
     ),
-    why="keeps what was computed by different settings apart in the prefix cache",
+    Seam(
+        name="block_hashes",
+        module="vllm.v1.engine.core",
+        qualname="EngineCore.preprocess_add_request",
+        parameters=("self", "request"),
+        contains=("Request.from_engine_core_request(request, self.request_block_hasher)",),
+        why="tells a request's hasher the settings of its engine, and refuses what no front checked",
+    ),
 )
 
-# vLLM hashes a request without saying for which engine; the last one of this process.
-_config: TokenSelectConfig | None = None
-_tensor_parallel_size = 1
+
+@dataclass(frozen=True)
+class SettingsHasher:
+    """vLLM's hasher of one engine, and the settings of that engine."""
+
+    hasher: Callable[[Request], list[Any]]
+    config: TokenSelectConfig
+    tensor_parallel_size: int = 1
+
+    def __call__(self, request: Request) -> list[Any]:
+        request._tokenselect_hasher = self
+        return self.hasher(request)
+
+    def key(self, request: Request) -> tuple[str, str]:
+        """What is hashed with the request's first block, tagged as vLLM tags its own.
+
+        Raises:
+            SettingsError: for settings that the API server should have refused.
+        """
+        extra_args = getattr(request.sampling_params, "extra_args", None)
+        top_k = requested_top_k(extra_args, self.config.top_k)
+        return ("tokenselect", fingerprint(self.config.method, top_k, self.tensor_parallel_size))
 
 
 def extra_keys(request: Request, start_token_idx: int) -> list[tuple[str, str]]:
     """What we add to the keys that are hashed with the block at `start_token_idx`.
 
-    Tagged as vLLM tags its own.
+    Raises:
+        SettingsError: see `SettingsHasher.key`.
+    """
+    hasher: SettingsHasher | None = getattr(request, "_tokenselect_hasher", None)
+    return [] if hasher is None or start_token_idx > 0 else [hasher.key(request)]
+
+
+def check_and_bind(engine_core: Any, request: Any) -> None:
+    """Check a request's settings, and have its blocks hashed by those of its engine.
+
+    To be called before `EngineCore.preprocess_add_request`; what it raises ends this request alone.
 
     Raises:
-        SettingsError: for settings that the API server should have refused. vLLM's engine then
-            refuses the request.
+        SettingsError: for settings that the API server should have refused.
     """
-    if _config is None or start_token_idx > 0:
-        return []
-    extra_args = getattr(request.sampling_params, "extra_args", None)
-    top_k = requested_top_k(extra_args, _config.top_k)
-    return [("tokenselect", fingerprint(_config.method, top_k, _tensor_parallel_size))]
-
-
-def use(config: TokenSelectConfig | None, tensor_parallel_size: int = 1) -> None:
-    """Take the settings of the engine that this process runs; None if it is not on TOKENSELECT."""
-    global _config, _tensor_parallel_size
-    _config, _tensor_parallel_size = config, tensor_parallel_size
+    vllm_config = engine_core.vllm_config
+    if not is_selected(vllm_config.attention_config):
+        return
+    hasher = engine_core.request_block_hasher
+    config = (
+        hasher.config
+        if isinstance(hasher, SettingsHasher)
+        else TokenSelectConfig.from_additional_config(vllm_config.additional_config)
+    )
+    requested_top_k(getattr(request.sampling_params, "extra_args", None), config.top_k)
+    if hasher is not None and not isinstance(hasher, SettingsHasher):
+        size = vllm_config.parallel_config.tensor_parallel_size
+        engine_core.request_block_hasher = SettingsHasher(hasher, config, size)
 
 
 def install() -> None:
-    """Wrap the function in every module that has it; safe to call again."""
+    """Wrap both functions, one in every module that has it; safe to call again."""
     from vllm.v1.core import kv_cache_utils
+    from vllm.v1.engine.core import EngineCore
 
     original = kv_cache_utils.generate_block_hash_extra_keys
-    if hasattr(original, "_tokenselect_original") or SEAM.require() == "patched":
+    if hasattr(original, "_tokenselect_original"):
         return
+    if all(seam.require() == "patched" for seam in SEAMS):
+        return
+    preprocess = EngineCore.preprocess_add_request
 
     @functools.wraps(original)
     def generate_with_settings(
@@ -80,5 +130,11 @@ def install() -> None:
         ours = extra_keys(request, start_token_idx)
         return ((*(keys or ()), *ours) if ours else keys), next_mm_idx
 
+    @functools.wraps(preprocess)
+    def check_bind_and_preprocess(self: Any, request: Any) -> Any:
+        check_and_bind(self, request)
+        return preprocess(self, request)
+
     generate_with_settings._tokenselect_original = original  # type: ignore[attr-defined]
     replace_everywhere(_FUNCTION, original, generate_with_settings)
+    EngineCore.preprocess_add_request = check_bind_and_preprocess

@@ -17,7 +17,6 @@ from vllm_tokenselect.config import (
     TokenSelectConfig,
 )
 from vllm_tokenselect.hooks import (
-    block_hashes,
     dense_layers,
     metrics,
     model_length,
@@ -51,8 +50,11 @@ SEAMS = {
 _SCHEDULERS = "vllm_tokenselect.hooks.scheduler"
 
 
-def configure(vllm_config: Any, device_type: str) -> None:
+def configure(vllm_config: Any, device: str) -> None:
     """Check a vLLM configuration and adapt it; does nothing unless TOKENSELECT is chosen.
+
+    Args:
+        device: the platform's name for it; ROCm's device type is "cuda" too.
 
     Raises:
         SettingsError: for settings or engine features that TOKENSELECT cannot serve.
@@ -64,22 +66,19 @@ def configure(vllm_config: Any, device_type: str) -> None:
                 "tokenselect settings are given but not used: the attention backend is not "
                 "TOKENSELECT. Add --attention-backend TOKENSELECT."
             )
-        if vllm_config.model_config is not None:
-            request_validation.use(None)
-            block_hashes.use(None)
         return
     config = TokenSelectConfig.from_additional_config(additional)
-    if device_type not in DEFAULT_WORKSPACE_MB:
+    if device not in DEFAULT_WORKSPACE_MB:
         raise SettingsError(
-            f"TOKENSELECT has no kernels for device type {device_type!r}; it runs on NVIDIA GPUs "
-            "(extra `gpu`) and CPUs (extra `cpu`). Leave out --attention-backend TOKENSELECT."
+            f"TOKENSELECT has no kernels for the platform {device!r}; it runs on NVIDIA GPUs (extra `gpu`) "
+            "and CPUs (extra `cpu`). Leave out --attention-backend TOKENSELECT."
         )
-    if device_type == "cpu" and config.attention != "auto":
+    if device == "cpu" and config.attention != "auto":
         raise SettingsError(
             f"tokenselect attention={config.attention!r} is for GPUs; on a CPU vLLM's own attention "
             "kernel is used. Leave it out."
         )
-    _refuse_features(vllm_config, device_type)
+    refuse_features(vllm_config, device)
     if vllm_config.speculative_config is not None and config.method.reuses_selections:
         config = _without_selection_cache(vllm_config, config)
     if vllm_config.model_config is None:
@@ -98,30 +97,40 @@ def configure(vllm_config: Any, device_type: str) -> None:
     model_length.check_trained_length(vllm_config.model_config, config)
     _choose_scheduler(scheduler)
     metrics.serve_counters()
-    request_validation.use(request_validation.Engine(vllm_config, config.method, device_type))
-    if device_type == "cpu":
+    request_validation.install()
+    if device == "cpu":
         # A worker starts bound to one core, and numba, which vLLM's model runner imports, would count
         # one. Inherited by the workers; each then takes as many threads as its PyTorch has.
         os.environ.setdefault("NUMBA_NUM_THREADS", str(os.cpu_count()))
 
 
-def _refuse_features(vllm_config: Any, device_type: str) -> None:
+def refuse_features(vllm_config: Any, device: str) -> None:
+    """Check that the engine is asked for nothing that TOKENSELECT cannot do.
+
+    Raises:
+        SettingsError: with each such feature and its option.
+    """
     parallel = vllm_config.parallel_config
+    model = vllm_config.model_config
     refused = {
         "speculative decoding with a draft model, whose layers would select too "
         "(--speculative-config)": not _drafts_without_a_model(vllm_config.speculative_config),
-        "KV connectors (--kv-transfer-config)": vllm_config.kv_transfer_config is not None,
+        # vLLM makes a connector of the size after this check.
+        "KV connectors (--kv-transfer-config, --kv-offloading-size)": vllm_config.kv_transfer_config
+        is not None
+        or vllm_config.cache_config.kv_offloading_size is not None,
+        "diffusion models, which need a scheduler of their own (--diffusion-config)": (
+            vllm_config.diffusion_config is not None or (model is not None and model.is_diffusion)
+        ),
         "pipeline parallelism with --enforce-eager on CPUs, where vLLM's own workers fail at the first "
         "request (--pipeline-parallel-size)": parallel.pipeline_parallel_size > 1
-        and device_type == "cpu"
-        and vllm_config.model_config is not None
-        and vllm_config.model_config.enforce_eager,
+        and device == "cpu"
+        and model is not None
+        and model.enforce_eager,
         "decode context parallelism": parallel.decode_context_parallel_size > 1,
         "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
-        "pooling models (--runner pooling)": vllm_config.model_config is not None
-        and vllm_config.model_config.runner_type == "pooling",
-        "encoder-decoder models": vllm_config.model_config is not None
-        and vllm_config.model_config.is_encoder_decoder,
+        "pooling models (--runner pooling)": model is not None and model.runner_type == "pooling",
+        "encoder-decoder models": model is not None and model.is_encoder_decoder,
     }
     asked = [feature for feature, present in refused.items() if present]
     if asked:
@@ -171,16 +180,17 @@ def _choose_scheduler(scheduler_config: Any) -> None:
 
 
 def install(platform: type) -> None:
-    """Wrap the platform class; safe to call again."""
-    device_type: str = platform.device_type  # type: ignore[attr-defined]
-    seam = SEAMS["cuda" if device_type == "cuda" else "cpu"]
-    if seam.require() == "patched" or "_tokenselect_check_and_update_config" in vars(platform):
+    """Wrap the platform class; safe to call again. On others than ours only to refuse TOKENSELECT."""
+    device: str = platform.device_name  # type: ignore[attr-defined]
+    if device in SEAMS and SEAMS[device].require() == "patched":
+        return
+    if "_tokenselect_check_and_update_config" in vars(platform):
         return
     original = platform.check_and_update_config  # type: ignore[attr-defined]
 
     def check_and_update_config(cls: type, vllm_config: Any) -> None:
         original(vllm_config)
-        configure(vllm_config, device_type)
+        configure(vllm_config, device)
 
     platform._tokenselect_check_and_update_config = original  # type: ignore[attr-defined]
     platform.check_and_update_config = classmethod(check_and_update_config)  # type: ignore[attr-defined]

@@ -1,36 +1,75 @@
 """Refuse a request whose own settings cannot be served, while it can still be told so.
 
-Wraps `Platform.validate_request`, vLLM's hook for that, which the input processor calls in the API
-server and in an offline `LLM`. Past it, a bad value would stop the engine.
+Wraps three functions of the process that sends requests to an engine. Each belongs to one engine, whose
+configuration says what requests may ask; another engine of the same process has another one.
+
+- `InputProcessor.process_inputs`, which every request passes, also in an offline `LLM`.
+- `BaseServing._check_model`, the first thing that every endpoint does with a request, before it begins
+  a response: a stream is refused with HTTP 400 like any other request.
+- `GenerateBaseServing._with_kv_transfer_rejection_cleanup`, which knows the request as it was sent, before
+  its `true` has become 1, and what stands beside `vllm_xargs`.
+
+The first could go when vLLM's `Platform.validate_request` is told the engine, the others when vLLM
+processes inputs before it begins a response.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Coroutine, Mapping
 from functools import cached_property
 from typing import Any
 
+from vllm_tokenselect.config import TokenSelectConfig
+from vllm_tokenselect.hooks.registration import is_selected
 from vllm_tokenselect.hooks.seam import Seam
 from vllm_tokenselect.method import FULL_ATTENTION, Method, SettingsError
+from vllm_tokenselect.misplaced import looks_like_ours
 from vllm_tokenselect.request_settings import SWITCH, requested_top_k
 
-SEAM = Seam(
-    name="request_validation",
-    module="vllm.v1.engine.input_processor",
-    qualname="InputProcessor.process_inputs",
-    parameters=("self", "request_id", "prompt", "params"),
-    contains=("current_platform.validate_request(engine_input, params)",),
-    why="refuses a request whose own settings cannot be served",
+SEAMS = (
+    Seam(
+        name="request_validation",
+        module="vllm.v1.engine.input_processor",
+        qualname="InputProcessor.process_inputs",
+        parameters=("self", "request_id", "prompt", "params"),
+        contains=("current_platform.validate_request(engine_input, params)", "self.vllm_config"),
+        why="refuses a request whose own settings cannot be served",
+    ),
+    Seam(
+        name="request_validation",
+        module="vllm.entrypoints.serve.engine.serving",
+        qualname="BaseServing._check_model",
+        parameters=("self", "request"),
+        contains=("self._is_model_supported(request.model)",),
+        why="refuses it before a response is begun",
+    ),
+    Seam(
+        name="request_validation",
+        module="vllm.entrypoints.generate.base.serving",
+        qualname="GenerateBaseServing._with_kv_transfer_rejection_cleanup",
+        parameters=("self", "awaitable", "request", "raw_request"),
+        contains=("return await awaitable",),
+        why="refuses settings that would not be read, or not as they were sent",
+    ),
 )
 
 
 class Engine:
-    """What requests may ask of the engine that this process sends them to."""
+    """What requests may ask of one engine."""
 
     def __init__(self, vllm_config: Any, method: Method, device_type: str) -> None:
         self.vllm_config = vllm_config
         self.method = method
         self.device_type = device_type
+
+    @classmethod
+    def of(cls, vllm_config: Any) -> Engine | None:
+        """The engine of a configuration; None if it is not on TOKENSELECT."""
+        if not is_selected(vllm_config.attention_config):
+            return None
+        config = TokenSelectConfig.from_additional_config(vllm_config.additional_config)
+        return cls(vllm_config, config.method, vllm_config.device_config.device_type)
 
     @cached_property
     def why_not_full_attention(self) -> str | None:
@@ -46,51 +85,134 @@ class Engine:
 
         return serves_full_attention(self.vllm_config)
 
+    def check(self, extra_args: Mapping[str, Any] | None) -> None:
+        """Check a request's extra arguments.
 
-# vLLM's hook is not told the engine; this is the last one that was configured in this process.
-_engine: Engine | None = None
+        Raises:
+            VLLMValidationError: naming the value and what is allowed. The server answers it with HTTP
+                400; it answers a `ValueError` from some places with 500 and without the message.
+        """
+        try:
+            top_k = requested_top_k(extra_args, self.method.top_k)
+            if top_k == FULL_ATTENTION and self.why_not_full_attention is not None:
+                raise SettingsError(
+                    f'{SWITCH}="off" cannot be served here: {self.why_not_full_attention}'
+                )
+        except SettingsError as error:
+            _refuse(str(error))
 
 
-def use(engine: Engine | None) -> None:
-    """Take what requests may ask; None if the engine is not on TOKENSELECT."""
-    global _engine
-    _engine = engine
+def engine_of(processor: Any) -> Engine | None:
+    """The engine that an input processor works for; None if it is not on TOKENSELECT."""
+    if "_tokenselect_engine" not in vars(processor):
+        processor._tokenselect_engine = Engine.of(processor.vllm_config)
+    engine: Engine | None = processor._tokenselect_engine
+    return engine
 
 
-def validate(params: Any) -> None:
-    """Check vLLM's sampling (or pooling) parameters.
+def validate(processor: Any, params: Any) -> None:
+    """Check vLLM's sampling (or pooling) parameters, before `InputProcessor.process_inputs`.
 
     Raises:
-        VLLMValidationError: naming the value and what is allowed. The server answers it with HTTP
-            400; it answers a `ValueError` at this point with 500 and without the message.
+        VLLMValidationError: see `Engine.check`.
     """
-    if _engine is None:
+    engine = engine_of(processor)
+    if engine is not None:
+        engine.check(getattr(params, "extra_args", None))
+
+
+def check_request(serving: Any, request: Any) -> None:
+    """Check the settings of an endpoint's request, before a response to it is begun.
+
+    Raises:
+        VLLMValidationError: see `Engine.check`.
+    """
+    processor = getattr(serving, "input_processor", None)  # only of what generates
+    engine = None if processor is None else engine_of(processor)
+    if engine is None:
         return
+    sampling = getattr(request, "sampling_params", None)
+    engine.check(getattr(request, "vllm_xargs", None) or getattr(sampling, "extra_args", None))
+    _check_unread(request, getattr(request, "model_extra", None) or {})
+
+
+async def check_as_sent(
+    serving: Any, awaitable: Coroutine[Any, Any, Any], request: Any, raw_request: Any
+) -> None:
+    """Check a request's body as it was sent; vLLM has parsed and kept it.
+
+    Args:
+        awaitable: what would answer the request; closed if it is refused.
+
+    Raises:
+        VLLMValidationError: see `Engine.check`.
+    """
+    engine = engine_of(serving.input_processor)
+    if engine is None or raw_request is None:
+        return
+    body = await raw_request.json()
     try:
-        _check(_engine, getattr(params, "extra_args", None))
-    except SettingsError as error:
-        from vllm.exceptions import VLLMValidationError
+        engine.check(body.get("vllm_xargs"))
+        _check_unread(request, body)
+    except Exception:
+        awaitable.close()
+        raise
 
-        raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
 
-
-def _check(engine: Engine, extra_args: Mapping[str, Any] | None) -> None:
-    top_k = requested_top_k(extra_args, engine.method.top_k)
-    if top_k == FULL_ATTENTION and engine.why_not_full_attention is not None:
-        raise SettingsError(
-            f'{SWITCH}="off" cannot be served here: {engine.why_not_full_attention}'
+def _check_unread(request: Any, body: Mapping[str, Any]) -> None:
+    """Refuse what looks like a setting in a place where nothing reads it."""
+    if beside := {name: value for name, value in body.items() if looks_like_ours(name)}:
+        _refuse(
+            f"{beside!r} stands beside vllm_xargs, where it is not read; put it into vllm_xargs"
+        )
+    own = [name for name in getattr(request, "vllm_xargs", None) or () if looks_like_ours(name)]
+    if own and getattr(request, "use_beam_search", False):
+        _refuse(
+            f"{' and '.join(map(repr, own))} cannot be used with use_beam_search, for which vLLM does not "
+            "read vllm_xargs; leave one of them out"
         )
 
 
-def install(platform: type) -> None:
-    """Wrap the platform class; safe to call again."""
-    if SEAM.require() == "patched" or "_tokenselect_validate_request" in vars(platform):
+def _refuse(message: str) -> None:
+    from vllm.exceptions import VLLMValidationError
+
+    raise VLLMValidationError(message, parameter="vllm_xargs") from None
+
+
+def install() -> None:
+    """Wrap the functions; safe to call again."""
+    from vllm.entrypoints.generate.base.serving import GenerateBaseServing
+    from vllm.entrypoints.serve.engine.serving import BaseServing
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    if "_tokenselect_process_inputs" in vars(InputProcessor):
         return
-    original = platform.validate_request  # type: ignore[attr-defined]
+    if all(seam.require() == "patched" for seam in SEAMS):
+        return
+    process_inputs = InputProcessor.process_inputs
+    check_model = BaseServing._check_model
+    with_cleanup = GenerateBaseServing._with_kv_transfer_rejection_cleanup
 
-    def validate_request(cls: type, processed_inputs: Any, params: Any) -> None:
-        original(processed_inputs, params)
-        validate(params)
+    @functools.wraps(process_inputs)
+    def validate_and_process(
+        self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        validate(self, params)
+        return process_inputs(self, request_id, prompt, params, *args, **kwargs)
 
-    platform._tokenselect_validate_request = original  # type: ignore[attr-defined]
-    platform.validate_request = classmethod(validate_request)  # type: ignore[attr-defined]
+    @functools.wraps(check_model)
+    async def check_request_and_model(self: Any, request: Any) -> Any:
+        check_request(self, request)
+        return await check_model(self, request)
+
+    @functools.wraps(with_cleanup)
+    async def check_first(
+        self: Any, awaitable: Coroutine[Any, Any, Any], request: Any, raw_request: Any
+    ) -> Any:
+        await check_as_sent(self, awaitable, request, raw_request)
+        return await with_cleanup(self, awaitable, request, raw_request)
+
+    InputProcessor._tokenselect_process_inputs = process_inputs
+    InputProcessor.process_inputs = validate_and_process
+    BaseServing._check_model = check_request_and_model
+    GenerateBaseServing._with_kv_transfer_rejection_cleanup = check_first

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from vllm_tokenselect.hooks.activity import log_activity
@@ -43,12 +44,13 @@ SEAMS = (
     ),
 )
 
-_current: StepRequests | None = None
+# A variable of the context: engines of one process may run in threads of their own.
+_current: ContextVar[StepRequests | None] = ContextVar("tokenselect_requests", default=None)
 
 
 def current_requests() -> StepRequests | None:
     """Requests of the step whose metadata is being built; None in dummy and profiling runs."""
-    return _current
+    return _current.get()
 
 
 def update_slots(table: RequestTable, runner: Any, output: SchedulerOutput) -> None:
@@ -68,13 +70,12 @@ def requests_of_step(
     table: RequestTable, runner: Any, num_reqs: int, dummy: bool
 ) -> Iterator[None]:
     """Publish the rows' requests while the metadata is built."""
-    global _current
     slots = None if dummy else table.slots_of(runner.input_batch.req_ids[:num_reqs])
-    _current = None if slots is None else StepRequests(table, slots)
+    published = _current.set(None if slots is None else StepRequests(table, slots))
     try:
         yield
     finally:
-        _current = None
+        _current.reset(published)
 
 
 def table_of(runner: Any) -> RequestTable:

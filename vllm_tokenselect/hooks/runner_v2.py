@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 from vllm_tokenselect.hooks.activity import log_activity
 from vllm_tokenselect.hooks.request_top_k import top_k_of
@@ -58,21 +59,23 @@ SEAMS = (
     ),
 )
 
-_table: RequestTable | None = None
+# By the configuration's id: builders know nothing else of their runner, which keeps both alive.
+_tables: WeakValueDictionary[int, RequestTable] = WeakValueDictionary()
 
 
-def request_table() -> RequestTable | None:
-    """The requests of this worker; None before the first was added."""
-    return _table
+def request_table(vllm_config: Any) -> RequestTable | None:
+    """The requests of the runner of an engine; None before the first was added."""
+    return _tables.get(id(vllm_config))
 
 
 def add_to_slot(runner: Any, new: NewRequestData) -> None:
     """Give the request the slot of the row that V2 chose."""
-    global _table
     states = runner.req_states
-    if _table is None or _table.capacity != states.max_num_reqs:
-        _table = RequestTable(states.max_num_reqs)
-    _table.add(
+    table: RequestTable | None = runner.__dict__.get("_tokenselect_requests")
+    if table is None:
+        table = RequestTable(states.max_num_reqs)
+        runner._tokenselect_requests = _tables[id(runner.vllm_config)] = table
+    table.add(
         new.req_id,
         new.prompt_len,
         top_k_of(runner, new.sampling_params),
@@ -80,17 +83,19 @@ def add_to_slot(runner: Any, new: NewRequestData) -> None:
     )
 
 
-def remove_from_slot(request_id: str) -> None:
+def remove_from_slot(runner: Any, request_id: str) -> None:
     """Free the request's slot; what was recorded of it is kept until it ends."""
-    if _table is not None:
-        _table.remove(request_id)
+    table: RequestTable | None = runner.__dict__.get("_tokenselect_requests")
+    if table is not None:
+        table.remove(request_id)
 
 
-def finish(request_ids: Iterable[str]) -> None:
+def finish(runner: Any, request_ids: Iterable[str]) -> None:
     """Log what requests that ended attended to."""
-    if _table is not None:
+    table: RequestTable | None = runner.__dict__.get("_tokenselect_requests")
+    if table is not None:
         for request_id in request_ids:
-            log_activity(request_id, _table.finish(request_id))
+            log_activity(request_id, table.finish(request_id))
 
 
 def install() -> None:
@@ -113,13 +118,13 @@ def install() -> None:
 
     @functools.wraps(remove_request)
     def remove_request_and_slot(self: Any, req_id: str) -> Any:
-        remove_from_slot(req_id)
+        remove_from_slot(self, req_id)
         return remove_request(self, req_id)
 
     @functools.wraps(finish_requests)
     def finish_requests_and_log(self: Any, scheduler_output: SchedulerOutput) -> None:
         finish_requests(self, scheduler_output)
-        finish(scheduler_output.finished_req_ids)
+        finish(self, scheduler_output.finished_req_ids)
 
     GPUModelRunner._tokenselect_add_requests = add_requests
     GPUModelRunner.add_requests = add_requests_and_slots

@@ -41,10 +41,7 @@ class WholeChunks:
         )
         self._hit_limit: int | None = None
         self._limit_prefix_cache()
-        # In the process where requests are hashed, and before any is.
-        parallel = self.vllm_config.parallel_config  # type: ignore[attr-defined]
-        block_hashes.use(self.tokenselect, parallel.tensor_parallel_size)
-        block_hashes.install()
+        block_hashes.install()  # in the process where requests are hashed, and before any is
 
     def _limit_prefix_cache(self) -> None:
         coordinator = self.kv_cache_manager.coordinator  # type: ignore[attr-defined]

@@ -127,15 +127,18 @@ def _parse(source: str) -> ast.Module:
     return ast.parse(source)
 
 
-def _find(tree: ast.Module, path: list[str]) -> ast.FunctionDef | None:
+_FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def _find(tree: ast.Module, path: list[str]) -> ast.FunctionDef | ast.AsyncFunctionDef | None:
     nodes: list[ast.stmt] = tree.body
     for depth, name in enumerate(path, start=1):
         last = depth == len(path)
-        kind = ast.FunctionDef if last else ast.ClassDef
+        kind = _FUNCTIONS if last else ast.ClassDef
         found = next((n for n in nodes if isinstance(n, kind) and n.name == name), None)
         if found is None:
             return None
-        if isinstance(found, ast.FunctionDef):
+        if isinstance(found, _FUNCTIONS):
             return found
         nodes = found.body
     return None
