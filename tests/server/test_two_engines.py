@@ -1,0 +1,57 @@
+"""Engines of one process keep to their own settings, whichever of them was made last."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.hooks.conftest import TINY_LLAMA
+from tests.server.conftest import ONE_THREAD
+
+pytestmark = pytest.mark.server
+
+
+@pytest.fixture(params=["0", "1"], ids=["in one process", "each in a process of its own"])
+def answers(request, tmp_path) -> dict[str, dict[str, list[float] | str]]:
+    """What engines with top_k 256 and 64 and one on CPU_ATTN answer, the first also alone."""
+    (tmp_path / "config.json").write_text(json.dumps(TINY_LLAMA))
+    environment = os.environ | ONE_THREAD
+    environment |= {"VLLM_ENABLE_V1_MULTIPROCESSING": request.param, "HF_HUB_OFFLINE": "1"}
+    environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    out = tmp_path / "answers.json"
+    command = [sys.executable, "-m", "tests.server.engines", str(tmp_path), str(out)]
+    run = subprocess.run(
+        command,
+        cwd=Path(__file__).parents[2],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert run.returncode == 0, f"{run.stdout[-3000:]}\n{run.stderr[-3000:]}"
+    return json.loads(out.read_text())
+
+
+def test_engines_of_one_process_take_and_refuse_by_their_own_settings(answers):
+    alone, many, few, full = (answers[name] for name in ("alone", "256", "64", "CPU_ATTN"))
+    assert many["too many"] == alone["too many"]
+    for answer, asked, allowed in (
+        (many["too many"], 99999, 256),
+        (few["too many"], 99999, 64),
+        (few["128"], 128, 64),
+    ):
+        assert f"tokenselect_top_k={asked} cannot be used" in answer
+        assert f"this server's {allowed}" in answer
+    for name in ("default", "few", "off", "128", "again"):
+        assert many[name] == pytest.approx(alone[name], abs=1e-4), name
+    assert few["few"] == pytest.approx(many["few"], abs=1e-4)
+    assert many["off"] == pytest.approx(few["off"], abs=1e-4)
+    assert full["default"] == pytest.approx(many["off"], abs=1e-3)
+    assert len({tuple(answer) for name, answer in full.items()}) == 1, "ours are somebody else's"
+    assert many["default"] != pytest.approx(many["few"], abs=1e-3), "they are to be told apart"
