@@ -81,7 +81,7 @@ def test_the_mark_of_a_neighbour_does_not_make_a_function_patched(installed_vllm
 @pytest.mark.parametrize("hook", [platform_backend, engine_config])
 def test_a_hook_leaves_a_vllm_that_it_does_not_know_as_it_is(hook, installed_vllm):
     installed_vllm({"vllm/platforms/cpu.py": "class CpuPlatform: pass"})
-    platform = type("CpuPlatform", (), {"device_type": "cpu"})
+    platform = type("CpuPlatform", (), {"device_type": "cpu", "device_name": "cpu"})
     before = dict(vars(platform))
     with pytest.raises(SeamBroken, match=r"vllm\.platforms\.cpu:CpuPlatform"):
         hook.install(platform)

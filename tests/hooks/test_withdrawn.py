@@ -25,10 +25,10 @@ WRONG = {
     ),
     "a broken seam": (
         'del sys.modules["vllm_tokenselect.hooks"]\n'
-        "from vllm_tokenselect.hooks import request_validation\n"
-        'seam = replace(request_validation.SEAM, contains=("nothing like it",))\n'
-        "request_validation.SEAM = seam",
-        "InputProcessor.process_inputs: its body no longer contains `nothing like it`",
+        "from vllm_tokenselect.hooks import engine_config\n"
+        'seam = replace(engine_config.SEAMS["cpu"], contains=("nothing like it",))\n'
+        'engine_config.SEAMS["cpu"] = seam',
+        "CpuPlatform.check_and_update_config: its body no longer contains `nothing like it`",
     ),
 }
 
