@@ -1,4 +1,4 @@
-# make demo     a real model answers a question about a long document, served on TOKENSELECT
+# make demo     a real model answers questions about a long document, on TOKENSELECT and with full attention
 # make test     lint, types, architecture and all tests
 # make setup    only create .venv and install what both need
 PYTHON  ?= python3
@@ -14,7 +14,7 @@ STAMP := $(VENV)/.installed
 .PHONY: help setup demo test lint types pytest check-vllm bench gpu-check endurance scaling clean
 
 help:
-	@echo "make demo                        a real model on TOKENSELECT answers about a long document"
+	@echo "make demo                        a real model answers about a document, with and without TOKENSELECT"
 	@echo "make test                        lint, types, architecture and all tests"
 	@echo "make setup                       create $(VENV) and install what is missing"
 	@echo "make lint                        ruff, mypy and the import contracts"

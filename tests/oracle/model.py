@@ -7,7 +7,7 @@ definition is spelled out in `attended_positions`; everything else is an ordinar
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -144,11 +144,17 @@ class OracleModel:
     @torch.inference_mode()
     def start(self, prompt: list[int]) -> torch.Tensor:
         """Compute a prompt; log-probabilities [vocabulary] of what follows it."""
-        empty = torch.empty(self.num_kv_heads, 0, self.head_size)
-        self.cache = [(empty, empty)] * self.num_layers
-        self.last = [None] * self.num_layers
-        self.prompt_len = len(prompt)
+        self.begin(len(prompt))
         return self.next_logprobs(prompt, 0)
+
+    def begin(
+        self, prompt_len: int, cache: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()
+    ) -> None:
+        """Make ready for a prompt, whose first tokens' keys and values may be known from another."""
+        empty = torch.empty(self.num_kv_heads, 0, self.head_size)
+        self.cache = list(cache) or [(empty, empty)] * self.num_layers
+        self.last = [None] * self.num_layers
+        self.prompt_len = prompt_len
 
     @torch.inference_mode()
     def generate(
@@ -174,6 +180,7 @@ class OracleModel:
                 following = self.next_logprobs(tokens[-1:], position)
         return tokens, logprobs, leads, margins
 
+    @torch.inference_mode()
     def next_logprobs(self, tokens: list[int], first: int) -> torch.Tensor:
         """Log-probabilities [vocabulary] after `tokens`, which stand at positions `first` and on."""
         hidden = self.weights["embed_tokens.weight"][tokens]

@@ -29,12 +29,12 @@ app.command()(bench)
 def demo(
     keep: Annotated[bool, typer.Option("--keep", help="Leave the server running.")] = False,
     port: Annotated[int | None, typer.Option(help="Port; default: a free one.")] = None,
-    backend: Annotated[str, typer.Option(hidden=True)] = "TOKENSELECT",
 ) -> None:
-    """Serve a small real model on TOKENSELECT and ask it about a long document."""
+    """Ask a small real model about a long document, on TOKENSELECT and with full attention."""
     from vllm_tokenselect.cli.demo import run_demo
+    from vllm_tokenselect.cli.progress import open_console
 
-    raise typer.Exit(run_demo(Console(), port=port, backend=backend, keep=keep))
+    raise typer.Exit(run_demo(open_console(), port=port, keep=keep))
 
 
 @app.command()

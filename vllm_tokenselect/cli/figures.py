@@ -22,6 +22,13 @@ class Attended:
     context: int
     queries: int
 
+    def __add__(self, other: Attended) -> Attended:
+        return Attended(
+            self.attended + other.attended,
+            self.context + other.context,
+            self.queries + other.queries,
+        )
+
     @property
     def share(self) -> float:
         """Attended tokens as a share of the context, 0..1; 1 when there was no query."""
@@ -45,6 +52,11 @@ class RequestFigures:
     request_id: str
     prefill: Attended
     decode: Attended
+
+    @property
+    def total(self) -> Attended:
+        """Of all of the request."""
+        return self.prefill + self.decode
 
 
 def parse_figures(log: str) -> list[RequestFigures]:

@@ -1,17 +1,26 @@
-"""How far a long measurement is."""
+"""How far something long is, on a terminal that can show it."""
 
 from __future__ import annotations
+
+import os
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 
-def counting_bar(console: Console) -> Progress:
-    """A bar with words, so many of so many, and the time."""
+def open_console(*, stderr: bool = False) -> Console:
+    """A console; without colors and bars, in plain lines, where `NO_COLOR` or `TERM=dumb` ask for it."""
+    plain = bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") in ("dumb", "unknown")
+    return Console(stderr=stderr, force_terminal=False if plain else None)
+
+
+def counting_bar(console: Console, *, disable: bool = False) -> Progress:
+    """A bar with words, so many of so many, and the time; nothing at all if disabled."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         console=console,
+        disable=disable,
     )

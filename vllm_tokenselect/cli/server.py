@@ -45,7 +45,7 @@ class VllmServer:
     """One `vllm serve`, in a process group of its own, which ends with this process, however that ends.
 
         with VllmServer(model, settings={"top_k": 1024}) as server:
-            openai.OpenAI(base_url=server.base_url + "/v1", api_key="none")
+            Client(Endpoint(server.base_url, "model"))
 
     Args:
         model: model folder or name.
