@@ -42,7 +42,8 @@ class TokenSelectConfig(BaseModel):
     query_chunk: int = Field(
         default=Method.query_chunk,
         ge=1,
-        description="queries of a prompt that select together; a multiple of the KV block size",
+        description="queries of a prompt that select together; a multiple of the KV block size, or a "
+        "divisor",
     )
     tail_queries: int = Field(
         default=Method.tail_queries,
@@ -170,36 +171,77 @@ class TokenSelectConfig(BaseModel):
         block_size: int,
         max_num_batched_tokens: int,
         max_num_seqs: int,
+        max_num_scheduled_tokens: int | None = None,
         long_prefill_token_threshold: int = 0,
+        num_drafts: int = 0,
+        steps_end_at_blocks: bool = False,
     ) -> None:
         """Check the settings against the engine that is to use them.
+
+        Args:
+            block_size: tokens of a KV block.
+            max_num_batched_tokens: vLLM's option.
+            max_num_seqs: most requests that run at once.
+            max_num_scheduled_tokens: vLLM's option; None for as many as are batched.
+            long_prefill_token_threshold: vLLM's option; 0 for none.
+            num_drafts: most draft tokens of a request in a step.
+            steps_end_at_blocks: whether vLLM ends prefill steps at the ends of blocks, where it caches
+                states of a hybrid model (Mamba cache mode "align").
 
         Raises:
             SettingsError: when blocks and chunks do not line up, or when a step could not hold a
                 whole chunk beside every running sequence (such a prompt would wait for ever).
         """
-        if self.query_chunk % block_size:
-            below = self.query_chunk // block_size * block_size
-            near = " or ".join(str(n) for n in (below, below + block_size) if n)
-            raise SettingsError(
-                f"tokenselect query_chunk={self.query_chunk} is not a multiple of the KV block "
-                f"size {block_size}. Set query_chunk to {near}, or choose --block-size so that "
-                "it divides query_chunk."
-            )
-        needed = self.query_chunk + max_num_seqs
-        if max_num_batched_tokens < needed:
-            raise SettingsError(
-                f"max_num_batched_tokens={max_num_batched_tokens} cannot hold a query chunk of "
-                f"{self.query_chunk} tokens beside max_num_seqs={max_num_seqs} running sequences. "
-                f"Set --max-num-batched-tokens to at least {needed}, or lower --max-num-seqs or "
-                "the tokenselect setting query_chunk."
-            )
+        self._check_blocks(block_size, steps_end_at_blocks)
         if 0 < long_prefill_token_threshold < self.query_chunk:
             raise SettingsError(
                 f"long_prefill_token_threshold={long_prefill_token_threshold} would cut query "
                 f"chunks of {self.query_chunk} tokens. Set it to 0 or to at least "
                 f"{self.query_chunk}."
             )
+        option, tokens = "max_num_batched_tokens", max_num_batched_tokens
+        if max_num_scheduled_tokens is not None and max_num_scheduled_tokens < tokens:
+            option, tokens = "max_num_scheduled_tokens", max_num_scheduled_tokens
+        whole, held, smaller = (
+            "query chunk",
+            self.query_chunk,
+            " or the tokenselect setting query_chunk",
+        )
+        scheduled = max_num_scheduled_tokens or max_num_batched_tokens
+        unsplit = min(scheduled, long_prefill_token_threshold or scheduled)
+        if steps_end_at_blocks and held < block_size <= unsplit:
+            # vLLM splits a block between steps only where no step could hold it.
+            whole, held, smaller = "KV block", block_size, ""
+        needed = held + max_num_seqs * (1 + num_drafts)
+        if tokens < needed:
+            drafts = f", each with {num_drafts} draft tokens" if num_drafts else ""
+            raise SettingsError(
+                f"{option}={tokens} cannot hold a {whole} of {held} tokens beside "
+                f"max_num_seqs={max_num_seqs} running sequences{drafts}. Set "
+                f"--{option.replace('_', '-')} to at least {needed}, or lower --max-num-seqs{smaller}."
+            )
+
+    def _check_blocks(self, block_size: int, steps_end_at_blocks: bool) -> None:
+        chunk = self.query_chunk
+        if block_size % chunk == 0 or (chunk % block_size == 0 and not steps_end_at_blocks):
+            return
+        divisor = next(n for n in range(min(chunk, block_size), 0, -1) if block_size % n == 0)
+        if steps_end_at_blocks:
+            no_cache = ", or leave out prefix caching (--no-enable-prefix-caching)"
+            raise SettingsError(
+                f"tokenselect query_chunk={chunk} does not divide {block_size}, the KV block size that "
+                "vLLM chose for this hybrid model. With prefix caching a prefill step has to end "
+                "where a block ends, so that prompts would wait for ever. Add "
+                f"--block-size {chunk}, which vLLM takes or multiplies, or set query_chunk to "
+                f"{divisor}{no_cache if chunk % block_size == 0 else ''}."
+            )
+        below = chunk // block_size * block_size
+        near = (below, below + block_size) if below else (divisor, block_size)
+        raise SettingsError(
+            f"tokenselect query_chunk={chunk} and the KV block size {block_size} do not line up: one "
+            f"has to be a multiple of the other. Set query_chunk to {near[0]} or {near[1]}, or choose "
+            "--block-size so that it divides query_chunk."
+        )
 
 
 def _describe(problem: Mapping[str, Any]) -> str:

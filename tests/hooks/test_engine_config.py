@@ -152,7 +152,9 @@ def test_a_kind_of_model_that_is_not_served_is_refused_by_name(selected, kind):
 
 def test_chunks_that_do_not_line_up_with_blocks_are_refused(selected):
     selected.cache_config.block_size = 48
-    with pytest.raises(SettingsError, match=r"query_chunk=64 is not a multiple .* block size 48"):
+    with pytest.raises(
+        SettingsError, match=r"query_chunk=64 and the KV block size 48 do not line up"
+    ):
         configure(selected, "cpu")
 
 
@@ -162,10 +164,36 @@ def test_a_step_that_cannot_hold_a_chunk_beside_every_sequence_is_refused(select
         configure(selected, "cpu")
 
 
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"max_num_scheduled_tokens": 67}, "max_num_scheduled_tokens=67 .*at least 68"),
+        (
+            {"enable_chunked_prefill": False, "max_num_scheduled_tokens": 68},
+            "max_model_len=4096 .* Leave out --no-enable-chunked-prefill",
+        ),
+        ({"max_num_active_seqs": 5}, "max_num_seqs=5 .*at least 69"),
+    ],
+)
+def test_an_option_that_makes_a_step_too_small_is_refused_by_name(selected, options, named):
+    for name, value in options.items():
+        setattr(selected.scheduler_config, name, value)
+    with pytest.raises(SettingsError, match=named):
+        configure(selected, "cpu")
+
+
+def test_images_that_vllm_keeps_whole_are_refused_but_not_for_text(selected, monkeypatch):
+    selected.scheduler_config.disable_chunked_mm_input = True
+    configure(selected, "cpu")
+    monkeypatch.setattr(type(selected.model_config), "supports_multimodal_inputs", True)
+    with pytest.raises(SettingsError, match="--disable-chunked-mm-input.*--language-model-only"):
+        configure(selected, "cpu")
+
+
 def test_drafts_that_need_no_model_are_served_without_the_selection_cache(selected, caplog_vllm):
     selected.additional_config = {"theirs": 1, "tokenselect": {"query_chunk": 64, "top_k": 7}}
     given = copy.deepcopy(selected.additional_config)
-    selected.speculative_config = SimpleNamespace(method="ngram")
+    selected.speculative_config = SimpleNamespace(method="ngram", num_speculative_tokens=0)
     configure(selected, "cpu")
     settings = {**given["tokenselect"], "similarity_threshold": 1.0}
     assert selected.additional_config == {"theirs": 1, "tokenselect": settings}
@@ -177,7 +205,7 @@ def test_drafts_that_need_no_model_are_served_without_the_selection_cache(select
 
 
 def test_a_selection_cache_that_was_asked_for_is_refused_beside_drafts(selected):
-    selected.speculative_config = SimpleNamespace(method="ngram")
+    selected.speculative_config = SimpleNamespace(method="ngram", num_speculative_tokens=0)
     selected.additional_config = {"tokenselect": {"similarity_threshold": 0.9}}
     with pytest.raises(
         SettingsError, match=r"similarity_threshold=0\.9 .*Set .* to 1 .*or leave out"

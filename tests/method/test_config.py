@@ -100,8 +100,10 @@ def test_every_problem_is_reported_at_once():
     ("engine", "hint"),
     [
         ({"block_size": 100}, "Set query_chunk to 500 or 600"),
-        ({"block_size": 1024}, "Set query_chunk to 1024"),
+        ({"block_size": 784}, "Set query_chunk to 392 or 784"),
         ({"max_num_batched_tokens": 512}, "--max-num-batched-tokens to at least 768"),
+        ({"max_num_scheduled_tokens": 128}, "--max-num-scheduled-tokens to at least 768"),
+        ({"num_drafts": 3}, "--max-num-batched-tokens to at least 1536"),
         ({"long_prefill_token_threshold": 511}, "Set it to 0 or to at least 512"),
     ],
 )
@@ -110,6 +112,28 @@ def test_settings_that_the_engine_cannot_serve_are_refused_with_what_would_fit(e
     TokenSelectConfig().check_engine(**served)
     with pytest.raises(SettingsError, match=hint):
         TokenSelectConfig().check_engine(**{**served, **engine})
+
+
+@pytest.mark.parametrize("block_size", [16, 512, 1024])
+def test_a_chunk_may_be_several_blocks_or_a_block_several_chunks(block_size):
+    served = {"max_num_batched_tokens": 2048, "max_num_seqs": 256}
+    TokenSelectConfig().check_engine(block_size=block_size, **served)
+
+
+@pytest.mark.parametrize(
+    ("engine", "hint"),
+    [
+        ({"block_size": 128}, "--block-size 512.* or set query_chunk to 128, or .*--no-enable-pre"),
+        ({"block_size": 544}, "--block-size 512.* or set query_chunk to 272\\.$"),
+        ({"block_size": 1024, "max_num_batched_tokens": 1030}, "KV block of 1024.*at least 1040"),
+    ],
+)
+def test_where_steps_end_with_blocks_chunks_must_too(engine, hint):
+    hybrid = {"steps_end_at_blocks": True, "max_num_batched_tokens": 2048, "max_num_seqs": 16}
+    for block_size in (512, 1024):
+        TokenSelectConfig().check_engine(block_size=block_size, **hybrid)
+    with pytest.raises(SettingsError, match=hint):
+        TokenSelectConfig().check_engine(**{**hybrid, **engine})
 
 
 @pytest.mark.parametrize(

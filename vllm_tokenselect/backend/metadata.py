@@ -22,6 +22,7 @@ from vllm_tokenselect.hooks.dense_layers import refuse_selecting
 from vllm_tokenselect.hooks.log import get_logger
 from vllm_tokenselect.hooks.runner_v1 import current_requests
 from vllm_tokenselect.hooks.runner_v2 import request_table
+from vllm_tokenselect.hooks.step_size import check_steps, has_states_at_block_ends
 from vllm_tokenselect.kernels.head_group import num_voting_heads
 from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
 from vllm_tokenselect.method import SettingsError
@@ -52,10 +53,11 @@ class TokenSelectMetadataBuilder(AttentionMetadataBuilder[M]):
         self.config = TokenSelectConfig.from_additional_config(vllm_config.additional_config)
         refuse_selecting(layer_names, self.config)
         scheduler = vllm_config.scheduler_config
-        self.config.check_engine(
-            block_size=kv_cache_spec.block_size,
-            max_num_batched_tokens=scheduler.max_num_batched_tokens,
-            max_num_seqs=scheduler.max_num_seqs,
+        check_steps(
+            self.config,
+            vllm_config,
+            kv_cache_spec.block_size,
+            has_states_at_block_ends(vllm_config),
         )
         self.block_size = kv_cache_spec.block_size
         self.num_kv_heads = kv_cache_spec.num_kv_heads

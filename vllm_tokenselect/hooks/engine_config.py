@@ -25,6 +25,7 @@ from vllm_tokenselect.hooks import (
 from vllm_tokenselect.hooks.log import get_logger
 from vllm_tokenselect.hooks.registration import is_selected
 from vllm_tokenselect.hooks.seam import Seam
+from vllm_tokenselect.hooks.step_size import check_steps
 from vllm_tokenselect.method import SettingsError
 
 _WHY = "checks the settings at start and chooses the scheduler that keeps query chunks whole"
@@ -87,12 +88,7 @@ def configure(vllm_config: Any, device: str) -> None:
     # vLLM may still change a block size that the user did not set; the metadata builder checks the
     # final one.
     cache = vllm_config.cache_config
-    config.check_engine(
-        block_size=cache.block_size if cache.user_specified_block_size else 1,
-        max_num_batched_tokens=scheduler.max_num_batched_tokens,
-        max_num_seqs=scheduler.max_num_seqs,
-        long_prefill_token_threshold=scheduler.long_prefill_token_threshold,
-    )
+    check_steps(config, vllm_config, cache.block_size if cache.user_specified_block_size else 1)
     dense_layers.check_model(vllm_config.model_config, cache, config)
     model_length.check_trained_length(vllm_config.model_config, config)
     _choose_scheduler(scheduler)

@@ -9,12 +9,16 @@ prefix-cache hit is cut, and limits what a request puts into the prefix cache. N
    `query_chunk` before its tail, and a hit is cut at the reader's limit, at a multiple of
    `query_chunk`. What is shared was computed as whole chunks, and what follows starts with one.
    A streaming request whose input was continued shares nothing from then on.
+3. Layers that keep few blocks of a prompt in the prefix cache, as sliding windows do, keep those
+   before the request's limit, where a hit ends, and not those before the prompt's end.
 
-`block_hashes` keeps what was computed by other settings apart, `preemption` chooses whom to preempt.
+`block_hashes` keeps what was computed by other settings apart, `preemption` chooses whom to preempt,
+`step_size` refuses what would make a step too small, `encoder_inputs` encodes all images of a chunk.
 """
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -22,14 +26,17 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from vllm_tokenselect.config import TokenSelectConfig
 from vllm_tokenselect.hooks import block_hashes
+from vllm_tokenselect.hooks.encoder_inputs import EncodeWholeChunks
 from vllm_tokenselect.hooks.preemption import PreemptFewestComputed
 from vllm_tokenselect.hooks.scheduler_seams import SEAMS
+from vllm_tokenselect.hooks.step_size import check_steps
+from vllm_tokenselect.method import SettingsError
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 
-class WholeChunks:
+class WholeChunks(EncodeWholeChunks):
     """The rules, to be put before vLLM's scheduler among the bases of a class."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -39,9 +46,26 @@ class WholeChunks:
         self.tokenselect = TokenSelectConfig.from_additional_config(
             self.vllm_config.additional_config  # type: ignore[attr-defined]
         )
+        self._check_steps()
         self._hit_limit: int | None = None
+        # Where both a chunk and a block of every group end.
+        self._alignment = math.lcm(self.tokenselect.query_chunk, self.block_size)  # type: ignore[attr-defined]
         self._limit_prefix_cache()
+        self._make_encoder_room()
         block_hashes.install()  # in the process where requests are hashed, and before any is
+
+    def _check_steps(self: Any) -> None:
+        """Check again with the block size that vLLM chose after the model was loaded."""
+        aligned = self.need_mamba_block_aligned_split
+        block_size = self.cache_config.block_size
+        check_steps(self.tokenselect, self.vllm_config, block_size, aligned)
+        chunk, unit = self.tokenselect.query_chunk, self.hash_block_size
+        if self.mamba_partial_cache_hit and unit % chunk:
+            raise SettingsError(
+                f"prefix_match_unit={unit} is not a multiple of the tokenselect setting query_chunk="
+                f"{chunk}: with it a prefill step of this hybrid model has to end inside a query chunk. "
+                f"Leave out --prefix-match-unit, or set query_chunk to {unit}."
+            )
 
     def _limit_prefix_cache(self) -> None:
         coordinator = self.kv_cache_manager.coordinator  # type: ignore[attr-defined]
@@ -58,6 +82,15 @@ class WholeChunks:
 
         coordinator.cache_blocks = cache_shareable_blocks
         coordinator.find_longest_cache_hit = find_hit_below_limit
+        for manager in coordinator.single_type_managers:
+            manager.cache_blocks = self._keep_blocks_below_limit(manager.cache_blocks)
+
+    def _keep_blocks_below_limit(self, cache_blocks: Any) -> Any:
+        def cache_where_hits_end(request: Request, *args: Any, **kwargs: Any) -> None:
+            end = self._shareable_tokens(request) // self._alignment * self._alignment
+            cache_blocks(request, *args, **{**kwargs, "replay_boundaries": (end,)})
+
+        return cache_where_hits_end
 
     def _shareable_tokens(self, request: Request) -> int:
         if hasattr(request, "_tokenselect_continued"):
@@ -83,7 +116,9 @@ class WholeChunks:
                         f"{request.request_id}, which may take {self._hit_limit}"
                     )
                 if num_hit_tokens % chunk == 0:
-                    return hit
+                    # Where the blocks of a prompt that others share are kept, too, must a hit end.
+                    shared = hit[2] // self._alignment * self._alignment
+                    return (*hit[:2], shared if shared > num_hit_tokens else 0, *hit[3:])
                 # Looked up again rather than cut: a sliding-window group holds blocks only of the
                 # window before the end of a hit.
                 self._hit_limit = num_hit_tokens // chunk * chunk
@@ -96,11 +131,30 @@ class WholeChunks:
         num_new_tokens = super()._reserve_prefill_lookahead(  # type: ignore[misc]
             request, num_computed_tokens, num_new_tokens
         )
-        end = num_computed_tokens + num_new_tokens
+        return self._whole_chunks(request, num_computed_tokens, num_new_tokens)
+
+    def _whole_chunks(self, request: Request, start: int, num_new_tokens: int) -> int:
+        """As many of the tokens from `start` on as end where a step may end."""
+        end = start + num_new_tokens
         if end >= self.tokenselect.method.tail_start(request.num_prompt_tokens):
             return num_new_tokens
         chunk = self.tokenselect.query_chunk
-        return max(end // chunk * chunk - num_computed_tokens, 0)
+        return max(end // chunk * chunk - start, 0)
+
+    def _next_chunk(self, request: Request, start: int) -> int:
+        """The fewest tokens from `start` on that end where a step may end."""
+        tail_start = self.tokenselect.method.tail_start(request.num_prompt_tokens)
+        chunk = self.tokenselect.query_chunk
+        return max(min((start // chunk + 1) * chunk, tail_start) - start, 1)
+
+    def _handle_blocked_waiting_request(self: Any, request: Request) -> bool:
+        """Keep adapters to the limit: vLLM 0.32 does not count those of requests without a step."""
+        ready: bool = super()._handle_blocked_waiting_request(request)  # type: ignore[misc]
+        if not ready or self.lora_config is None or request.lora_request is None:
+            return ready
+        loras = {r.lora_request.lora_int_id for r in self.running if r.lora_request is not None}
+        loras.add(request.lora_request.lora_int_id)
+        return bool(len(loras) <= self.lora_config.max_loras)
 
 
 class TokenSelectScheduler(WholeChunks, PreemptFewestComputed, Scheduler):

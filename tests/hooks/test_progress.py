@@ -1,0 +1,140 @@
+"""Whatever configuration starts, every request ends within a bounded number of steps.
+
+vLLM's real scheduler and block manager, under our rules, without a model.
+"""
+
+import dataclasses
+import math
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from hypothesis import HealthCheck, event, given, settings
+from hypothesis import strategies as st
+
+from tests.hooks.workload import Arrival, Engine, Workload, start_engine
+from vllm_tokenselect.config import SettingsError, TokenSelectConfig
+
+
+def most_steps(engine: Engine, arrivals: list[Arrival]) -> int:
+    """Generous: no request shares a step with another, and each is preempted a few times."""
+    steps = 0
+    for arrival in arrivals:
+        chunks = math.ceil(len(arrival.tokens) * (1 + arrival.continuations) / engine.query_chunk)
+        answers = arrival.max_tokens * (1 + arrival.continuations)
+        steps += arrival.step + 4 * (chunks + answers + 4)
+    return 20 + steps * engine.in_flight * engine.scheduler.get("prefill_schedule_interval", 1)
+
+
+def check_whole_chunks(engine: Engine, workload: Workload) -> None:
+    method = TokenSelectConfig(
+        query_chunk=engine.query_chunk, tail_queries=engine.tail_queries
+    ).method
+    for request, start, end, starts_here in workload.steps:
+        if workload.arrivals[request.request_id].continuations:
+            continue  # the prompt has grown since
+        tail_start = method.tail_start(request.num_prompt_tokens)
+        assert end % engine.query_chunk == 0 or end >= tail_start, (start, end, tail_start)
+        assert not starts_here or start % engine.query_chunk == 0
+
+
+@st.composite
+def engines(draw) -> Engine:
+    chunk = draw(st.sampled_from([32, 64, 96]))
+    kind = draw(st.sampled_from(["full", "sliding", "states"]))
+    seqs = draw(st.integers(1, 6))
+    drafts = draw(st.sampled_from([0, 0, 1, 3, 8]))
+    needed = chunk + seqs * (1 + drafts)
+    step = st.integers(needed - 10, needed + 3 * chunk)
+    options = {}
+    for name, values in {
+        "max_num_scheduled_tokens": step,
+        "long_prefill_token_threshold": st.integers(chunk - 2, 2 * chunk),
+        "long_prefill_token_threshold_adaptive": st.just(True),
+        "max_num_active_seqs": st.integers(1, seqs),
+        "policy": st.just("priority"),
+        "scheduler_reserve_full_isl": st.just(False),
+        "watermark": st.sampled_from([0.01, 0.2]),
+        "prefill_schedule_interval": st.integers(2, 5),
+    }.items():
+        if draw(st.booleans()):
+            options[name] = draw(values)
+    asynchronous = not drafts and draw(st.booleans())
+    budget = draw(step)
+    if kind != "states" and draw(st.integers(0, 9)) == 0:
+        options["enable_chunked_prefill"] = False
+        budget = 8000
+    return Engine(
+        query_chunk=chunk,
+        tail_queries=draw(st.sampled_from([0, 1, 10, 40])),
+        block_size=draw(st.sampled_from([8, 16, 32, 64, 96, 128, 192])),
+        budget=budget,
+        max_num_seqs=seqs,
+        scheduler=options,
+        asynchronous=asynchronous,
+        in_flight=draw(st.integers(1, 2)) if asynchronous else 1,
+        prefix_caching=draw(st.integers(0, 3)) > 0,
+        spare_blocks=draw(st.sampled_from([0, 20, 200])),
+        window=draw(st.sampled_from([40, 100])) if kind == "sliding" else 0,
+        states=kind == "states",
+        drafts=drafts,
+        max_loras=draw(st.sampled_from([0, 0, 1, 2])),
+        encoder_limit=draw(st.sampled_from([0, 100, 200])),
+    )
+
+
+@st.composite
+def arrivals(draw, engine: Engine) -> Arrival:
+    text = [
+        (draw(st.integers(101, 102)), draw(st.integers(0, 300))),  # what others may begin with too
+        (draw(st.integers(1, 99)), draw(st.integers(1, 300))),
+    ]
+    images, end = [], 0
+    while engine.encoder_limit and draw(st.booleans()):
+        offset = end + draw(st.integers(0, 60))
+        length = draw(st.integers(1, engine.encoder_limit))
+        end = offset + length
+        images.append((offset, length, draw(st.sampled_from("abcdefghij")) + str(length)))
+    text.append((0, max(end - sum(count for _, count in text), 0)))
+    return Arrival(
+        step=draw(st.integers(0, 12)),
+        text=text,
+        max_tokens=draw(st.integers(1, 12)),
+        images=images,
+        lora=draw(st.integers(0, 4)) if engine.max_loras else 0,
+        priority=draw(st.integers(0, 2)),
+        continuations=draw(st.sampled_from([0, 0, 0, 0, 2])),
+    )
+
+
+@st.composite
+def workloads(draw) -> tuple[Engine, list[Arrival]]:
+    engine = draw(engines())
+    requests = draw(st.lists(arrivals(engine), min_size=1, max_size=8))
+    lengths = [
+        (len(request.tokens) + request.max_tokens) * (1 + request.continuations)
+        for request in requests
+    ]
+    engine = dataclasses.replace(engine, max_model_len=max(*lengths, 256) + 1)
+    if any(request.continuations for request in requests):
+        # vLLM itself lets streams that wait for blocks hold on to those that they have.
+        engine = dataclasses.replace(engine, spare_blocks=3 * sum(lengths))
+    return engine, requests
+
+
+@settings(
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(workload=workloads())
+def test_every_request_ends_and_no_chunk_is_split(make_vllm_config, workload):
+    engine, requests = workload
+    try:
+        running = start_engine(engine, make_vllm_config())
+    except SettingsError:
+        event("refused")
+        return
+    event("served")
+    running.run(requests, most_steps(engine, requests))
+    check_whole_chunks(engine, running)

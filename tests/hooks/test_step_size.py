@@ -1,0 +1,115 @@
+"""Steps that vLLM makes smaller than a query chunk: what was stuck ends, or is refused at start."""
+
+import math
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from tests.hooks.workload import Arrival, Engine, Workload, start_engine
+from vllm_tokenselect.config import SettingsError
+
+LARGE = Engine(query_chunk=512, tail_queries=64, block_size=128, budget=2048 + 8, max_num_seqs=8)
+
+
+@pytest.fixture
+def serve(make_vllm_config):
+    """Serve requests to their ends, in at most so many steps."""
+
+    def run(engine: Engine, arrivals: list[Arrival], most_steps: int = 60) -> Workload:
+        workload = start_engine(engine, make_vllm_config())
+        workload.run(arrivals, most_steps)
+        return workload
+
+    return run
+
+
+def steps_of(workload: Workload, request_id: str) -> list[tuple[int, int]]:
+    request = workload.requests[request_id]
+    return [
+        (start, end)
+        for whose, start, end, _ in workload.steps
+        if whose is request and start < request.num_prompt_tokens
+    ]
+
+
+@pytest.mark.parametrize(("sequences", "drafts", "needed"), [(8, 3, 544), (31, 8, 791)])
+def test_a_prompt_does_not_wait_for_requests_that_draft(serve, sequences, drafts, needed):
+    engine = replace(LARGE, block_size=16, max_num_seqs=sequences, drafts=drafts, budget=needed - 1)
+    with pytest.raises(SettingsError, match=f"at least {needed}"):
+        serve(engine, [])
+    drafting = [Arrival(0, [(1 + index, 20)], max_tokens=100) for index in range(sequences - 1)]
+    prompt = Arrival(5, [(99, 1000)], max_tokens=1)
+    workload = serve(replace(engine, budget=needed), [*drafting, prompt], most_steps=200)
+    assert len(steps_of(workload, str(sequences - 1))) == 2
+
+
+def test_images_that_meet_in_a_chunk_are_encoded_together(serve):
+    """Each of them fits vLLM's encoder cache, both do not, and the chunk from 1,536 on has both."""
+    images = [(100, 1500, "a"), (1700, 1500, "b")]
+    engine = replace(LARGE, encoder_limit=2048)
+    workload = serve(engine, [Arrival(0, [(1, 3300)], images=images)])
+    assert steps_of(workload, "0") == [(0, 1536), (1536, 2048), (2048, 3300)]
+
+
+def test_an_image_that_fits_is_encoded_within_vllms_limits(serve):
+    """The second request waits until the first has passed its image."""
+    engine = replace(LARGE, encoder_limit=2048)
+    both = [Arrival(0, [(1, 1700)], images=[(100, 1500, name)]) for name in "ab"]
+    workload = serve(engine, both)
+    cache = workload.scheduler.encoder_cache_manager
+    assert set(cache.cached) == {"b"}, "the first one had to go"
+
+
+def test_requests_do_not_wait_for_each_others_images(serve):
+    """Each holds the image that its chunk begins in and waits for the one that it ends in."""
+    engine = replace(LARGE, budget=1032, encoder_limit=2048)
+    prompts = [
+        Arrival(0, [(index, 1700)], images=[(100, 900, f"{index}a"), (1000, 650, f"{index}b")])
+        for index in range(1, 5)
+    ]
+    workload = serve(engine, prompts)
+    cache = workload.scheduler.encoder_cache_manager
+    assert cache.num_freeable_slots == cache.cache_size
+
+
+HYBRID = replace(LARGE, states=True)
+
+
+def test_a_hybrid_model_whose_steps_end_inside_a_chunk_is_refused(serve):
+    with pytest.raises(SettingsError, match="--block-size 512.* query_chunk to 128, or leave out"):
+        serve(HYBRID, [])
+
+
+@pytest.mark.parametrize(
+    "advice",
+    [{"block_size": 512}, {"block_size": 1024}, {"query_chunk": 128}, {"prefix_caching": False}],
+    ids=["block size 512", "1024, as vLLM multiplies it", "query_chunk 128", "no prefix caching"],
+)
+def test_what_the_refusal_of_a_hybrid_model_advises_works(serve, advice):
+    engine = replace(HYBRID, **advice)
+    for length in (200, 1000, 1400, 1470, 1500, 2000):
+        for shared in (700, 1000):
+            prompts = [
+                Arrival(wait, [(1, min(shared, length)), (2 + wait, max(length - shared, 1))])
+                for wait in (0, 4, 8)
+            ]
+            workload = serve(engine, prompts)
+            for request_id in workload.requests:
+                assert len(steps_of(workload, request_id)) <= 2 + math.ceil(length / 512)
+
+
+def test_prefixes_of_a_hybrid_model_that_match_inside_a_chunk_are_refused(make_vllm_config):
+    engine = replace(HYBRID, block_size=512, prefix_match_unit=256)
+    with pytest.raises(SettingsError, match="prefix_match_unit=256 .* query_chunk to 256"):
+        start_engine(engine, make_vllm_config())
+
+
+def test_a_request_without_a_step_still_counts_with_its_adapter(serve):
+    """The second prompt gets no whole chunk of the first step; the third brings another adapter."""
+    engine = replace(LARGE, block_size=16, budget=520, max_num_seqs=8, max_loras=1)
+    long_ones = [Arrival(0, [(index, 1500)], lora=1) for index in (1, 2)]
+    workload = serve(engine, [*long_ones, Arrival(2, [(3, 5)], lora=2)])
+    last = [whose.request_id for whose, *_ in workload.steps][-1]
+    assert last == "2"

@@ -1,0 +1,88 @@
+"""Images that meet in one query chunk are encoded in one step, whatever vLLM's encoder limits are.
+
+vLLM ends a step before an image for which its encoder cache or its encoder budget has no room. Such a
+step may end inside a query chunk, and then it computes nothing: not for want of time, but because all
+images of the chunk have to be there at once. Two requests could also wait for each other, each with
+the image that its last step ended in.
+
+One request at a time may therefore go past both limits, by what the images of one chunk can need, and
+only in a step that would compute nothing otherwise, with no more of the prompt than its next chunk.
+Others keep to vLLM's limits.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.multimodal.utils import get_mm_features_in_window
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+
+class EncodeWholeChunks:
+    """Room in the encoder cache for one request, to be put before vLLM's scheduler."""
+
+    def _make_encoder_room(self: Any) -> None:
+        cache = self.encoder_cache_manager
+        self._encoder_limit = min(cache.cache_size, self.max_num_encoder_input_tokens)
+        # An image may end in a chunk, others fill it, and another begin in it. vLLM refuses requests
+        # with an image that is larger than the cache.
+        room = 2 * cache.cache_size + self.tokenselect.query_chunk
+        self._past_limits: Request | None = None
+        can_allocate = cache.can_allocate
+
+        def can_allocate_beside(
+            request: Request, input_id: int, compute_budget: int, num_embeds_to_schedule: int
+        ) -> bool:
+            if request is self._past_limits:
+                compute_budget += room
+            else:
+                num_embeds_to_schedule += room
+            fits: bool = can_allocate(request, input_id, compute_budget, num_embeds_to_schedule)
+            return fits
+
+        cache.cache_size += room
+        cache.num_free_slots += room
+        cache.num_freeable_slots += room
+        cache.can_allocate = can_allocate_beside
+
+    def _try_schedule_encoder_inputs(
+        self: Any,
+        request: Request,
+        num_computed_tokens: int,
+        num_new_tokens: int,
+        encoder_compute_budget: int,
+        shift_computed_tokens: int = 0,
+    ) -> Any:
+        schedule = super()._try_schedule_encoder_inputs  # type: ignore[misc]
+        inputs = schedule(
+            request,
+            num_computed_tokens,
+            num_new_tokens,
+            encoder_compute_budget,
+            shift_computed_tokens,
+        )
+        if self._whole_chunks(request, num_computed_tokens, inputs[1]) or not self._whole_chunks(
+            request, num_computed_tokens, num_new_tokens
+        ):
+            return inputs
+        one_chunk = self._next_chunk(request, num_computed_tokens)
+        if not self._may_pass_limits(request, num_computed_tokens, one_chunk):
+            return inputs
+        self._past_limits = request
+        return schedule(
+            request, num_computed_tokens, one_chunk, encoder_compute_budget, shift_computed_tokens
+        )
+
+    def _may_pass_limits(self: Any, request: Request, start: int, num_new_tokens: int) -> bool:
+        """Whether waiting would not help, and nobody else is past the limits."""
+        held = self.encoder_cache_manager.get_cached_input_ids
+        if self._past_limits not in (None, request) and held(self._past_limits):
+            return False
+        if held(request):
+            return True  # another may hold, likewise, what this one waits for
+        features = request.mm_features
+        window = slice(*get_mm_features_in_window(features, start, start + num_new_tokens))
+        needed = {f.identifier: f.mm_position.get_num_embeds() for f in features[window]}
+        return bool(sum(needed.values()) > self._encoder_limit)

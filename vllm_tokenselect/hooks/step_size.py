@@ -1,0 +1,59 @@
+"""Which of vLLM's options could make a step too small for a query chunk, checked at start.
+
+A step that cannot hold a whole chunk computes nothing of the prompt, and vLLM asks again for ever.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm_tokenselect.config import TokenSelectConfig
+from vllm_tokenselect.method import SettingsError
+
+
+def check_steps(
+    config: TokenSelectConfig, vllm_config: Any, block_size: int, steps_end_at_blocks: bool = False
+) -> None:
+    """Check the options of vLLM that bound a step.
+
+    Args:
+        config: our settings.
+        vllm_config: vLLM's configuration, with a model.
+        block_size: tokens of a KV block; 1 while vLLM may still change it.
+        steps_end_at_blocks: whether vLLM ends prefill steps where a block ends (`check_engine`).
+
+    Raises:
+        SettingsError: by the option's name, with what is allowed.
+    """
+    scheduler = vllm_config.scheduler_config
+    config.check_engine(
+        block_size=block_size,
+        max_num_batched_tokens=scheduler.max_num_batched_tokens,
+        max_num_seqs=scheduler.max_num_active_seqs or scheduler.max_num_seqs,
+        max_num_scheduled_tokens=scheduler.max_num_scheduled_tokens,
+        long_prefill_token_threshold=scheduler.long_prefill_token_threshold,
+        num_drafts=vllm_config.num_speculative_tokens,
+        steps_end_at_blocks=steps_end_at_blocks,
+    )
+    model = vllm_config.model_config
+    longest, scheduled = model.max_model_len, scheduler.max_num_scheduled_tokens
+    if not scheduler.enable_chunked_prefill and scheduled is not None and scheduled < longest:
+        raise SettingsError(
+            f"max_num_scheduled_tokens={scheduled} cannot hold a prompt of up to "
+            f"max_model_len={longest} tokens, and without chunked prefill a prompt is computed in one "
+            "step. Leave out --no-enable-chunked-prefill or --max-num-scheduled-tokens, or lower "
+            "--max-model-len."
+        )
+    if scheduler.disable_chunked_mm_input and model.supports_multimodal_inputs:
+        raise SettingsError(
+            "TOKENSELECT cannot keep both images and query chunks whole in a step "
+            "(--disable-chunked-mm-input, which vLLM sets itself for models whose images attend in "
+            "both directions). Leave it out, or serve text alone with --language-model-only."
+        )
+
+
+def has_states_at_block_ends(vllm_config: Any) -> bool:
+    """Whether this is a hybrid model whose states vLLM caches at the ends of blocks."""
+    mode: str = vllm_config.cache_config.mamba_cache_mode
+    hybrid: bool = vllm_config.model_config.is_hybrid
+    return hybrid and mode == "align"
