@@ -35,6 +35,7 @@ CPU = torch.device("cpu")
 
 def work(rank):
     config = SimpleNamespace(
+        attention_config=SimpleNamespace(backend="TOKENSELECT"),
         model_config=SimpleNamespace(served_model_name="model"),
         parallel_config=SimpleNamespace(data_parallel_index=rank, rank=0, tensor_parallel_size=1),
     )
@@ -132,6 +133,11 @@ def test_not_selected_nothing_appears(scrapes):
     assert "tokenselect" not in page
 
 
+def selected(config):
+    config.attention_config.backend = backend_member()
+    return config
+
+
 @pytest.fixture
 def own_state(monkeypatch):
     """As in a process that has not published anything and has no folder."""
@@ -195,10 +201,12 @@ def test_a_worker_publishes_once_under_the_labels_of_vllms_own_metrics(
     from vllm.v1.metrics.loggers import PrometheusStatLogger
     from vllm.v1.metrics.prometheus import unregister_vllm_metrics
 
-    config = make_vllm_config()
+    config = selected(make_vllm_config())
     config.parallel_config.data_parallel_index = 3
     monkeypatch.setenv(DIRECTORY_VARIABLE, str(tmp_path))
     metrics.serve_counters()
+    metrics.start_publishing(make_vllm_config(), CPU)
+    assert started == [], "another engine of this process, without TOKENSELECT"
     for _ in range(3):
         metrics.start_publishing(config, CPU)
     [publisher] = started
@@ -221,6 +229,7 @@ def test_a_worker_counts_from_when_it_is_warm(monkeypatch, tmp_path, own_state, 
 
     class Worker:
         vllm_config = SimpleNamespace(
+            attention_config=SimpleNamespace(backend="TOKENSELECT"),
             model_config=SimpleNamespace(served_model_name="model"),
             parallel_config=SimpleNamespace(data_parallel_index=0, rank=0, tensor_parallel_size=1),
         )
@@ -270,7 +279,7 @@ def test_a_worker_that_cannot_reach_the_folder_says_so_once_and_goes_on(
     monkeypatch.setattr(metrics, "get_logger", lambda name: logger)
     monkeypatch.setenv(variable, named)
     for _ in range(3):
-        metrics.start_publishing(make_vllm_config(), CPU)
+        metrics.start_publishing(selected(make_vllm_config()), CPU)
     assert started == []
     [warning] = warnings
     assert f"{variable} is {named or 'not set'} here" in warning

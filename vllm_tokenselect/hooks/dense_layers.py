@@ -19,7 +19,7 @@ from torch import nn
 
 from vllm_tokenselect.config import TokenSelectConfig
 from vllm_tokenselect.hooks.log import get_logger
-from vllm_tokenselect.hooks.registration import BACKEND_NAME
+from vllm_tokenselect.hooks.registration import BACKEND_NAME, is_selected
 from vllm_tokenselect.hooks.seam import Seam, replace_everywhere
 from vllm_tokenselect.method import SettingsError
 
@@ -43,6 +43,8 @@ def leave_dense(model: nn.Module) -> None:
     from vllm.config import get_current_vllm_config
 
     vllm_config = get_current_vllm_config()
+    if not is_selected(vllm_config.attention_config):
+        return  # another engine of this process
     config = TokenSelectConfig.from_additional_config(vllm_config.additional_config)
     names = []
     for name, layer in _selecting_layers(model):

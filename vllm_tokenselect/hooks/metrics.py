@@ -37,6 +37,7 @@ from vllm_tokenselect.counters import (
     worker_counters,
 )
 from vllm_tokenselect.hooks.log import get_logger
+from vllm_tokenselect.hooks.registration import is_selected
 from vllm_tokenselect.hooks.seam import Seam
 from vllm_tokenselect.method import SettingsError
 
@@ -157,7 +158,7 @@ def start_publishing(vllm_config: Any, device: torch.device) -> None:
     Not before CUDA graphs are captured.
     """
     global _asked_to_publish
-    if _asked_to_publish:
+    if _asked_to_publish or not is_selected(vllm_config.attention_config):
         return
     _asked_to_publish = True
     variable = _PROMETHEUS_VARIABLE if _PROMETHEUS_VARIABLE in os.environ else DIRECTORY_VARIABLE
