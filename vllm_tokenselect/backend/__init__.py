@@ -89,14 +89,20 @@ class TokenSelectBackend(AttentionBackend):
         return None
 
     @classmethod
-    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...] | None:
         # [num_blocks, num_kv_heads, block_size, 2 * head_size], each layer by itself.
-        if current_platform.is_cuda():
+        if not current_platform.is_cuda():
+            # A head's keys of a block together, its values after them.
+            return (KVCacheLayout.LBHNC,)
+        if current_platform.has_device_capability(90) and not (
+            current_platform.has_device_capability(100)
+        ):
             # All heads of a token together: tokens lie at equal distances through all blocks, which
-            # is what lets FlashAttention read single tokens.
+            # is what lets FlashAttention 3 read single tokens.
             return (KVCacheLayout.LBNHC,)
-        # A head's keys of a block together, its values after them.
-        return (KVCacheLayout.LBHNC,)
+        # Other GPUs gather, from any layout: whatever the model's other layers need (FLASHINFER on
+        # Blackwell puts a head's tokens together).
+        return None
 
     @classmethod
     def supports_kv_connector(cls) -> bool:
