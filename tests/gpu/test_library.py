@@ -7,11 +7,13 @@ import torch
 
 pytest.importorskip("vllm")
 
+from vllm.platforms import current_platform
+from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backends import fa_utils
 
 from tests.gpu.flash_model import FlashAttentionModel
 from tests.kernels_gpu.cases import DEVICE
-from vllm_tokenselect.backend import gpu_attention
+from vllm_tokenselect.backend import TokenSelectBackend, gpu_attention
 from vllm_tokenselect.gpu.flash_attention import GatheredFlashAttention, PagedFlashAttention
 
 
@@ -40,6 +42,13 @@ def test_only_keys_that_are_attended_as_they_are_cached_are_read_in_place(
     assert type(attention) is kind
     name, scratch = "FlashAttention 3", "up to 64 MiB of partial outputs"
     assert lines == [f"TOKENSELECT attends with {name}, {said}, {scratch}"]
+
+
+def test_a_head_size_that_no_library_has_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr(current_platform, "is_cuda", lambda: True)
+    backend = (torch.bfloat16, "auto", 16, False, False, False, False, DeviceCapability(9, 0))
+    assert "heads have 512 elements" in TokenSelectBackend.supports_combination(512, *backend)
+    assert TokenSelectBackend.supports_combination(256, *backend) is None
 
 
 def test_full_attention_is_not_served_at_reassigned_positions():

@@ -190,7 +190,7 @@ def launches(architecture: int) -> Iterator[tuple[str, Callable[[], object]]]:
                     f"{name} {str(dtype)[6:]}{', rotated' if rotated else ''}",
                     lambda p=pages, o=out, r=rotated, d=head_size: gather_rows(
                         *(p, ints(2, 3200), ints(2), o, o),
-                        *(torch.zeros(4096, d) if r else None, scale, scale),
+                        *(torch.zeros(4096, d) if r else None, scale, scale, 128),
                     ),
                 )
 

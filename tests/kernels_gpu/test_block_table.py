@@ -59,7 +59,7 @@ def test_more_candidates_than_a_program_reads_at_once(parts: int):
 
 
 @pytest.mark.parametrize("parts", [1, 2])
-@pytest.mark.parametrize("vote", [0.0, 1e-42, 0.37, float("inf")])
+@pytest.mark.parametrize("vote", [0.0, 1e-42, 0.37, float("inf"), float("nan")])
 def test_ties_go_to_the_lowest_positions(vote: float, parts: int):
     # More than a program reads at once, so that the ties lie in both parts.
     votes = torch.full((1, 4500), vote, device=DEVICE)

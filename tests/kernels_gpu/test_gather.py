@@ -20,7 +20,7 @@ def gathered(operation, case: Case, layout: str, cos_sin: torch.Tensor | None):
     scales = [torch.tensor([s], device=DEVICE) if quantised else None for s in (0.5, 1.5)]
     shape = (3, 80, case.num_kv_heads, case.head_size)
     out = [torch.full(shape, 9.0, dtype=dtype, device=DEVICE) for _ in range(2)]
-    operation.gather_rows(kv_cache, slots, int32(*LENGTHS), *out, cos_sin, *scales)
+    operation.gather_rows(kv_cache, slots, int32(*LENGTHS), *out, cos_sin, *scales, zeroed=16)
     return out
 
 
@@ -31,8 +31,9 @@ def test_tokens_are_copied_bit_by_bit(case: Case, layout: str):
         gathered(gpu, case, layout, None), gathered(reference, case, layout, None), strict=True
     ):
         assert torch.equal(actual, expected)
-        for line, length in zip(actual, LENGTHS, strict=True):
-            assert (line[length:] == 9).all(), "written past the row's end"
+        for line, length, end in zip(actual, LENGTHS, (48, 16, 80), strict=True):
+            assert (line[length:end] == 0).all()
+            assert (line[end:] == 9).all(), "written past the row's end"
 
 
 @pytest.mark.parametrize("case", SHAPES, ids=str)

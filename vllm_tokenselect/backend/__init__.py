@@ -83,6 +83,9 @@ class TokenSelectBackend(AttentionBackend):
         use_mm_prefix: bool,
         device_capability: DeviceCapability | None,
     ) -> str | None:
+        sizes = cls.get_supported_head_sizes()
+        if head_size not in sizes:
+            return f"this model's heads have {head_size} elements; supported are {sizes}"
         e4m3 = kv_cache_dtype in ("fp8", "fp8_e4m3")
         if e4m3 and device_capability is not None and device_capability < DeviceCapability(8, 9):
             return "this GPU knows no fp8 e4m3 (--kv-cache-dtype fp8_e5m2 works)"

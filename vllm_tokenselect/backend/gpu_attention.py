@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
@@ -96,6 +97,25 @@ def _flash_version(library: Library, head_size: int) -> int | None:
     return version
 
 
+def pages_may_be_padded(vllm_config: VllmConfig, layer: Any) -> bool:
+    """Whether vLLM pads the pages of a layer to those of another: `unify_kv_cache_spec_page_size`.
+
+    Known once the model is loaded; vLLM decides later, when it has measured the memory that is left.
+
+    Args:
+        layer: vLLM's, of this engine.
+    """
+    own = layer.get_kv_cache_spec(vllm_config)
+    layers = vllm_config.compilation_config.static_forward_context.values()
+    specs = [
+        each.get_kv_cache_spec(vllm_config)
+        for each in layers
+        if isinstance(each, AttentionLayerBase)
+    ]
+    largest = max(spec.page_size_bytes for spec in specs if spec is not None)
+    return own.page_size_padded is not None or largest % own.page_size_bytes != 0
+
+
 def make_attention(
     library: Library,
     num_kv_heads: int,
@@ -105,6 +125,7 @@ def make_attention(
     reassigned: bool,
     width: int,
     device: torch.device,
+    padded: bool = False,
 ) -> RowAttention:
     """The library's attention; it may hold scratch, so layers of a shape should share one.
 
@@ -113,17 +134,19 @@ def make_attention(
         quantised: whether the KV cache is.
         reassigned: whether positions are.
         width: most tokens of a row.
+        padded: whether pages of the KV cache are larger than their tokens.
     """
     version = _flash_version(library, head_size)
-    in_place = reads_in_place(version, as_cached=not (quantised or reassigned))
+    in_place = reads_in_place(version, as_cached=not (quantised or reassigned or padded))
     attention = _attention(
         library, version, in_place, num_kv_heads, head_size, dtype, width, device
     )
     get_logger(__name__).info(
-        "TOKENSELECT attends with %s, %s%s: %d MiB of buffers, up to %d MiB of partial outputs",
+        "TOKENSELECT attends with %s, %s%s%s: %d MiB of buffers, up to %d MiB of partial outputs",
         library_name(library, version),
         "through the sparse block table" if in_place else "over gathered tokens",
         ", positions reassigned" if reassigned else "",
+        ", since pages of the KV cache are padded" if padded else "",
         attention.buffer_bytes >> 20,
         attention.scratch_bytes >> 20,
     )

@@ -10,11 +10,17 @@ from vllm.config import VllmConfig
 from vllm.v1.attention.backend import AttentionLayer
 from vllm.v1.attention.backends.fa_utils import reshape_and_cache_flash
 
-from vllm_tokenselect.backend.gpu_attention import Library, choose_library, make_attention
+from vllm_tokenselect.backend.gpu_attention import (
+    Library,
+    choose_library,
+    make_attention,
+    pages_may_be_padded,
+)
 from vllm_tokenselect.backend.gpu_metadata import GpuTokenSelectMetadata, step_limits
 from vllm_tokenselect.backend.impl import TokenSelectImpl
 from vllm_tokenselect.counters import worker_counters
 from vllm_tokenselect.gpu.attention import FP8_DTYPES, LayerCache, RowAttention
+from vllm_tokenselect.gpu.flash_attention import PagedFlashAttention
 from vllm_tokenselect.gpu.rows import StepLimits
 from vllm_tokenselect.gpu.warmup import compile_gpu_kernels
 from vllm_tokenselect.gpu.workspace import Workspace
@@ -66,6 +72,7 @@ class GpuTokenSelectImpl(TokenSelectImpl[GpuTokenSelectMetadata]):
             device,
             self.heads,
         )
+        self.vllm_config = vllm_config
         self.workspace, self.attention = _shared(self.shape)
         if not self.reassigns_positions:
             _compile(self.shape, None)
@@ -111,14 +118,24 @@ class GpuTokenSelectImpl(TokenSelectImpl[GpuTokenSelectMetadata]):
         """Attend `query` [T, Hq, D] to the cached tokens; writes and returns `output` [T, Hq, D]."""
         rotation = self.layer_rotation()
         if attn_metadata is None:
-            # A profiling run sees what a step takes for a moment. It does so in every layer in turn.
-            torch.empty(self.attention.scratch_bytes, dtype=torch.uint8, device=output.device)
+            self._reserve(layer, output.device)
             return output.zero_()
         cache = self._cache(layer, kv_cache, rotation)
+        if not self.attention.takes(cache.pages):
+            self.attention = _gathering(self.shape)
         attn_metadata.step.run_layer(
             query, cache, self.scale, self.workspace, self.attention, output
         )
         return output
+
+    def _reserve(self, layer: AttentionLayer, device: torch.device) -> None:
+        """Let a profiling run see the memory that steps will take."""
+        # For a moment, in every layer in turn.
+        torch.empty(self.attention.scratch_bytes, dtype=torch.uint8, device=device)
+        if isinstance(self.attention, PagedFlashAttention) and pages_may_be_padded(
+            self.vllm_config, layer
+        ):
+            _gathering(self.shape)
 
     def _cache(
         self, layer: AttentionLayer, kv_cache: torch.Tensor, rotation: Rotation | None
@@ -146,17 +163,29 @@ def _shared(shape: LayerShape) -> tuple[Workspace, RowAttention]:
         limits.rows_that_fit(limits.max_width),
         limits.max_model_len,
     )
-    attention = make_attention(
+    return workspace, _attention(shape, padded=False)
+
+
+def _attention(shape: LayerShape, padded: bool) -> RowAttention:
+    return make_attention(
         shape.library,
-        limits.num_kv_heads,
+        shape.limits.num_kv_heads,
         shape.head_size,
         shape.dtype,
         shape.fp8_dtype is not None,
-        limits.method.reassigns_positions,
-        limits.table_width,
+        shape.limits.method.reassigns_positions,
+        shape.limits.table_width,
         shape.device,
+        padded,
     )
-    return workspace, attention
+
+
+@cache
+def _gathering(shape: LayerShape) -> RowAttention:
+    """Attention for layers whose pages are padded, which is not read in place."""
+    attention = _attention(shape, padded=True)
+    _compile_with(attention, shape, None)
+    return attention
 
 
 @cache
@@ -166,8 +195,12 @@ def _compile(shape: LayerShape, rotated: int | None) -> None:
     Args:
         rotated: elements of a head that the layer rotates; None if it rotates nothing.
     """
+    _compile_with(_shared(shape)[1], shape, rotated)
+
+
+def _compile_with(attention: RowAttention, shape: LayerShape, rotated: int | None) -> None:
     limits, device = shape.limits, shape.device
-    workspace, attention = _shared(shape)
+    workspace = _shared(shape)[0]
     block = torch.zeros(
         (1, shape.block_size, limits.num_kv_heads, 2, shape.head_size),
         dtype=shape.dtype,

@@ -54,6 +54,8 @@ class LayerCache:
 class RowAttention(Protocol):
     """Attention over the sparse block table.
 
+    Whatever lies behind a row's tokens, in a buffer or in the cache, is not seen in its outputs.
+
     Attributes:
         name: as the setting `attention` names it.
         buffer_bytes: what it holds.
@@ -63,6 +65,9 @@ class RowAttention(Protocol):
     name: str
     buffer_bytes: int
     scratch_bytes: int
+
+    def takes(self, pages: torch.Tensor) -> bool:
+        """Whether it can read the pages of a cache where they lie."""
 
     def __call__(
         self,
@@ -112,8 +117,7 @@ class GatherBuffer:
         line_bytes = 2 * width * num_kv_heads * head_size * dtype.itemsize
         lines = max(GATHER_BYTES // line_bytes, 1)
         shape = (2, lines, width, num_kv_heads, head_size)
-        # Zeros: what a row does not fill is masked, but a NaN would pass through a mask.
-        self.keys, self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.keys, self.values = torch.empty(shape, dtype=dtype, device=device)
 
     @property
     def num_lines(self) -> int:
@@ -124,9 +128,17 @@ class GatherBuffer:
         return sum(tensor.nbytes for tensor in (self.keys, self.values))
 
     def gather(
-        self, cache: LayerCache, slots: torch.Tensor, lengths: torch.Tensor
+        self,
+        cache: LayerCache,
+        slots: torch.Tensor,
+        lengths: torch.Tensor,
+        zeroed: int | None = None,
     ) -> Iterator[tuple[int, int]]:
-        """Gather rows, as many at a time as there are lines; yields their first and last."""
+        """Gather rows, as many at a time as there are lines; yields their first and last.
+
+        Args:
+            zeroed: as `gather_rows` takes it; whole lines when None.
+        """
         cos_sin = cache.rotation.cos_sin if cache.rotation is not None else None
         for first in range(0, len(slots), self.num_lines):
             last = min(first + self.num_lines, len(slots))
@@ -139,6 +151,7 @@ class GatherBuffer:
                 cos_sin=cos_sin,
                 key_scale=cache.key_scale,
                 value_scale=cache.value_scale,
+                zeroed=zeroed or self.keys.shape[1],
             )
             yield first, last
 
@@ -159,6 +172,9 @@ class SdpaAttention:
         self.buffer = buffer
         self.buffer_bytes = buffer.num_bytes
         self.position = torch.arange(buffer.keys.shape[1], device=buffer.keys.device)
+
+    def takes(self, pages: torch.Tensor) -> bool:
+        return True
 
     def __call__(
         self,
@@ -189,7 +205,8 @@ class SdpaAttention:
     ) -> None:
         """Rows of one query each: row `r` is query `r` of the group."""
         queries = slice(first, last)
-        visible = self.position < lengths[first:last, None]  # [rows, width]
+        # A padded row sees a zero: nothing at all would be a NaN.
+        visible = self.position < lengths[first:last, None].clamp(min=1)  # [rows, width]
         attended = F.scaled_dot_product_attention(
             query[queries, :, None],
             self.buffer.keys[: last - first].transpose(1, 2),

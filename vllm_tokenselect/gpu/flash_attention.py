@@ -64,6 +64,9 @@ class PagedFlashAttention:
     def __init__(self, varlen: VarlenFunction) -> None:
         self.varlen = varlen
 
+    def takes(self, pages: torch.Tensor) -> bool:
+        return lies_evenly(pages)
+
     def __call__(
         self,
         query: torch.Tensor,
@@ -115,6 +118,9 @@ class GatheredFlashAttention:
         pages = torch.arange(len(self.keys), dtype=torch.int32, device=self.keys.device)
         self.block_table = pages.view(buffer.num_lines, -1)
 
+    def takes(self, pages: torch.Tensor) -> bool:
+        return True
+
     def __call__(
         self,
         query: torch.Tensor,
@@ -125,7 +131,8 @@ class GatheredFlashAttention:
         scale: float,
         out: torch.Tensor,
     ) -> None:
-        for first, last in self.buffer.gather(cache, slots, lengths):
+        # Versions 3 and 4 copy whole pages, and multiply all of one with weights.
+        for first, last in self.buffer.gather(cache, slots, lengths, zeroed=PAGE_TOKENS):
             queries, starts = _queries_of(group, first, last)
             own = query[queries]
             self.varlen(
@@ -158,6 +165,15 @@ def _queries_of(group: RowGroup, first: int, last: int) -> tuple[slice, torch.Te
     return slice(first, last), (starts - first).clamp_(min=0) if first else starts
 
 
+def lies_evenly(pages: torch.Tensor) -> bool:
+    """Whether the tokens of all blocks [num_blocks, Hkv, 2, block_size, D] lie at equal distances.
+
+    Not where a page is padded to the size of another layer's, or holds the tokens of one head together.
+    """
+    block, _, _, token, element = pages.stride()
+    return block == pages.shape[3] * token and element == 1
+
+
 def single_token_pages(pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values [num_slots, 1, Hkv, D] of a cache [num_blocks, Hkv, 2, block_size, D].
 
@@ -165,8 +181,8 @@ def single_token_pages(pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
         ValueError: when the tokens of all blocks do not lie at equal distances.
     """
     num_blocks, num_kv_heads, _, block_size, head_size = pages.shape
-    block, head, kind, token, element = pages.stride()
-    if block != block_size * token or element != 1:
+    block, head, kind, token, _ = pages.stride()
+    if not lies_evenly(pages):
         raise ValueError(
             f"a KV cache with strides {pages.stride()} cannot be read token by token: its blocks are "
             f"{block} elements apart, its tokens {token}"

@@ -24,6 +24,9 @@ class XformersAttention:
         self.buffer = buffer
         self.buffer_bytes = buffer.num_bytes
 
+    def takes(self, pages: torch.Tensor) -> bool:
+        return True
+
     def __call__(
         self,
         query: torch.Tensor,

@@ -22,6 +22,7 @@ def gather_rows(
     cos_sin: torch.Tensor | None = None,
     key_scale: torch.Tensor | None = None,
     value_scale: torch.Tensor | None = None,
+    zeroed: int = 1,
 ) -> None:
     """As `reference.gather_rows`, for tensors on a GPU.
 
@@ -29,7 +30,7 @@ def gather_rows(
         kv_cache: of any strides whose last is 1; fp8 as well, with both scales.
         out_keys, out_values: contiguous [R, W, Hkv, D]; fp32, bf16 or fp16.
     """
-    num_rows, width = slots.shape
+    num_rows, width = len(slots), out_keys.shape[1]
     num_kv_heads, block_size, head_size = kv_cache.shape[1], *kv_cache.shape[3:]
     if not num_rows or not width:
         return
@@ -43,6 +44,7 @@ def gather_rows(
         cos_sin,
         key_scale,
         value_scale,
+        width,
         slots.stride(0),
         out_keys.stride(0),
         kv_cache.stride(0),
@@ -52,6 +54,7 @@ def gather_rows(
         HEAD_SIZE=head_size,
         PADDED_SIZE=triton.next_power_of_2(head_size),
         ROTATED=rotated,
+        ZEROED=zeroed,
         BLOCK_SIZE=block_size,
         TOKENS=TOKENS_PER_PROGRAM,
         QUANTISED=is_fp8(kv_cache.dtype),
@@ -69,6 +72,7 @@ def _gather(
     cos_sin,
     key_scale,
     value_scale,
+    width,
     slots_stride,
     out_stride,
     block_stride,
@@ -78,6 +82,7 @@ def _gather(
     HEAD_SIZE: tl.constexpr,
     PADDED_SIZE: tl.constexpr,
     ROTATED: tl.constexpr,
+    ZEROED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TOKENS: tl.constexpr,
     QUANTISED: tl.constexpr,
@@ -86,14 +91,16 @@ def _gather(
     row = tl.program_id(2).to(tl.int64)
     length = tl.load(lengths + row)
     entry = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
-    if tl.program_id(1) * TOKENS < length:
-        visible = entry < length
+    end = tl.minimum(tl.cdiv(tl.maximum(length, 1), ZEROED) * ZEROED, width)
+    if tl.program_id(1) * TOKENS < end:
+        visible, written = entry < length, entry < end
         slot = tl.load(slots + row * slots_stride + entry, visible, 0).to(tl.int64)
         token = (slot // BLOCK_SIZE) * block_stride + (slot % BLOCK_SIZE) * token_stride
-        source = kv_cache + token + kv_head * head_stride
+        source = kv_cache + token + kv_head.to(tl.int64) * head_stride
         target = row * out_stride + (entry * num_kv_heads + kv_head) * HEAD_SIZE
         element = tl.arange(0, PADDED_SIZE)
-        mask = visible[:, None] & (element < HEAD_SIZE)[None, :]
+        in_head = (element < HEAD_SIZE)[None, :]
+        mask = visible[:, None] & in_head
         keys = tl.load(source[:, None] + element[None, :], mask, 0.0)
         values = tl.load(source[:, None] + value_offset + element[None, :], mask, 0.0)
         if QUANTISED:
@@ -114,5 +121,8 @@ def _gather(
             sine = tl.load(angle + half, turned, 0.0).to(tl.float32)
             sign = tl.where(element < half, -1.0, 1.0)
             keys = keys.to(tl.float32) * cosine + partners * (sine * sign[None, :])
-        tl.store(out_keys + target[:, None] + element[None, :], keys, mask)
-        tl.store(out_values + target[:, None] + element[None, :], values, mask)
+        # What was not loaded is zero, whatever is done to it.
+        tl.store(out_keys + target[:, None] + element[None, :], keys, written[:, None] & in_head)
+        tl.store(
+            out_values + target[:, None] + element[None, :], values, written[:, None] & in_head
+        )

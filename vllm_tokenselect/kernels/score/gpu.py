@@ -210,7 +210,7 @@ def _score(
         block = tl.load(block_table + seq * table_stride + token // BLOCK_SIZE, visible, 0)
         source = block.to(tl.int64) * block_stride + (token % BLOCK_SIZE) * token_stride
         keys = tl.load(
-            kv_cache + kv_head * head_stride + source[None, :] + element[:, None],
+            kv_cache + kv_head.to(tl.int64) * head_stride + source[None, :] + element[:, None],
             visible[None, :] & in_head[:, None],
             0.0,
         )
