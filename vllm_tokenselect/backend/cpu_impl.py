@@ -13,6 +13,7 @@ from vllm_tokenselect.backend.cpu_attention import CpuAttention
 from vllm_tokenselect.backend.cpu_metadata import CpuTokenSelectMetadata
 from vllm_tokenselect.backend.impl import TokenSelectImpl
 from vllm_tokenselect.hooks.log import get_logger
+from vllm_tokenselect.kernels.cpu_cache import is_temporary, kept_in
 from vllm_tokenselect.kernels.head_group import HeadGroup
 from vllm_tokenselect.kernels.warmup import compile_cpu_kernels
 from vllm_tokenselect.kernels.write.cpu import write_tokens
@@ -115,7 +116,7 @@ def _compile_kernels(
     heads: HeadGroup | None,
 ) -> None:
     """Compile at start, not in the first request."""
-    logger.info("TOKENSELECT: compiling the CPU kernels (about 15 s once, then cached)")
+    _say_where_kernels_are_kept()
     threads = compile_cpu_kernels(
         kv_dtype=dtype,
         head_size=head_size,
@@ -133,4 +134,23 @@ def _compile_kernels(
             threads,
             wanted,
             wanted,
+        )
+
+
+def _say_where_kernels_are_kept() -> None:
+    folder = kept_in()
+    if folder is None:
+        logger.warning(
+            "TOKENSELECT compiles the CPU kernels at every start, which takes about 15 s: there is no "
+            "folder to keep them in. Set the environment variable NUMBA_CACHE_DIR to one."
+        )
+    elif is_temporary(folder):
+        logger.warning(
+            "TOKENSELECT: compiling the CPU kernels (about 15 s once, then kept in the temporary folder "
+            "%s: neither the package nor the user's cache can be written to)",
+            folder,
+        )
+    else:
+        logger.info(
+            "TOKENSELECT: compiling the CPU kernels (about 15 s once, then kept in %s)", folder
         )

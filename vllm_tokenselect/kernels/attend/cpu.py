@@ -12,24 +12,15 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, prange
 
-from vllm_tokenselect.kernels.cpu_tiles import (
-    FAST_MATH,
-    LANES,
-    TILE_TOKENS,
-    add_tile,
-    dot_tile,
-    exponential,
-    largest,
-    narrow,
-    prefetch_run,
-    rotate_run,
-    widen,
-)
+from vllm_tokenselect.kernels.cpu_cache import compile_once
+from vllm_tokenselect.kernels.cpu_numbers import narrow, rotate_run
+from vllm_tokenselect.kernels.cpu_tiles import TILE_TOKENS, add_tile, dot_tile, prefetch_run, widen
+from vllm_tokenselect.kernels.cpu_vectors import LANES, exponential, exponentials, largest
 
 MAX_SPLIT_TOKENS = 512
 
 
-@njit(parallel=True, fastmath=FAST_MATH, cache=True)
+@compile_once(parallel=True)
 def attend_rows(
     queries,
     query_distance,
@@ -101,7 +92,7 @@ def _split_tokens(length):
     return max((tiles + splits - 1) // splits, 1) * TILE_TOKENS
 
 
-@njit(fastmath=FAST_MATH)
+@njit
 def _attend_split(
     queries,
     first_element,
@@ -164,10 +155,7 @@ def _attend_split(
     for member in range(group):
         line = weights[member * MAX_SPLIT_TOKENS : member * MAX_SPLIT_TOKENS + padded]
         highest = largest(line[:num_tokens])
-        total = np.float32(0)
-        for token in range(num_tokens):
-            line[token] = exponential(line[token] - highest)
-            total += line[token]
+        total = exponentials(line[:num_tokens], highest)
         for token in range(num_tokens, padded):
             line[token] = 0
         head = kv_head * group + member
@@ -181,12 +169,13 @@ def _attend_split(
     for begin in range(0, num_tokens, TILE_TOKENS):
         count = min(TILE_TOKENS, num_tokens - begin)
         _widen_listed(elements, tokens, begin, count, values, head_size, tile, stride)
+        tile[count * stride :] = 0  # weights of zero are multiplied too, and 0 * infinity is NaN
         for member in range(group):
             line = ((row * num_heads + kv_head * group + member) * num_splits + split) * stride
             add_tile(sums, line, weights, member * MAX_SPLIT_TOKENS + begin, tile, stride)
 
 
-@njit(fastmath=FAST_MATH)
+@njit
 def _widen_listed(elements, tokens, begin, count, shift, head_size, tile, stride):
     """Fill a tile with `count` tokens of a list, and ask for the cache lines of the next ones."""
     for token in range(begin + count, min(begin + 2 * count, len(tokens))):
@@ -196,7 +185,7 @@ def _widen_listed(elements, tokens, begin, count, shift, head_size, tile, stride
         widen(elements, source, head_size, tile, token * stride)
 
 
-@njit(fastmath=FAST_MATH, error_model="numpy")  # a NaN among the scores is no error
+@njit(error_model="numpy")  # a NaN among the scores is no error
 def _combine(maxima, totals, weighted, row, head, num_splits, out, target, head_size):
     """Weigh the splits of one head against each other; no split at all gives zeros."""
     combined = np.zeros(head_size, np.float32)

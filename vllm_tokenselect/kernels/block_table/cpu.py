@@ -9,6 +9,7 @@ import torch
 from numba import njit, prange
 
 from vllm_tokenselect.kernels.cpu_arrays import int32_array
+from vllm_tokenselect.kernels.cpu_cache import compile_once
 
 KEY_BITS, DIGIT_BITS = 16, 11  # in two passes
 _NO_VOTES = np.empty((0, 0), np.float32)
@@ -53,7 +54,7 @@ def build_sparse_block_table(
     )
 
 
-@njit(parallel=True, cache=True)
+@compile_once(parallel=True)
 def build_rows(
     rows,
     votes,

@@ -6,10 +6,12 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import prange
 
 from vllm_tokenselect.kernels.cpu_arrays import cache_elements, int32_array, rotation_table
-from vllm_tokenselect.kernels.cpu_tiles import copy_run, narrow, rotate_run, widen
+from vllm_tokenselect.kernels.cpu_cache import compile_once
+from vllm_tokenselect.kernels.cpu_numbers import copy_run, narrow, rotate_run
+from vllm_tokenselect.kernels.cpu_tiles import widen
 
 
 def gather_tokens(
@@ -32,7 +34,7 @@ def gather_tokens(
     )
 
 
-@njit(parallel=True, cache=True)
+@compile_once(parallel=True)
 def _gather(elements, slots, num_kv_heads, block_size, head_size, cos_sin, out_keys, out_values):
     head_stride = 2 * block_size * head_size
     for index in prange(len(slots)):

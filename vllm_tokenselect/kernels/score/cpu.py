@@ -9,14 +9,9 @@ import torch
 from numba import njit, prange
 
 from vllm_tokenselect.kernels.cpu_arrays import cache_elements, int32_array, padded_queries
-from vllm_tokenselect.kernels.cpu_tiles import (
-    FAST_MATH,
-    LANES,
-    TILE_TOKENS,
-    dot_tile,
-    prefetch_run,
-    widen_tokens,
-)
+from vllm_tokenselect.kernels.cpu_cache import compile_once
+from vllm_tokenselect.kernels.cpu_tiles import TILE_TOKENS, dot_tile, prefetch_run, widen_tokens
+from vllm_tokenselect.kernels.cpu_vectors import LANES
 
 # Tokens of one work item: enough to hide what an item costs, few enough to fill all threads.
 ITEM_TOKENS = 512
@@ -54,7 +49,7 @@ def score_paged_keys(
     return logits
 
 
-@njit(parallel=True, fastmath=FAST_MATH, cache=True)
+@compile_once(parallel=True)
 def score_rows(
     query,
     elements,
@@ -100,7 +95,7 @@ def score_rows(
         )
 
 
-@njit(fastmath=FAST_MATH)
+@njit
 def _score_item(
     query,
     elements,

@@ -14,11 +14,12 @@ import numpy as np
 from numba import njit
 
 from vllm_tokenselect.kernels.block_table.cpu import write_range
-from vllm_tokenselect.kernels.cpu_tiles import FAST_MATH, widen
+from vllm_tokenselect.kernels.cpu_tiles import widen
+from vllm_tokenselect.kernels.cpu_vectors import dot
 from vllm_tokenselect.kernels.selection_cache.state import SELECTS
 
 
-@njit(fastmath=FAST_MATH)
+@njit
 def decide_rows(
     queries,
     query_distance,
@@ -57,18 +58,15 @@ def decide_rows(
         stored_owners[line] = owner[row]
 
 
-@njit(fastmath=FAST_MATH)
+@njit
 def _similar(query, stored, num_kv_heads, threshold):
     """Whether the cosine reaches the threshold in every KV head."""
     size = len(query) // num_kv_heads
     for first in range(0, len(query), size):
-        product, own_square, stored_square = np.float32(0), np.float32(0), np.float32(0)
-        for i in range(first, first + size):
-            product += query[i] * stored[i]
-            own_square += query[i] * query[i]
-            stored_square += stored[i] * stored[i]
+        own_square = dot(query, query, first, first + size)
+        stored_square = dot(stored, stored, first, first + size)
         least = threshold * math.sqrt(own_square) * math.sqrt(stored_square)
-        if not product >= least:  # a NaN resembles nothing
+        if not dot(query, stored, first, first + size) >= least:  # a NaN resembles nothing
             return False
     return True
 

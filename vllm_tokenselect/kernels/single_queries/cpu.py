@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import get_num_threads, njit
+from numba import get_num_threads
 
 from vllm_tokenselect.kernels.attend.cpu import attend_rows
 from vllm_tokenselect.kernels.block_table.cpu import build_rows
@@ -22,7 +22,10 @@ from vllm_tokenselect.kernels.cpu_arrays import (
     rotation_table,
     token_elements,
 )
-from vllm_tokenselect.kernels.cpu_tiles import LANES, rotate_run, widen
+from vllm_tokenselect.kernels.cpu_cache import compile_once
+from vllm_tokenselect.kernels.cpu_numbers import rotate_run
+from vllm_tokenselect.kernels.cpu_tiles import widen
+from vllm_tokenselect.kernels.cpu_vectors import LANES
 from vllm_tokenselect.kernels.head_group import HeadGroup
 from vllm_tokenselect.kernels.rotate.rotation import Rotation
 from vllm_tokenselect.kernels.score.cpu import score_rows
@@ -122,7 +125,7 @@ def _state_arrays(state: SelectionCacheState | None, query: torch.Tensor) -> tup
     )
 
 
-@njit(cache=True)
+@compile_once()
 def _single_queries(
     selects, asking, deciding, cache, table, scoring, caching, stored, vote_turn, cos_sin, out
 ):
@@ -134,7 +137,7 @@ def _single_queries(
     _attend(asking, cache, table, scoring, cos_sin, out)
 
 
-@njit(cache=True)
+@compile_once()
 def _vote(asking, deciding, cache, table, scoring, caching, stored, vote_turn):
     """Which rows select, where the candidates of the others' selections ended, and the former's votes."""
     queries, query_distance, query_index = asking
@@ -195,7 +198,7 @@ def _vote(asking, deciding, cache, table, scoring, caching, stored, vote_turn):
     return selecting, reused_end, votes
 
 
-@njit(cache=True)
+@compile_once()
 def _select(selecting, reused_end, votes, table, caching, stored):
     """Build the table of the rows that select, and complete it by the others."""
     block_table, row_seq, n_init, top_k, _, context_ends, block_size, slots, lengths = table
@@ -219,7 +222,7 @@ def _select(selecting, reused_end, votes, table, caching, stored):
     )
 
 
-@njit(cache=True)
+@compile_once()
 def _attend(asking, cache, table, scoring, cos_sin, out):
     queries, query_distance, query_index = asking
     elements, num_kv_heads, head_size = cache

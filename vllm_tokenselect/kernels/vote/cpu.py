@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from numba import njit, prange
 
-from vllm_tokenselect.kernels.cpu_tiles import FAST_MATH, exponential, largest
+from vllm_tokenselect.kernels.cpu_cache import compile_once
+from vllm_tokenselect.kernels.cpu_vectors import exponential, exponentials, largest
 
 PART_TOKENS = 1024
 
@@ -25,7 +26,7 @@ def soft_vote(logits: torch.Tensor) -> torch.Tensor:
     return votes
 
 
-@njit(parallel=True, fastmath=FAST_MATH, cache=True)
+@compile_once(parallel=True)
 def vote_rows(scores, votes):
     num_rows, num_heads, width = scores.shape
     num_parts = (width + PART_TOKENS - 1) // PART_TOKENS
@@ -38,26 +39,24 @@ def vote_rows(scores, votes):
         highest = largest(own)
         total = np.float32(0)
         if highest > -np.inf:
-            for token in range(len(own)):
-                own[token] = exponential(own[token] - highest)
-                total += own[token]
+            total = exponentials(own, highest)
         maxima[row, head, part], totals[row, head, part] = highest, total
     for work in prange(num_rows * num_parts):
         _add_heads(scores, maxima, totals, work // num_parts, work % num_parts, votes)
 
 
-@njit(fastmath=FAST_MATH, error_model="numpy")  # a NaN among the scores is no error
+@njit(error_model="numpy")  # a NaN among the scores is no error
 def _add_heads(scores, maxima, totals, row, part, votes):
     """Votes of one part of a row: every head's exponentials, times what they are of its whole."""
     votes_of_part = votes[row, part * PART_TOKENS : (part + 1) * PART_TOKENS]
     votes_of_part[:] = 0
-    if maxima[row, 0, part] == -np.inf:
-        return  # no candidate of the row is in this part
     for head in range(scores.shape[1]):
+        if maxima[row, head, part] == -np.inf:
+            continue  # no candidate of the row is in this part
         highest = largest(maxima[row, head])
         total = np.float32(0)
         for other in range(maxima.shape[2]):
-            if totals[row, head, other] > 0:
+            if maxima[row, head, other] > -np.inf:
                 share = exponential(maxima[row, head, other] - highest)
                 total += totals[row, head, other] * share
         weight = exponential(maxima[row, head, part] - highest) / total

@@ -5,10 +5,11 @@
 from __future__ import annotations
 
 import torch
-from numba import njit, prange
+from numba import prange
 
 from vllm_tokenselect.kernels.cpu_arrays import cache_elements, token_elements
-from vllm_tokenselect.kernels.cpu_tiles import copy_run
+from vllm_tokenselect.kernels.cpu_cache import compile_once
+from vllm_tokenselect.kernels.cpu_numbers import copy_run
 
 
 def write_tokens(
@@ -26,7 +27,7 @@ def write_tokens(
     )
 
 
-@njit(parallel=True, cache=True)
+@compile_once(parallel=True)
 def _write(
     keys, key_distance, values, value_distance, elements, slots, num_kv_heads, block_size, head_size
 ):
