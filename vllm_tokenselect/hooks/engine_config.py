@@ -22,6 +22,7 @@ from vllm_tokenselect.hooks import (
     model_length,
     request_validation,
 )
+from vllm_tokenselect.hooks.kv_cache_dtype import check_kv_cache_dtype
 from vllm_tokenselect.hooks.log import get_logger
 from vllm_tokenselect.hooks.registration import is_selected
 from vllm_tokenselect.hooks.seam import Seam
@@ -89,6 +90,7 @@ def configure(vllm_config: Any, device: str) -> None:
     # final one.
     cache = vllm_config.cache_config
     check_steps(config, vllm_config, cache.block_size if cache.user_specified_block_size else 1)
+    check_kv_cache_dtype(cache.cache_dtype, vllm_config.model_config.dtype, device)
     dense_layers.check_model(vllm_config.model_config, cache, config)
     model_length.check_trained_length(vllm_config.model_config, config)
     _choose_scheduler(scheduler)
