@@ -74,6 +74,7 @@ class CpuAttention:
         self.isa = _get_attn_isa(dtype, PAGE_SIZE, head_size)
         self.block_table = torch.arange(self.num_pages, dtype=torch.int32)[None]
         self.slot_mapping = torch.arange(self.num_pages * PAGE_SIZE, dtype=torch.int64)
+        self.zeros = torch.zeros((PAGE_SIZE, num_kv_heads, head_size), dtype=dtype)
 
     @cached_property
     def pages(self) -> torch.Tensor:
@@ -92,9 +93,11 @@ class CpuAttention:
     ) -> None:
         """Attend `query` [n, Hq, D] to `keys`, `values` [m, Hkv, D]; writes `out` [n, Hq, D]."""
         key_pages, value_pages = self.pages.chunk(2, dim=2)
-        ops.cpu_attn_reshape_and_cache(
-            keys, values, key_pages, value_pages, self.slot_mapping[: len(keys)], self.isa
-        )
+        self._write(keys, values, 0)
+        # The operation multiplies what it masks by zero, in whole tiles; what another request left
+        # there may be infinite or NaN.
+        rest = self.zeros[: -len(keys) % PAGE_SIZE]
+        self._write(rest, rest, len(keys))
         ops.cpu_attention_with_kv_cache(
             query=query,
             key_cache=key_pages,
@@ -111,3 +114,10 @@ class CpuAttention:
             scheduler_metadata=row.scheduler_metadata,
             s_aux=None,
         )
+
+    def _write(self, keys: torch.Tensor, values: torch.Tensor, first: int) -> None:
+        if len(keys):
+            slots = self.slot_mapping[first : first + len(keys)]
+            ops.cpu_attn_reshape_and_cache(
+                keys, values, *self.pages.chunk(2, dim=2), slots, self.isa
+            )

@@ -1,0 +1,43 @@
+"""Attention over gathered tokens reads nothing of what an earlier row left in its pages."""
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from vllm_tokenselect.backend.cpu_attention import CpuAttention, plan_cpu_attention
+
+HEADS, KV_HEADS, MOST = 4, 2, 768
+
+
+def attend(library: CpuAttention, dtype: torch.dtype, head_size: int, num_keys: int):
+    generator = torch.Generator().manual_seed(num_keys)
+    num_queries = min(num_keys, 33)
+
+    def random(count: int, heads: int) -> torch.Tensor:
+        return torch.randn(count, heads, head_size, generator=generator).to(dtype)
+
+    query, out = random(num_queries, HEADS), torch.empty(num_queries, HEADS, head_size, dtype=dtype)
+    row = plan_cpu_attention(
+        num_queries=num_queries,
+        num_keys=num_keys,
+        num_heads=HEADS,
+        num_kv_heads=KV_HEADS,
+        head_size=head_size,
+        dtype=dtype,
+    )
+    library.attend(query, random(num_keys, KV_HEADS), random(num_keys, KV_HEADS), out, row, 0.2)
+    return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("head_size", [32, 80, 128])
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_what_the_pages_held_before_changes_no_bit(dtype, head_size, number):
+    library = CpuAttention(KV_HEADS, head_size, dtype, MOST)
+    for num_keys in (2, 40, 127, 128, 129, 300, 420, 513, 700, MOST):
+        library.pages.zero_()
+        clean = attend(library, dtype, head_size, num_keys)
+        library.pages.fill_(number)
+        assert torch.equal(attend(library, dtype, head_size, num_keys), clean), num_keys
+        assert not clean.isnan().any()
