@@ -87,6 +87,8 @@ class TestRun:
     def test_a_pipe_gets_plain_lines(self, tmp_path):
         done = run_demo(KNOWING, tmp_path)
         assert not CONTROL.search(done.stdout + done.stderr)
+        assert "\nStarting vLLM: API ready\n" in done.stdout
+        assert "━" not in done.stdout
         assert not list(tmp_path.iterdir())
 
     @pytest.mark.parametrize("changes", [{"NO_COLOR": "1"}, {"TERM": "dumb"}], ids=str)
@@ -94,6 +96,8 @@ class TestRun:
         written, status = on_terminal(KNOWING, environment(tmp_path, **changes))
         assert status == 0
         assert not CONTROL.search(written), written
+        assert "\nStarting vLLM: API ready\n" in written
+        assert "━" not in written
 
     def test_a_terminal_gets_colors_and_bars(self, tmp_path):
         written, status = on_terminal(KNOWING, environment(tmp_path))
@@ -110,13 +114,13 @@ class TestRun:
                 command(told), env=environment(tmp_path), stdout=file, stderr=file
             )
         wait_until(lambda: "depth" in output.read_text())
-        server = server_of(demo.pid)
-        assert is_running(server)
+        started = children_of(demo.pid)  # the server, and who watches it
+        assert started
         for _ in range(3):  # an impatient user
             demo.send_signal(number)
             time.sleep(0.2)
         assert demo.wait(30) != 0
-        assert not is_running(server)
+        assert not [pid for pid in started if is_running(pid)]
         assert [path.name for path in tmp_path.iterdir()] == ["output"]
 
 
@@ -127,11 +131,9 @@ def wait_until(is_so, seconds: float = 30) -> None:
         time.sleep(0.1)
 
 
-def server_of(pid: int) -> int:
-    """The process that another one started."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    assert len(children) == 1
-    return int(children[0])
+def children_of(pid: int) -> list[int]:
+    """The processes that another one started."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def test_every_question_is_asked_both_ways_and_neither_goes_first_twice_in_a_row():
