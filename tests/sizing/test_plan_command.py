@@ -1,7 +1,6 @@
 """`tokenselect plan` says what a model takes of GPUs, and refuses what it cannot plan in words."""
 
 import json
-import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -133,10 +132,3 @@ def test_a_model_that_is_nowhere_is_refused_in_words(tmp_path):
     result = plan(tmp_path / "nothing")
     assert result.exit_code == 2
     assert "nothing" in words(result)
-
-
-def test_what_is_not_installed_is_named_with_its_extra(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    result = plan(tiny_folder(tmp_path))
-    assert result.exit_code == 2
-    assert "needs transformers: pip install 'vllm-tokenselect[plan]'" in words(result)

@@ -1,7 +1,6 @@
 """`tokenselect bench` measures, draws and writes down, and refuses what it cannot ask before it asks."""
 
 import functools
-import importlib.util
 import json
 
 import pytest
@@ -161,17 +160,6 @@ def test_what_cannot_be_asked_is_refused_before_anything_is(
     assert result.exit_code == 2, result.output
     assert filled(named) in result.output.replace("\n", " ")
     assert a.bodies == b.bodies == []
-
-
-def test_without_the_extra_it_says_which_one_to_install(monkeypatch):
-    found = importlib.util.find_spec
-    monkeypatch.setattr(
-        "vllm_tokenselect.cli.speed.find_spec",
-        lambda name: None if name == "psutil" else found(name),
-    )
-    result = bench(*FEW)
-    assert result.exit_code == 2
-    assert "psutil not installed: pip install 'vllm-tokenselect[bench]'" in result.output
 
 
 @pytest.mark.parametrize(

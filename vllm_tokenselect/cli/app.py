@@ -10,6 +10,7 @@ from rich.console import Console
 
 from vllm_tokenselect.cli.bench import bench
 from vllm_tokenselect.cli.evaluate import evaluate
+from vllm_tokenselect.cli.extras import check_extras_first
 from vllm_tokenselect.cli.plan import plan
 from vllm_tokenselect.cli.refusals import said_in_words
 
@@ -130,3 +131,6 @@ def tune(
             subject, prompt or [], budgets, max_loss, samples, count, Console(), json_path
         )
     raise typer.Exit(0 if chosen is not None else 1)
+
+
+check_extras_first(app)

