@@ -65,7 +65,7 @@ lint: setup
 	@$(BIN)/lint-imports --no-logo
 
 check-vllm: setup
-	@$(BIN)/python -m vllm_tokenselect.hooks.check --version $(VERSION)
+	@$(BIN)/python -m vllm_tokenselect.hooks.check --version $(VERSION) $(ARGS)
 
 bench: setup
 	@$(BIN)/tokenselect bench $(ARGS)

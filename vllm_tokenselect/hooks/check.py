@@ -1,7 +1,8 @@
 """Check a vLLM release that is not installed: `python -m vllm_tokenselect.hooks.check --version V`.
 
 Downloads the release, checks every seam against its source, applies the diffs of `patches/V` to it
-and checks that each seam which a diff is for then says `patched`. Imports nothing of vLLM.
+and checks that each seam which a diff is for then says `patched`. Then `check_names` looks for every name
+that we use, and `check_start` starts what can be started, in processes of their own.
 """
 
 from __future__ import annotations
@@ -21,9 +22,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vllm_tokenselect.hooks import all_seams
+from vllm_tokenselect.hooks.check_names import NoTypeChecker, check_names
+from vllm_tokenselect.hooks.check_start import MACHINES, rehearse, test_beside
 from vllm_tokenselect.hooks.seam import PATCH_MARK, Seam
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+# What vLLM's Python reads; the rest of a wheel, most of it, is compiled or waits to be.
+_READ = (".py", ".json", ".jinja")
 
 
 class CheckFailed(Exception):
@@ -51,7 +56,7 @@ def check_release(source: Path, diffs: Sequence[Path], work: Path) -> Report:
     """Check every seam and every diff.
 
     Args:
-        source: folder or wheel that holds the `vllm` package as released.
+        source: folder that holds the `vllm` package as released.
         diffs: unified diffs named after their hook: `runner_v1.patch`.
         work: empty folder for the patched copy.
 
@@ -113,7 +118,10 @@ def apply_diff(diff: Path, tree: Path) -> str:
 
 
 def download(version: str, folder: Path) -> Path:
-    """Download the wheel of a vLLM release without installing it, and return its path.
+    """Download a vLLM release without installing it.
+
+    Returns:
+        a folder with its package `vllm`, without what is compiled.
 
     Raises:
         CheckFailed: when pip cannot get it.
@@ -126,7 +134,11 @@ def download(version: str, folder: Path) -> Path:
             f"pip could not download vllm=={version} (see above). Is the version released, and for "
             "this platform? `--source DIR` checks a folder that holds the `vllm` package instead."
         )
-    return wheels[0]
+    source = folder / wheels[0].stem
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        wheel.extractall(source, [name for name in wheel.namelist() if name.endswith(_READ)])
+    wheels[0].unlink()
+    return source
 
 
 def find_diffs(patches: Path, version: str) -> tuple[list[Path], str]:
@@ -167,15 +179,10 @@ def _files_of(seams: Sequence[Seam], diffs: Sequence[Path]) -> set[str]:
 
 def _copy_files(source: Path, names: Sequence[str], folder: Path) -> None:
     """Copy what exists; what does not shows as a broken seam or a diff that does not apply."""
-    if source.is_dir():
-        for name in names:
-            if (source / name).is_file():
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(source / name, folder / name)
-        return
-    with zipfile.ZipFile(source) as wheel:
-        for name in set(names) & set(wheel.namelist()):
-            wheel.extract(name, folder)
+    for name in names:
+        if (source / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / name, folder / name)
 
 
 def _check_patched_file(path: Path) -> list[str]:
@@ -215,18 +222,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=REPOSITORY / "patches",
         help="folder with a folder of diffs for each release (default: %(default)s)",
     )
+    parser.add_argument(
+        "--no-start", action="store_true", help="check the source only, and start nothing of vLLM"
+    )
+    parser.add_argument(
+        "--pytest",
+        nargs="+",
+        metavar="PATH",
+        default=[],
+        help="run these tests beside the release, on what the installed vLLM has compiled for CPUs",
+    )
     options = parser.parse_args(arguments)
     try:
         diffs, missing = find_diffs(options.patches, options.version)
         if options.source is not None and not (options.source / "vllm").is_dir():
             raise CheckFailed(f"--source {options.source} holds no `vllm` package")
-        with tempfile.TemporaryDirectory() as folder:
-            wheels, work = Path(folder, "wheels"), Path(folder, "vllm")
-            wheels.mkdir()
-            work.mkdir()
-            source = options.source or download(options.version, wheels)
-            report = check_release(source, diffs, work)
-    except CheckFailed as error:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            source = options.source or download(options.version, folder)
+            (folder / "patched").mkdir()
+            report = check_release(source, diffs, folder / "patched")
+            report.problems += check_names(source)
+            if not options.no_start:
+                for machine in MACHINES:
+                    report.problems += rehearse(source, options.version, machine, folder / machine)
+            if options.pytest:
+                report.problems += test_beside(
+                    source, options.version, folder / "tested", options.pytest
+                )
+    except (CheckFailed, NoTypeChecker) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"vLLM {options.version} ({source.name})\n\n{report}\n", flush=True)
@@ -234,7 +258,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     if not problems:
-        print("Every hook holds, and every diff applies.")
+        print("Every hook holds, every diff applies, and every name that is used exists.")
+        if not options.no_start:
+            print("Engines are configured on CPUs and on GPUs.")
     return 1 if problems else 0
 
 

@@ -1,0 +1,86 @@
+"""Check every name of vLLM that the package uses, against the source of a release.
+
+A type checker reads `backend/`, `hooks/` and the plugin beside that source, without running either: every
+module and name that is imported or replaced, every attribute of what has a type, the parameters of what is
+called or overridden. What concerns only types (an optional value, a wider union) is left out.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parents[1]
+
+# What pyrefly calls a name that is missing, or a call or an override that does not fit.
+_KINDS = frozenset(
+    {
+        "bad-argument-count",
+        "bad-override",
+        "bad-override-mutable-attribute",
+        "bad-override-param-name",
+        "inconsistent-inheritance",
+        "invalid-inheritance",
+        "missing-argument",
+        "missing-attribute",
+        "missing-import",
+        "missing-module-attribute",
+        "missing-override-attribute",
+        "missing-source",
+        "unexpected-keyword",
+        "unexpected-positional-argument",
+        "unknown-name",
+    }
+)
+# The hooks leave marks of their own on vLLM's classes and functions.
+_OUR_MARK = "`_tokenselect"
+
+
+class NoTypeChecker(Exception):
+    """pyrefly did not run. The message says what to do."""
+
+
+def check_names(source: Path, package: Path = PACKAGE) -> list[str]:
+    """What the package uses of vLLM and the release does not have, one sentence each.
+
+    Args:
+        source: folder that holds the release's `vllm` package.
+        package: folder of `vllm_tokenselect`.
+
+    Raises:
+        NoTypeChecker: when pyrefly is not installed or fails.
+    """
+    settings = {
+        "project-includes": [
+            str(package / pattern) for pattern in ("backend/**/*.py", "hooks/**/*.py", "plugin.py")
+        ],
+        # The release goes before a vLLM that is installed; everything else comes from this Python.
+        "search-path": [str(package.parent), str(source)],
+        "python-interpreter-path": sys.executable,
+        "enabled-ignores": ["pyrefly"],
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        config = Path(folder, "pyrefly.toml")
+        # TOML's strings and lists are JSON's.
+        config.write_text(
+            "".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items())
+        )
+        command = [sys.executable, "-m", "pyrefly", "check", "--config", str(config)]
+        result = subprocess.run(
+            [*command, "--output-format", "json"], capture_output=True, text=True, check=False
+        )
+    try:
+        errors = json.loads(result.stdout)["errors"]
+    except (ValueError, KeyError):
+        raise NoTypeChecker(
+            f"pyrefly did not run: {(result.stderr or result.stdout).strip()[-500:]}\n"
+            "Install it with the extra `test`."
+        ) from None
+    return [
+        f"{Path(error['path']).name}:{error['line']}: {error['concise_description']}"
+        for error in errors
+        if error["name"] in _KINDS and _OUR_MARK not in error["description"]
+    ]
