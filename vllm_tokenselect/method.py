@@ -74,6 +74,18 @@ class Method:
         """Position from which every query is a chunk of its own (`s` in the method)."""
         return max(num_prompt_tokens - self.tail_queries, 0)
 
+    def whole_chunks(self, num_prompt_tokens: int, start: int, num_tokens: int) -> int:
+        """As many of a prompt's tokens from `start` on as end where a step may end: no chunk is split."""
+        end = start + num_tokens
+        if end >= self.tail_start(num_prompt_tokens):
+            return num_tokens
+        return max(end // self.query_chunk * self.query_chunk - start, 0)
+
+    def next_chunk(self, num_prompt_tokens: int, start: int) -> int:
+        """The fewest of a prompt's tokens from `start` on that end where a step may end."""
+        end = (start // self.query_chunk + 1) * self.query_chunk
+        return max(min(end, self.tail_start(num_prompt_tokens)) - start, 1)
+
     def shareable_tokens(self, num_prompt_tokens: int) -> int:
         """Tokens at the start of a prompt that whole query chunks compute.
 

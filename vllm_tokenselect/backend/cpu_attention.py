@@ -118,6 +118,5 @@ class CpuAttention:
     def _write(self, keys: torch.Tensor, values: torch.Tensor, first: int) -> None:
         if len(keys):
             slots = self.slot_mapping[first : first + len(keys)]
-            ops.cpu_attn_reshape_and_cache(
-                keys, values, *self.pages.chunk(2, dim=2), slots, self.isa
-            )
+            key_pages, value_pages = self.pages.chunk(2, dim=2)
+            ops.cpu_attn_reshape_and_cache(keys, values, key_pages, value_pages, slots, self.isa)

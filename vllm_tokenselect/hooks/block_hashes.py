@@ -25,6 +25,8 @@ from vllm_tokenselect.hooks.seam import Seam, replace_everywhere
 from vllm_tokenselect.request_settings import fingerprint, requested_top_k
 
 if TYPE_CHECKING:
+    from vllm.v1.engine import EngineCoreRequest
+    from vllm.v1.engine.core import EngineCore
     from vllm.v1.request import Request
 
 _MODULE = "vllm.v1.core.kv_cache_utils"
@@ -87,7 +89,7 @@ def extra_keys(request: Request, start_token_idx: int) -> list[tuple[str, str]]:
     return [] if hasher is None or start_token_idx > 0 else [hasher.key(request)]
 
 
-def check_and_bind(engine_core: Any, request: Any) -> None:
+def check_and_bind(engine_core: EngineCore, request: EngineCoreRequest) -> None:
     """Check a request's settings, and have its blocks hashed by those of its engine.
 
     To be called before `EngineCore.preprocess_add_request`; what it raises ends this request alone.
@@ -131,7 +133,7 @@ def install() -> None:
         return ((*(keys or ()), *ours) if ours else keys), next_mm_idx
 
     @functools.wraps(preprocess)
-    def check_bind_and_preprocess(self: Any, request: Any) -> Any:
+    def check_bind_and_preprocess(self: EngineCore, request: EngineCoreRequest) -> Any:
         check_and_bind(self, request)
         return preprocess(self, request)
 

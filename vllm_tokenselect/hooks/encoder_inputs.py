@@ -16,14 +16,21 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.multimodal.utils import get_mm_features_in_window
 
+from vllm_tokenselect.config import TokenSelectConfig
+
 if TYPE_CHECKING:
+    from vllm.v1.core.sched.scheduler import Scheduler as _Scheduler
     from vllm.v1.request import Request
+else:
+    _Scheduler = object  # vLLM's comes last among the bases
 
 
-class EncodeWholeChunks:
+class EncodeWholeChunks(_Scheduler):
     """Room in the encoder cache for one request, to be put before vLLM's scheduler."""
 
-    def _make_encoder_room(self: Any) -> None:
+    tokenselect: TokenSelectConfig
+
+    def _make_encoder_room(self) -> None:
         cache = self.encoder_cache_manager
         self._encoder_limit = min(cache.cache_size, self.max_num_encoder_input_tokens)
         # An image may end in a chunk, others fill it, and another begin in it. vLLM refuses requests
@@ -48,14 +55,14 @@ class EncodeWholeChunks:
         cache.can_allocate = can_allocate_beside
 
     def _try_schedule_encoder_inputs(
-        self: Any,
+        self,
         request: Request,
         num_computed_tokens: int,
         num_new_tokens: int,
         encoder_compute_budget: int,
         shift_computed_tokens: int = 0,
     ) -> Any:
-        schedule = super()._try_schedule_encoder_inputs  # type: ignore[misc]
+        schedule = super()._try_schedule_encoder_inputs
         inputs = schedule(
             request,
             num_computed_tokens,
@@ -63,11 +70,12 @@ class EncodeWholeChunks:
             encoder_compute_budget,
             shift_computed_tokens,
         )
-        if self._whole_chunks(request, num_computed_tokens, inputs[1]) or not self._whole_chunks(
-            request, num_computed_tokens, num_new_tokens
-        ):
+        method, prompt_len = self.tokenselect.method, request.num_prompt_tokens
+        if method.whole_chunks(
+            prompt_len, num_computed_tokens, inputs[1]
+        ) or not method.whole_chunks(prompt_len, num_computed_tokens, num_new_tokens):
             return inputs
-        one_chunk = self._next_chunk(request, num_computed_tokens)
+        one_chunk = method.next_chunk(prompt_len, num_computed_tokens)
         if not self._may_pass_limits(request, num_computed_tokens, one_chunk):
             return inputs
         self._past_limits = request
@@ -75,7 +83,7 @@ class EncodeWholeChunks:
             request, num_computed_tokens, one_chunk, encoder_compute_budget, shift_computed_tokens
         )
 
-    def _may_pass_limits(self: Any, request: Request, start: int, num_new_tokens: int) -> bool:
+    def _may_pass_limits(self, request: Request, start: int, num_new_tokens: int) -> bool:
         """Whether waiting would not help, and nobody else is past the limits."""
         held = self.encoder_cache_manager.get_cached_input_ids
         if self._past_limits not in (None, request) and held(self._past_limits):

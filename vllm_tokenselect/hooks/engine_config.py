@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 from vllm_tokenselect.config import (
     ADDITIONAL_CONFIG_KEY,
@@ -28,6 +28,10 @@ from vllm_tokenselect.hooks.registration import is_selected
 from vllm_tokenselect.hooks.seam import Seam
 from vllm_tokenselect.hooks.step_size import check_steps
 from vllm_tokenselect.method import SettingsError
+
+if TYPE_CHECKING:
+    from vllm.config import SchedulerConfig, SpeculativeConfig, VllmConfig
+    from vllm.platforms.interface import Platform
 
 _WHY = "checks the settings at start and chooses the scheduler that keeps query chunks whole"
 
@@ -52,7 +56,7 @@ SEAMS = {
 _SCHEDULERS = "vllm_tokenselect.hooks.scheduler"
 
 
-def configure(vllm_config: Any, device: str) -> None:
+def configure(vllm_config: VllmConfig, device: str) -> None:
     """Check a vLLM configuration and adapt it; does nothing unless TOKENSELECT is chosen.
 
     Args:
@@ -102,7 +106,7 @@ def configure(vllm_config: Any, device: str) -> None:
         os.environ.setdefault("NUMBA_NUM_THREADS", str(os.cpu_count()))
 
 
-def refuse_features(vllm_config: Any, device: str) -> None:
+def refuse_features(vllm_config: VllmConfig, device: str) -> None:
     """Check that the engine is asked for nothing that TOKENSELECT cannot do.
 
     Raises:
@@ -138,11 +142,13 @@ def refuse_features(vllm_config: Any, device: str) -> None:
         )
 
 
-def _drafts_without_a_model(speculative_config: Any) -> bool:
+def _drafts_without_a_model(speculative_config: SpeculativeConfig | None) -> bool:
     return speculative_config is None or speculative_config.method in ("ngram", "suffix")
 
 
-def _without_selection_cache(vllm_config: Any, config: TokenSelectConfig) -> TokenSelectConfig:
+def _without_selection_cache(
+    vllm_config: VllmConfig, config: TokenSelectConfig
+) -> TokenSelectConfig:
     """Switch the Selection Cache off for the engine; its processes read the settings from there."""
     additional = vllm_config.additional_config
     if "similarity_threshold" in config.model_fields_set or not isinstance(additional, Mapping):
@@ -161,7 +167,7 @@ def _without_selection_cache(vllm_config: Any, config: TokenSelectConfig) -> Tok
     return TokenSelectConfig.from_mapping(settings)
 
 
-def _choose_scheduler(scheduler_config: Any) -> None:
+def _choose_scheduler(scheduler_config: SchedulerConfig) -> None:
     chosen = scheduler_config.scheduler_cls
     if chosen is None:
         name = "AsyncScheduler" if scheduler_config.async_scheduling else "Scheduler"
@@ -177,18 +183,18 @@ def _choose_scheduler(scheduler_config: Any) -> None:
         )
 
 
-def install(platform: type) -> None:
+def install(platform: type[Platform]) -> None:
     """Wrap the platform class; safe to call again. On others than ours only to refuse TOKENSELECT."""
-    device: str = platform.device_name  # type: ignore[attr-defined]
+    device: str = platform.device_name
     if device in SEAMS and SEAMS[device].require() == "patched":
         return
     if "_tokenselect_check_and_update_config" in vars(platform):
         return
-    original = platform.check_and_update_config  # type: ignore[attr-defined]
+    original = platform.check_and_update_config
 
-    def check_and_update_config(cls: type, vllm_config: Any) -> None:
+    def check_and_update_config(cls: type[Platform], vllm_config: VllmConfig) -> None:
         original(vllm_config)
         configure(vllm_config, device)
 
-    platform._tokenselect_check_and_update_config = original  # type: ignore[attr-defined]
-    platform.check_and_update_config = classmethod(check_and_update_config)  # type: ignore[attr-defined]
+    platform._tokenselect_check_and_update_config = original
+    platform.check_and_update_config = classmethod(check_and_update_config)

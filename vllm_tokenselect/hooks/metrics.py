@@ -43,6 +43,7 @@ from vllm_tokenselect.method import SettingsError
 
 if TYPE_CHECKING:
     import torch
+    from vllm.config import VllmConfig
 
 _WHY = "starts to publish the counters when warm-up and graph capture are over"
 
@@ -152,7 +153,7 @@ def serve_counters() -> None:
 _asked_to_publish = False
 
 
-def start_publishing(vllm_config: Any, device: torch.device) -> None:
+def start_publishing(vllm_config: VllmConfig, device: torch.device) -> None:
     """Start to publish what this worker counts from now on; later calls do nothing.
 
     Not before CUDA graphs are captured.

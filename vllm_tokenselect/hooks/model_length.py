@@ -11,13 +11,17 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_tokenselect.config import TokenSelectConfig
 from vllm_tokenselect.hooks.log import get_logger
 from vllm_tokenselect.hooks.registration import BACKEND_NAME, is_selected
 from vllm_tokenselect.hooks.seam import Seam
 from vllm_tokenselect.method import SettingsError
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig
+    from vllm.engine.arg_utils import EngineArgs
 
 SEAM = Seam(
     name="model_length",
@@ -30,7 +34,7 @@ SEAM = Seam(
 
 
 @contextmanager
-def longer_than_trained(engine_args: Any) -> Iterator[None]:
+def longer_than_trained(engine_args: EngineArgs) -> Iterator[None]:
     """Lift vLLM's limit while a model configuration is made, if the arguments reassign positions.
 
     Raises:
@@ -55,7 +59,7 @@ def longer_than_trained(engine_args: Any) -> Iterator[None]:
         del envs.VLLM_ALLOW_LONG_MAX_MODEL_LEN
 
 
-def check_trained_length(model_config: Any, config: TokenSelectConfig) -> None:
+def check_trained_length(model_config: ModelConfig, config: TokenSelectConfig) -> None:
     """Check that the positions that will be given lie within what the model was trained on.
 
     Raises:
@@ -103,7 +107,7 @@ def install() -> None:
     create_model_config = EngineArgs.create_model_config
 
     @functools.wraps(create_model_config)
-    def create_with_any_length(self: Any) -> Any:
+    def create_with_any_length(self: EngineArgs) -> Any:
         with longer_than_trained(self):
             return create_model_config(self)
 

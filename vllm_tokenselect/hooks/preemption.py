@@ -23,14 +23,17 @@ from vllm.v1.core.sched.request_queue import SchedulingPolicy
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.core.sched.scheduler import Scheduler as _Scheduler
     from vllm.v1.request import Request
+else:
+    _Scheduler = object  # vLLM's comes last among the bases
 
 
-class PreemptFewestComputed:
+class PreemptFewestComputed(_Scheduler):
     """The order of preemption, to be put before vLLM's scheduler among the bases of a class."""
 
-    def schedule(self: Any, *args: Any, **kwargs: Any) -> SchedulerOutput:
-        schedule = super().schedule  # type: ignore[misc]
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        schedule = super().schedule
         if self.policy != SchedulingPolicy.FCFS or not blocks_may_run_short(self):
             return schedule(*args, **kwargs)
         order = {request.request_id: index for index, request in enumerate(self.running)}

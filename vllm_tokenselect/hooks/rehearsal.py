@@ -12,9 +12,12 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from vllm_tokenselect.hooks.registration import BACKEND_NAME
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 _MODEL = {
     "architectures": ["LlamaForCausalLM"],
@@ -43,7 +46,7 @@ def import_modules(machine: str) -> None:
                     importlib.import_module(f"{package}.{module.name}")
 
 
-def configure_engine() -> Any:
+def configure_engine() -> VllmConfig:
     """Make the configuration of `vllm serve MODEL --attention-backend TOKENSELECT`."""
     from vllm.engine.arg_utils import EngineArgs
 
@@ -55,7 +58,7 @@ def configure_engine() -> Any:
         return arguments.create_engine_config()
 
 
-def choose_backend(vllm_config: Any) -> None:
+def choose_backend(vllm_config: VllmConfig) -> None:
     """Let vLLM choose the backend of a layer, and see that its classes can be made."""
     from vllm.config import set_current_vllm_config
     from vllm.v1.attention.selector import get_attn_backend

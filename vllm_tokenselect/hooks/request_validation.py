@@ -18,7 +18,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Coroutine, Mapping
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_tokenselect.config import TokenSelectConfig
 from vllm_tokenselect.hooks.registration import is_selected
@@ -26,6 +26,10 @@ from vllm_tokenselect.hooks.seam import Seam
 from vllm_tokenselect.method import FULL_ATTENTION, Method, SettingsError
 from vllm_tokenselect.misplaced import looks_like_ours
 from vllm_tokenselect.request_settings import SWITCH, requested_top_k
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.engine.input_processor import InputProcessor
 
 SEAMS = (
     Seam(
@@ -58,13 +62,13 @@ SEAMS = (
 class Engine:
     """What requests may ask of one engine."""
 
-    def __init__(self, vllm_config: Any, method: Method, device_type: str) -> None:
+    def __init__(self, vllm_config: VllmConfig, method: Method, device_type: str) -> None:
         self.vllm_config = vllm_config
         self.method = method
         self.device_type = device_type
 
     @classmethod
-    def of(cls, vllm_config: Any) -> Engine | None:
+    def of(cls, vllm_config: VllmConfig) -> Engine | None:
         """The engine of a configuration; None if it is not on TOKENSELECT."""
         if not is_selected(vllm_config.attention_config):
             return None
@@ -102,7 +106,7 @@ class Engine:
             _refuse(str(error))
 
 
-def engine_of(processor: Any) -> Engine | None:
+def engine_of(processor: InputProcessor) -> Engine | None:
     """The engine that an input processor works for; None if it is not on TOKENSELECT."""
     if "_tokenselect_engine" not in vars(processor):
         processor._tokenselect_engine = Engine.of(processor.vllm_config)
@@ -110,7 +114,7 @@ def engine_of(processor: Any) -> Engine | None:
     return engine
 
 
-def validate(processor: Any, params: Any) -> None:
+def validate(processor: InputProcessor, params: Any) -> None:
     """Check vLLM's sampling (or pooling) parameters, before `InputProcessor.process_inputs`.
 
     Raises:
@@ -195,7 +199,7 @@ def install() -> None:
 
     @functools.wraps(process_inputs)
     def validate_and_process(
-        self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
+        self: InputProcessor, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
     ) -> Any:
         validate(self, params)
         return process_inputs(self, request_id, prompt, params, *args, **kwargs)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -23,6 +23,9 @@ from vllm_tokenselect.hooks.log import get_logger
 from vllm_tokenselect.hooks.seam import Seam
 from vllm_tokenselect.hooks.transformers_rope import Inputs
 from vllm_tokenselect.method import SettingsError
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 SEAM = Seam(
     name="rotary_embedding",
@@ -95,7 +98,7 @@ class AttentionLayer(NamedTuple):
         ]
 
 
-def take_over(model: nn.Module, vllm_config: Any, device: torch.device) -> None:
+def take_over(model: nn.Module, vllm_config: VllmConfig, device: torch.device) -> None:
     """Take the rotation over from a loaded model; layers that do not reassign positions keep theirs.
 
     Raises:
@@ -120,7 +123,7 @@ def take_over(model: nn.Module, vllm_config: Any, device: torch.device) -> None:
 
 
 def _take_each(
-    model: nn.Module, vllm_config: Any, device: torch.device, layers: list[AttentionLayer]
+    model: nn.Module, vllm_config: VllmConfig, device: torch.device, layers: list[AttentionLayer]
 ) -> None:
     """Take the rotation of layers that have a rotary embedding of vLLM beside each."""
     problems: dict[str, list[str]] = {}  # what is wrong, and with which layers
@@ -174,7 +177,7 @@ def _take_each(
 
 def _take_shared(
     model: nn.Module,
-    vllm_config: Any,
+    vllm_config: VllmConfig,
     device: torch.device,
     layers: list[AttentionLayer],
     name: str,
@@ -227,7 +230,7 @@ def _unusable(embeddings: list[tuple[str, Any]]) -> str | None:
 
 
 def _run_some_tokens(
-    model: nn.Module, vllm_config: Any, device: torch.device, layers: list[AttentionLayer]
+    model: nn.Module, vllm_config: VllmConfig, device: torch.device, layers: list[AttentionLayer]
 ) -> dict[str, Inputs]:
     """Send a few tokens through the model, not compiled, as vLLM's own profiling run sends many.
 
@@ -267,7 +270,9 @@ def _run_some_tokens(
     return {name: inputs for name, inputs in attended.items() if all(x.any() for x in inputs)}
 
 
-def _earlier_stage(model: nn.Module, vllm_config: Any, device: torch.device) -> dict[str, Any]:
+def _earlier_stage(
+    model: nn.Module, vllm_config: VllmConfig, device: torch.device
+) -> dict[str, Any]:
     """What a later pipeline stage is called with as well: hidden states, here any numbers but zeros."""
     from vllm.distributed import get_pp_group
 

@@ -44,17 +44,17 @@ class WholeChunks(EncodeWholeChunks):
             seam.require()
         super().__init__(*args, **kwargs)
         self.tokenselect = TokenSelectConfig.from_additional_config(
-            self.vllm_config.additional_config  # type: ignore[attr-defined]
+            self.vllm_config.additional_config
         )
         self._check_steps()
         self._hit_limit: int | None = None
         # Where both a chunk and a block of every group end.
-        self._alignment = math.lcm(self.tokenselect.query_chunk, self.block_size)  # type: ignore[attr-defined]
+        self._alignment = math.lcm(self.tokenselect.query_chunk, self.block_size)
         self._limit_prefix_cache()
         self._make_encoder_room()
         block_hashes.install()  # in the process where requests are hashed, and before any is
 
-    def _check_steps(self: Any) -> None:
+    def _check_steps(self) -> None:
         """Check again with the block size that vLLM chose after the model was loaded."""
         aligned = self.need_mamba_block_aligned_split
         block_size = self.cache_config.block_size
@@ -68,7 +68,7 @@ class WholeChunks(EncodeWholeChunks):
             )
 
     def _limit_prefix_cache(self) -> None:
-        coordinator = self.kv_cache_manager.coordinator  # type: ignore[attr-defined]
+        coordinator = self.kv_cache_manager.coordinator
         cache_blocks = coordinator.cache_blocks
         find_longest_cache_hit = coordinator.find_longest_cache_hit
 
@@ -98,17 +98,17 @@ class WholeChunks(EncodeWholeChunks):
         return self.tokenselect.method.shareable_tokens(request.num_prompt_tokens)
 
     def _update_request_as_session(self, session: Request, update: Any) -> None:
-        super()._update_request_as_session(session, update)  # type: ignore[misc]
+        super()._update_request_as_session(session, update)
         # What was the prompt's tail and answer is now in the middle of a prompt, where others compute
         # whole chunks; and the update may bring other settings than the hashes tell.
         session._tokenselect_continued = True
 
-    def _get_local_prefix_cache_hit(self, request: Request, *args: Any) -> Any:
+    def _get_local_prefix_cache_hit(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         chunk = self.tokenselect.query_chunk
         self._hit_limit = self._shareable_tokens(request)
         try:
             while True:
-                hit = super()._get_local_prefix_cache_hit(request, *args)  # type: ignore[misc]
+                hit = super()._get_local_prefix_cache_hit(request, *args, **kwargs)
                 num_hit_tokens = hit[1]
                 if num_hit_tokens > self._hit_limit:
                     raise RuntimeError(
@@ -128,28 +128,16 @@ class WholeChunks(EncodeWholeChunks):
     def _reserve_prefill_lookahead(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int
     ) -> int:
-        num_new_tokens = super()._reserve_prefill_lookahead(  # type: ignore[misc]
+        num_new_tokens = super()._reserve_prefill_lookahead(
             request, num_computed_tokens, num_new_tokens
         )
-        return self._whole_chunks(request, num_computed_tokens, num_new_tokens)
+        return self.tokenselect.method.whole_chunks(
+            request.num_prompt_tokens, num_computed_tokens, num_new_tokens
+        )
 
-    def _whole_chunks(self, request: Request, start: int, num_new_tokens: int) -> int:
-        """As many of the tokens from `start` on as end where a step may end."""
-        end = start + num_new_tokens
-        if end >= self.tokenselect.method.tail_start(request.num_prompt_tokens):
-            return num_new_tokens
-        chunk = self.tokenselect.query_chunk
-        return max(end // chunk * chunk - start, 0)
-
-    def _next_chunk(self, request: Request, start: int) -> int:
-        """The fewest tokens from `start` on that end where a step may end."""
-        tail_start = self.tokenselect.method.tail_start(request.num_prompt_tokens)
-        chunk = self.tokenselect.query_chunk
-        return max(min((start // chunk + 1) * chunk, tail_start) - start, 1)
-
-    def _handle_blocked_waiting_request(self: Any, request: Request) -> bool:
+    def _handle_blocked_waiting_request(self, request: Request) -> bool:
         """Keep adapters to the limit: vLLM 0.32 does not count those of requests without a step."""
-        ready: bool = super()._handle_blocked_waiting_request(request)  # type: ignore[misc]
+        ready: bool = super()._handle_blocked_waiting_request(request)
         if not ready or self.lora_config is None or request.lora_request is None:
             return ready
         loras = {r.lora_request.lora_int_id for r in self.running if r.lora_request is not None}

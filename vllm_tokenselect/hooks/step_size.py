@@ -5,14 +5,20 @@ A step that cannot hold a whole chunk computes nothing of the prompt, and vLLM a
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from vllm_tokenselect.config import TokenSelectConfig
 from vllm_tokenselect.method import SettingsError
 
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
 
 def check_steps(
-    config: TokenSelectConfig, vllm_config: Any, block_size: int, steps_end_at_blocks: bool = False
+    config: TokenSelectConfig,
+    vllm_config: VllmConfig,
+    block_size: int,
+    steps_end_at_blocks: bool = False,
 ) -> None:
     """Check the options of vLLM that bound a step.
 
@@ -52,7 +58,7 @@ def check_steps(
         )
 
 
-def has_states_at_block_ends(vllm_config: Any) -> bool:
+def has_states_at_block_ends(vllm_config: VllmConfig) -> bool:
     """Whether this is a hybrid model whose states vLLM caches at the ends of blocks."""
     mode: str = vllm_config.cache_config.mamba_cache_mode
     hybrid: bool = vllm_config.model_config.is_hybrid
