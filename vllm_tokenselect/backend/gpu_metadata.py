@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadata, CommonAttentionMetadata
-from vllm.v1.kv_cache_interface import AttentionSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 
 from vllm_tokenselect.backend.gpu_attention import choose_library, serves_full_attention
 from vllm_tokenselect.backend.metadata import TokenSelectMetadataBuilder
@@ -72,8 +72,9 @@ class GpuTokenSelectMetadataBuilder(TokenSelectMetadataBuilder[GpuTokenSelectMet
 
     @classmethod
     def get_cudagraph_support(
-        cls, vllm_config: VllmConfig, kv_cache_spec: AttentionSpec
+        cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec
     ) -> AttentionCGSupport:
+        assert isinstance(kv_cache_spec, AttentionSpec)  # a builder is for layers of one kind
         config = TokenSelectConfig.from_additional_config(vllm_config.additional_config)
         dtype = vllm_config.model_config.dtype
         return GRAPHS[choose_library(config.attention, kv_cache_spec.head_size, dtype)]
