@@ -5,15 +5,35 @@ Its function comes from outside (vLLM builds its own), so that nothing here impo
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from vllm_tokenselect.gpu.attention import PAGE_TOKENS, GatherBuffer, LayerCache
 from vllm_tokenselect.gpu.rows import RowGroup
 
-VarlenFunction = Callable[..., Any]
+
+class VarlenFunction(Protocol):
+    """What is handed to `flash_attn_varlen_func` of vLLM's `vllm_flash_attn`."""
+
+    def __call__(
+        self,
+        *,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cu_seqlens_q: torch.Tensor,
+        max_seqlen_q: int,
+        seqused_k: torch.Tensor,
+        max_seqlen_k: int,
+        block_table: torch.Tensor,
+        softmax_scale: float,
+        causal: bool,
+        out: torch.Tensor,
+        num_splits: int,
+        fa_version: int,
+    ) -> Any: ...
+
 
 # What FlashAttention allocates at most for the partial outputs of the parts that it splits a row's tokens
 # into, to have work for every multiprocessor.
