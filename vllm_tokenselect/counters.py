@@ -15,13 +15,14 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache
 from multiprocessing import util
 from pathlib import Path
 
 import torch
+
+from vllm_tokenselect.device_memory import make_lasting
 
 # Rows of the sparse block table by what became of them, each counted once a layer; then the tokens
 # that their queries attended to and those in their context.
@@ -64,10 +65,7 @@ def _counters_on(device: torch.device) -> torch.Tensor:
         # Copied from the host, which waits until it is there, for whichever stream adds to it first.
         return torch.zeros(len(COUNTERS), dtype=torch.int64).to(device)
 
-    # In a thread of its own, where neither the caller's memory pool holds, which vLLM unmaps while it
-    # sleeps, nor its inference mode, outside of which the tensor could not be added to.
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(make).result()
+    return make_lasting(make)
 
 
 def make_shared_directory() -> Path:

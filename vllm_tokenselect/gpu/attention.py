@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
+from vllm_tokenselect.device_memory import make_lasting
 from vllm_tokenselect.gpu.rows import RowGroup
 from vllm_tokenselect.kernels.gather.gpu import gather_rows
 from vllm_tokenselect.kernels.rotate.rotation import Rotation
@@ -171,7 +172,8 @@ class SdpaAttention:
     def __init__(self, buffer: GatherBuffer) -> None:
         self.buffer = buffer
         self.buffer_bytes = buffer.num_bytes
-        self.position = torch.arange(buffer.keys.shape[1], device=buffer.keys.device)
+        width, device = buffer.keys.shape[1], buffer.keys.device
+        self.position = make_lasting(lambda: torch.arange(width, device=device))
 
     def takes(self, pages: torch.Tensor) -> bool:
         return True

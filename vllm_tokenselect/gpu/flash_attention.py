@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
+from vllm_tokenselect.device_memory import make_lasting
 from vllm_tokenselect.gpu.attention import PAGE_TOKENS, GatherBuffer, LayerCache
 from vllm_tokenselect.gpu.rows import RowGroup
 
@@ -135,7 +136,9 @@ class GatheredFlashAttention:
         # The buffer as a paged cache, so that lengths may lie on the device.
         self.keys = buffer.keys.unflatten(1, (-1, PAGE_TOKENS)).flatten(0, 1)
         self.values = buffer.values.unflatten(1, (-1, PAGE_TOKENS)).flatten(0, 1)
-        pages = torch.arange(len(self.keys), dtype=torch.int32, device=self.keys.device)
+        pages = make_lasting(
+            lambda: torch.arange(len(self.keys), dtype=torch.int32, device=self.keys.device)
+        )
         self.block_table = pages.view(buffer.num_lines, -1)
 
     def takes(self, pages: torch.Tensor) -> bool:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_tokenselect.device_memory import make_lasting
+
 
 @dataclass(frozen=True)
 class Rotation:
@@ -40,7 +42,13 @@ class Rotation:
             raise ValueError(
                 f"the rotary table has {len(table)} positions of {num_positions} needed"
             )
-        cos_sin = table[:num_positions].float().contiguous()
+        # A copy, which lasts when the model's own table is gone.
+        cos_sin, vote = make_lasting(lambda: cls._from_lines(table[:num_positions], n_local))
+        return cls(cos_sin, vote)
+
+    @staticmethod
+    def _from_lines(lines: torch.Tensor, n_local: int) -> tuple[torch.Tensor, torch.Tensor]:
+        cos_sin = lines.to(torch.float32, copy=True).contiguous()
         cosine, sine = cos_sin[n_local].chunk(2)
         first_cosine, first_sine = cos_sin[0].chunk(2)
         # The key at position 0 may be scaled; the inverse turn of the query has the same effect.
@@ -50,4 +58,4 @@ class Rotation:
                 sine * first_cosine - cosine * first_sine,
             ]
         )
-        return cls(cos_sin, vote)
+        return cos_sin, vote

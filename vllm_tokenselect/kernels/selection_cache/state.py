@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_tokenselect.device_memory import make_lasting
+
 SELECTS = -1  # of a row that reuses no selection, in place of where that one's candidates ended
 
 
@@ -54,7 +56,8 @@ class SelectionCacheState:
             query=empty(num_heads, head_size, dtype=dtype),
             selected=empty(selection_size),
             candidate_end=empty(),
-            owner=empty().zero_(),  # all that is read of a line that is nobody's
+            # All that is read of a line that is nobody's.
+            owner=make_lasting(lambda: empty().zero_()),
         )
 
     @property
