@@ -11,7 +11,8 @@ import torch
 
 from vllm_tokenselect.gpu.attention import GatherBuffer, LayerCache, RowAttention, SdpaAttention
 from vllm_tokenselect.gpu.flash_attention import PagedFlashAttention
-from vllm_tokenselect.gpu.rows import RowBuffers, RowGroup, StepLimits, graph_rows, step_rows
+from vllm_tokenselect.gpu.limits import StepLimits
+from vllm_tokenselect.gpu.rows import RowBuffers, RowGroup, graph_rows, step_rows
 from vllm_tokenselect.gpu.step import GpuStep
 from vllm_tokenselect.gpu.workspace import Workspace
 from vllm_tokenselect.method import Method
@@ -190,10 +191,14 @@ class TokenSelectLayer:
     def _stage(self, name: str, turn: int) -> None:
         step, scale = self._step(turn), self.data.work.shape.scale
         for group in step.groups:
-            if name == "score" and group.tiles:
-                step.score(group, self.data.query, self.cache, scale, self.workspace)
-            elif name == "vote" and group.tiles:
-                step.vote(group, self.workspace)
+            if name == "score" and group.passes:
+                step.average(group, self.data.query, self.cache, self.workspace)
+            if name in ("score", "vote"):
+                for part in group.passes:
+                    if name == "score":
+                        step.score(group, part, self.cache, scale, self.workspace)
+                    else:
+                        step.vote(group, part, self.workspace)
             elif name == "select":
                 step.build_table(group, self.cache, self.workspace)
             elif name == "attend":

@@ -78,7 +78,7 @@ class TokenSelectConfig(BaseModel):
     workspace_mb: int = Field(
         default=0,
         ge=0,
-        description="memory for scores, MiB; rows are done in groups that fit it; 0 for "
+        description="memory for scores, MiB; rows are scored in passes that fit it; 0 for "
         + " and ".join(f"{mb} on {kind}" for kind, mb in DEFAULT_WORKSPACE_MB.items()),
     )
     attention: Literal["auto", "flash", "xformers", "sdpa"] = Field(

@@ -63,7 +63,7 @@ def assert_attends(name: str, heads: tuple[int, int], method: Method, kind: str)
 @pytest.mark.parametrize("heads", [(6, 2), (2, 2)], ids=["6 heads share 2", "2 heads"])
 def test_flash_attention_gets_the_rows_of_a_captured_decoding_step(kind: str, heads):
     requests = [(30, 31, 30), (180, 181, 100), (60, 61, 10), (150, 151, 100)]
-    layer = Layer(requests, heads, workspace_bytes=4 * (heads[0] + 1) * 256 * 5)
+    layer = Layer(requests, heads, workspace_bytes=4 * 256 * (heads[0] + 5))
     layer.query = torch.cat([layer.query, layer.query])  # queries of padded requests
     layer.attention = flash(layer, kind)
     graph = Graph(layer, num_tokens=8, queries=1)

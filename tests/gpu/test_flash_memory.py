@@ -12,7 +12,8 @@ from vllm_tokenselect.gpu.flash_attention import (
     GatheredFlashAttention,
     PagedFlashAttention,
 )
-from vllm_tokenselect.gpu.rows import RowBuffers, StepLimits, graph_rows, step_rows
+from vllm_tokenselect.gpu.limits import StepLimits
+from vllm_tokenselect.gpu.rows import RowBuffers, graph_rows, step_rows
 from vllm_tokenselect.method import Method
 
 CPU = torch.device("cpu")

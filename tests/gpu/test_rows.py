@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from tests.gpu.test_step import ends_of, on_device, plan_of
 from tests.kernels_gpu.cases import DEVICE
 from tests.method.definition import CONFIG
-from vllm_tokenselect.gpu.rows import RowBuffers, StepLimits, graph_rows, step_rows
+from vllm_tokenselect.gpu.limits import StepLimits
+from vllm_tokenselect.gpu.rows import RowBuffers, graph_rows, step_rows
 from vllm_tokenselect.kernels.score.gpu import tile_rows
 from vllm_tokenselect.method import FULL_ATTENTION
 from vllm_tokenselect.plan import SelectionPlan
@@ -31,10 +32,12 @@ def requests(draw):
 def tiled_rows(group) -> list[tuple[int, int]]:
     """(request, row) of every row of every tile, and that no tile is too large."""
     rows = []
-    for tiles in group.tiles:
-        for seq, first, count in tiles.table.tolist():
-            assert count <= tiles.rows_per_tile
-            rows += [(seq, row) for row in range(first, first + count)]
+    for part in group.passes:
+        for tiles in part.tiles:
+            for seq, first, count in tiles.table.tolist():
+                assert count <= tiles.rows_per_tile
+                assert first + count <= part.last - part.first
+                rows += [(seq, part.first + row) for row in range(first, first + count)]
     return rows
 
 
@@ -49,8 +52,10 @@ def test_every_row_that_selects_is_in_one_tile_of_its_request(step, heads, log_b
         selecting = np.flatnonzero(~plan.dense[rows])
         expected = [(int(plan.row_seq[rows][row]), int(row)) for row in selecting]
         assert sorted(tiled_rows(group), key=lambda found: found[1]) == expected
-        assert all(tiles.rows_per_tile <= tile_rows(*heads) for tiles in group.tiles)
-        assert 4 * (heads[0] + 1) * group.num_rows * group.width <= limits.workspace_bytes
+        for part in group.passes:
+            assert all(tiles.rows_per_tile <= tile_rows(*heads) for tiles in part.tiles)
+            lines = group.num_rows + heads[0] * (part.last - part.first)
+            assert 4 * lines * group.width <= limits.workspace_bytes
         if len(selecting):
             widest = plan.candidate_end[rows][selecting].max() - CONFIG.n_init
             assert widest <= group.width
@@ -69,16 +74,18 @@ def test_a_padded_row_of_a_captured_step_has_no_context_and_is_in_no_tile():
     assert group.context_end.tolist() == [1501, 1401, 0, 0, 0]
     assert group.scored_end.tolist()[2:] == [CONFIG.n_init] * 3
     assert group.query_start_loc.tolist() == [0, 1, 2, 2, 2, 2]
-    assert group.tiles[0].table.tolist() == [[0, 0, 1], [1, 1, 1], [0, 0, 0], [0, 0, 0], [0, 0, 0]]
+    (part,) = group.passes
+    assert part.tiles[0].table.tolist() == [[0, 0, 1], [1, 1, 1], [0, 0, 0], [0, 0, 0], [0, 0, 0]]
 
 
 def test_the_tokens_of_a_request_share_a_tile_in_a_captured_step():
     step = [(1500, 1503, 20), (1400, 1403, 20)]
-    limits = StepLimits(CONFIG, 6, 2, MAX_LEN, 4 * 7 * 5 * 2048)  # holds five rows
+    limits = StepLimits(CONFIG, 6, 2, MAX_LEN, 4 * (6 + 6 * 4) * 2048)  # passes of four rows
     buffers = RowBuffers(6, torch.device(DEVICE))
     ends = ends_of(step)
-    groups = graph_rows(plan_of(step), ends, on_device(ends), limits, buffers, 6, 3)
-    assert [group.tiles[0].table[0].tolist() for group in groups] == [[0, 0, 3], [1, 0, 3]]
+    (group,) = graph_rows(plan_of(step), ends, on_device(ends), limits, buffers, 6, 3)
+    tables = [part.tiles[0].table[0].tolist() for part in group.passes]
+    assert tables == [[0, 0, 3], [1, 0, 3]]
 
 
 def plan_with_slots(step: list[tuple[int, int, int]], top_k: list[int]) -> SelectionPlan:

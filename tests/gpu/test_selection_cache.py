@@ -15,7 +15,8 @@ from tests.kernels_gpu.cases import DEVICE
 from tests.method.definition import CONFIG, HEAD_SIZE, SCALE, best, paged_step, turned
 from vllm_tokenselect.gpu.attention import GatherBuffer, LayerCache, RowAttention
 from vllm_tokenselect.gpu.flash_attention import GatheredFlashAttention, PagedFlashAttention
-from vllm_tokenselect.gpu.rows import RowBuffers, RowGroup, StepLimits, graph_rows, step_rows
+from vllm_tokenselect.gpu.limits import StepLimits
+from vllm_tokenselect.gpu.rows import RowBuffers, RowGroup, graph_rows, step_rows
 from vllm_tokenselect.gpu.step import GpuStep
 from vllm_tokenselect.gpu.workspace import Workspace
 from vllm_tokenselect.kernels.head_group import HeadGroup
@@ -232,7 +233,7 @@ def decode(server: Server, running: list[Running], ends: list[int], steps: int, 
 
 
 @pytest.mark.parametrize("captured", [False, True], ids=["eager", "replayed"])
-@pytest.mark.parametrize("workspace_bytes", [1 << 20, 12000], ids=["one group", "several groups"])
+@pytest.mark.parametrize("workspace_bytes", [1 << 20, 12000], ids=["one pass", "several groups"])
 def test_decoding_reuses_and_selects_as_the_definition_does(captured, workspace_bytes):
     server = Server([200, 150, 90], workspace_bytes=workspace_bytes)
     graph = Graph(server, 5) if captured else None
@@ -263,8 +264,10 @@ def test_a_row_that_reuses_a_selection_is_neither_scored_nor_voted_on_nor_select
     query = text.queries[101:102].to(DEVICE)
     server.workspace.scores.fill_(float("nan"))
     step.decide(group, query, server.cache, server.workspace)
-    step.score(group, query, server.cache, SCALE, server.workspace)
-    step.vote(group, server.workspace)
+    step.average(group, query, server.cache, server.workspace)
+    for part in group.passes:
+        step.score(group, part, server.cache, SCALE, server.workspace)
+        step.vote(group, part, server.workspace)
     step.build_table(group, server.cache, server.workspace)
     assert server.workspace.scores.isnan().all()
     assert server.workspace.lengths[0] == 0
@@ -302,7 +305,7 @@ def test_a_slot_that_is_given_away_tells_nothing_of_its_last_request():
     assert second.kinds[103] == "reselected"
 
 
-@pytest.mark.parametrize("workspace_bytes", [1 << 20, 12000], ids=["one group", "several groups"])
+@pytest.mark.parametrize("workspace_bytes", [1 << 20, 12000], ids=["one pass", "several groups"])
 def test_what_is_computed_again_after_a_preemption_is_decided_as_the_first_time(workspace_bytes):
     server = Server([200, 150], workspace_bytes=workspace_bytes)
     before, other = Running(0, 2, 1, 90), Running(1, 1, 2, 100)
@@ -350,7 +353,7 @@ def test_a_whole_prompt_with_selection_off_is_one_row_as_long_as_its_context():
 def test_a_long_context_has_few_lines_of_the_table():
     limits = StepLimits(METHOD, 28, 4, 1 << 20, 1 << 30, full_attention=True)
     assert (limits.table_width, limits.table_rows) == (1 << 20, 16)
-    assert limits.rows_that_fit(64) == 16
+    assert limits.group_rows(64) == 16
     gathered = replace(limits, full_attention=False)
     assert (gathered.table_width, gathered.table_rows) == (METHOD.max_attended, 512)
     huge = replace(limits, max_model_len=1 << 25, workspace_bytes=1 << 33)

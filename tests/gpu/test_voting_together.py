@@ -28,6 +28,6 @@ def serve(rank: int, captured: bool, workspace_bytes: int) -> None:
 
 
 @pytest.mark.parametrize("captured", [False, True], ids=["eager", "replayed"])
-@pytest.mark.parametrize("workspace_bytes", [1 << 20, 12000], ids=["one group", "several groups"])
+@pytest.mark.parametrize("workspace_bytes", [1 << 20, 12000], ids=["one pass", "several groups"])
 def test_ranks_select_what_one_process_with_all_heads_would(tmp_path, captured, workspace_bytes):
     on_ranks(tmp_path, serve, captured, workspace_bytes)

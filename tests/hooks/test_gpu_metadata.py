@@ -62,7 +62,12 @@ def addresses(built) -> list[tuple]:
         for tensor in (
             *(group.row_seq, group.query_start_loc, group.query_len, group.candidate_end),
             *(group.scored_end, group.context_end, group.table_end, group.reused_end),
-            *(group.top_k, group.slot, group.chains, *(tiles.table for tiles in group.tiles)),
+            *(
+                group.top_k,
+                group.slot,
+                group.chains,
+                *(t.table for part in group.passes for t in part.tiles),
+            ),
         )
     ]
 

@@ -21,7 +21,7 @@ from vllm_tokenselect.backend.impl import TokenSelectImpl
 from vllm_tokenselect.counters import worker_counters
 from vllm_tokenselect.gpu.attention import FP8_DTYPES, LayerCache, RowAttention
 from vllm_tokenselect.gpu.flash_attention import PagedFlashAttention
-from vllm_tokenselect.gpu.rows import StepLimits
+from vllm_tokenselect.gpu.limits import StepLimits
 from vllm_tokenselect.gpu.warmup import compile_gpu_kernels
 from vllm_tokenselect.gpu.workspace import Workspace
 from vllm_tokenselect.hooks.log import get_logger
@@ -160,7 +160,7 @@ def _shared(shape: LayerShape) -> tuple[Workspace, RowAttention]:
         "TOKENSELECT: %d MiB of workspace, scores of %d queries at a time over %d tokens, "
         "top-k by the own radix selection",
         workspace.num_bytes >> 20,
-        limits.rows_that_fit(limits.max_width),
+        limits.scored_rows,
         limits.max_model_len,
     )
     return workspace, _attention(shape, padded=False)

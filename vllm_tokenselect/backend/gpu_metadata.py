@@ -14,14 +14,23 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 from vllm_tokenselect.backend.gpu_attention import choose_library, serves_full_attention
 from vllm_tokenselect.backend.metadata import TokenSelectMetadataBuilder
 from vllm_tokenselect.config import TokenSelectConfig
-from vllm_tokenselect.gpu.rows import RowBuffers, StepLimits, graph_rows, step_rows
+from vllm_tokenselect.gpu.graph_size import count_launches, num_passes
+from vllm_tokenselect.gpu.limits import StepLimits
+from vllm_tokenselect.gpu.rows import RowBuffers, graph_rows, step_rows
 from vllm_tokenselect.gpu.step import GpuStep
+from vllm_tokenselect.hooks.graph_sizes import captured_steps, queries_per_request
+from vllm_tokenselect.hooks.log import get_logger
 
+# Of FlashAttention for a group of rows: it prepares, attends and combines.
+ATTENTION_LAUNCHES = 3
 GRAPHS = {
     "flash": AttentionCGSupport.UNIFORM_BATCH,
     "sdpa": AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE,
     "xformers": AttentionCGSupport.NEVER,  # its masks are made of lists on the host
 }
+
+
+logger = get_logger(__name__)
 
 
 @dataclass
@@ -61,14 +70,35 @@ class GpuTokenSelectMetadataBuilder(TokenSelectMetadataBuilder[GpuTokenSelectMet
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.limits = step_limits(vllm_config, self.num_heads, self.num_kv_heads)
-        speculative = vllm_config.speculative_config
-        drafts = speculative.num_speculative_tokens if speculative is not None else 0
-        self.queries_per_request = 1 + (drafts or 0)
+        self.queries_per_request = queries_per_request(vllm_config)
         capacity = max(
             vllm_config.scheduler_config.max_num_seqs * self.queries_per_request,
             vllm_config.compilation_config.max_cudagraph_capture_size or 0,
         )
         self.buffers = RowBuffers(capacity, device)
+        self._log_graphs(vllm_config, len(layer_names))
+
+    def _log_graphs(self, vllm_config: VllmConfig, num_layers: int) -> None:
+        sizes = captured_steps(vllm_config)
+        if not sizes:
+            return
+        launches = count_launches(
+            self.limits,
+            sizes[-1],
+            self.queries_per_request,
+            attention=lambda rows: ATTENTION_LAUNCHES,
+            together=self.heads is not None,
+        )
+        logger.info(
+            "TOKENSELECT: CUDA graphs of %d step sizes, the largest of %d tokens: scored in %d passes, "
+            "about %d kernels a layer, %d in %d layers",
+            len(sizes),
+            sizes[-1],
+            num_passes(self.limits, sizes[-1], self.queries_per_request),
+            launches,
+            launches * num_layers,
+            num_layers,
+        )
 
     @classmethod
     def get_cudagraph_support(

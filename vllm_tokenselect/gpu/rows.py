@@ -14,89 +14,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from vllm_tokenselect.gpu.limits import StepLimits
 from vllm_tokenselect.kernels.score.gpu import tile_rows
 from vllm_tokenselect.kernels.selection_cache.state import SELECTS
-from vllm_tokenselect.method import Method, SettingsError
+from vllm_tokenselect.method import Method
 from vllm_tokenselect.plan import SelectionPlan
 from vllm_tokenselect.requests import NO_SLOT, Int32
 
-# Rows that are selected and attended together at most: lines of the sparse block table.
-MAX_GROUP_ROWS = 512
-# Of the sparse block table; one line of it at least.
-TABLE_BYTES = 64 << 20
 # Entries of what the host sends of a row: five numbers, a tile, a chain and where its queries start (one
 # more for each group, of which there are no more than rows); and of what is found there.
 FIELDS, SENT_FIELDS, ENDS = 5, 5 + 3 + 4 + 2, 5
-# Widths of the scores are multiples of it, so that one compiled kernel fits all of them.
-WIDTH_STEP = 64
-
-
-@dataclass(frozen=True)
-class StepLimits:
-    """What the buffers of a step are cut for.
-
-    Attributes:
-        method: the settings.
-        num_heads, num_kv_heads: of a layer.
-        max_model_len: longest context.
-        workspace_bytes: for the scores and votes of a group.
-        full_attention: whether requests may ask for it, whose rows are as long as their context.
-        max_tokens: most tokens of a step, whose queries are rotated into a buffer where positions are
-            reassigned; needed there only.
-
-    Raises:
-        SettingsError: when the workspace cannot hold one query's scores over the longest context.
-    """
-
-    method: Method
-    num_heads: int
-    num_kv_heads: int
-    max_model_len: int
-    workspace_bytes: int
-    full_attention: bool = False
-    max_tokens: int = 0
-
-    def __post_init__(self) -> None:
-        if self.rows_that_fit(self.max_width) < 1:
-            needed = -(-self.row_bytes(self.max_width) // 2**20)
-            raise SettingsError(
-                f"tokenselect workspace_mb={self.workspace_bytes >> 20} cannot hold the scores of "
-                f"one query over max_model_len={self.max_model_len} tokens and {self.num_heads} "
-                f"heads. Set workspace_mb to at least {needed}, or lower --max-model-len."
-            )
-
-    @property
-    def max_width(self) -> int:
-        """Width of the scores of the row with most candidates."""
-        return self.width_of(self.max_model_len - 1 - self.method.n_local)
-
-    def width_of(self, candidate_end: int) -> int:
-        """Width of the scores of a row whose candidates end there."""
-        return -(-max(candidate_end - self.method.n_init, 0) // WIDTH_STEP) * WIDTH_STEP
-
-    @property
-    def table_width(self) -> int:
-        """Most tokens that one row attends to: the width of the sparse block table."""
-        longest = self.max_model_len if self.full_attention else 0
-        return max(self.method.max_attended, longest)
-
-    @property
-    def table_rows(self) -> int:
-        """Lines of the sparse block table."""
-        return min(max(TABLE_BYTES // (4 * self.table_width), 1), MAX_GROUP_ROWS)
-
-    def rows_that_fit(self, width: int) -> int:
-        """Rows of `width` candidates that the workspace holds."""
-        return min(self.workspace_bytes // max(self.row_bytes(width), 1), self.table_rows)
-
-    @property
-    def score_bytes(self) -> int:
-        """What the largest group needs of the workspace."""
-        return min(self.workspace_bytes, self.table_rows * self.row_bytes(self.max_width))
-
-    def row_bytes(self, width: int) -> int:
-        """Every head's scores of a row of `width` candidates, and its votes."""
-        return 4 * width * (self.num_heads + 1)
 
 
 @dataclass(frozen=True)
@@ -110,6 +37,20 @@ class Tiles:
 
     table: torch.Tensor
     rows_per_tile: int
+
+
+@dataclass(frozen=True)
+class ScorePass:
+    """Consecutive rows of a group that are scored together: their scores fit the workspace.
+
+    Attributes:
+        first, last: the rows, counted from the group's first.
+        tiles: of those of them that may select, rows counted from `first`.
+    """
+
+    first: int
+    last: int
+    tiles: tuple[Tiles, ...]
 
 
 @dataclass(frozen=True)
@@ -132,11 +73,12 @@ class RowGroup:
             a row that reuses none.
         chains: int32 [chains, 4], rows that take part in the Selection Cache: of each run of one
             request's the first row, the number of rows, their slot and its owner.
-        tiles: of the rows that may select.
+        passes: over the rows that may select; none if there is none.
         width: most candidates of a row that may select, rounded up; 0 if there is none.
         query_starts, query_lens: `query_start_loc` without its last entry and `query_len`, on the host.
         max_query_len: most queries of a row.
         max_length: most tokens that a row attends to.
+        table_width: of the sparse block table.
 
     Every layer writes `scored_end`, `table_end` and `reused_end` of the rows of chains anew.
     """
@@ -153,12 +95,13 @@ class RowGroup:
     table_end: torch.Tensor
     reused_end: torch.Tensor
     chains: torch.Tensor
-    tiles: tuple[Tiles, ...]
+    passes: tuple[ScorePass, ...]
     width: int
     query_starts: Int32
     query_lens: Int32
     max_query_len: int
     max_length: int
+    table_width: int
 
     @property
     def num_rows(self) -> int:
@@ -186,7 +129,7 @@ def step_rows(
     device_seq_lens: torch.Tensor,
     limits: StepLimits,
 ) -> list[RowGroup]:
-    """Groups of a step, cut so that their scores fit the workspace.
+    """Groups of a step, cut so that their votes and the scores of a pass fit the workspace.
 
     Args:
         plan: rows of the step in order of their queries.
@@ -199,15 +142,19 @@ def step_rows(
     sent.write_rows(plan, seq_lens)
     groups: list[_GroupSizes] = []
     for first, last in _cut_groups(plan, limits):
-        runs = _tile_runs(plan, first, last, most_rows)
-        # A tile of one row is padded to a small product, any other to a full one: two compiled
-        # kernels serve every step.
-        single, shared = runs[runs[:, 2] == 1], runs[runs[:, 2] > 1]
-        sent.tiles[first : first + len(runs)] = np.concatenate([single, shared])
-        sizes = [(len(t), size) for t, size in ((single, 1), (shared, most_rows)) if len(t)]
+        width = _width(plan, first, last, limits)
+        passes = []
+        for start, end in _cut_passes(first, last, limits.pass_rows(last - first, width)):
+            found = _tile_runs(plan, start, end, most_rows)
+            # A tile of one row is padded to a small product, any other to a full one: two compiled
+            # kernels serve every step.
+            single, shared = found[found[:, 2] == 1], found[found[:, 2] > 1]
+            sent.tiles[start : start + len(found)] = np.concatenate([single, shared])
+            classes = [(len(t), size) for t, size in ((single, 1), (shared, most_rows)) if len(t)]
+            if classes:
+                passes.append(_PassSizes(start, end, classes))
         chains = sent.write_chains(plan, first, last)
         longest = _max_length(plan, first, last, limits)
-        width = _width(plan, first, last, limits)
         max_query_len = int(plan.query_len[first:last].max())
         queries = slice(
             int(plan.query_start[first]),
@@ -216,7 +163,8 @@ def step_rows(
         starts = sent.write_starts(plan, first, last, queries, len(groups))
         groups.append(
             _GroupSizes(
-                *(first, last, queries, starts, sizes, chains, width, max_query_len, longest)
+                *(first, last, queries, starts, passes, chains),
+                *(width, max_query_len, longest, limits.table_width),
             )
         )
     buffers = RowBuffers(plan.num_rows, device_seq_lens.device)
@@ -236,8 +184,8 @@ def graph_rows(
     """Groups of a step that a CUDA graph may replay.
 
     Shapes and addresses depend on `num_tokens` and `queries_per_request` alone: there is a row for
-    every token, padded ones behind those that the plan has, and groups are cut for the longest
-    context that the model may have.
+    every token, padded ones behind those that the plan has, and groups and passes are cut for the
+    longest context that the model may have.
 
     Args:
         buffers: persistent, for at least `num_tokens` rows.
@@ -245,18 +193,15 @@ def graph_rows(
         queries_per_request: most tokens of a request.
     """
     most_rows = min(queries_per_request, tile_rows(limits.num_heads, limits.num_kv_heads))
-    rows_per_group = limits.rows_that_fit(limits.max_width)
-    # The rows of a request share a tile: they stay together where that is possible.
-    if rows_per_group > queries_per_request:
-        rows_per_group -= rows_per_group % queries_per_request
     sent = _Sent(num_tokens)
     sent.write_rows(plan, seq_lens)
     groups: list[_GroupSizes] = []
-    for first in range(0, num_tokens, rows_per_group):
-        last = min(first + rows_per_group, num_tokens)
-        runs = _tile_runs(plan, first, min(last, plan.num_rows), most_rows)
-        sent.tiles[first : first + len(runs)] = runs
-        sizes = [(last - first, most_rows)] if limits.max_width else []
+    for first, last, cut in cut_for_graph(limits, num_tokens, queries_per_request):
+        passes = []
+        for start, end in cut:
+            found = _tile_runs(plan, start, min(end, plan.num_rows), most_rows)
+            sent.tiles[start : start + len(found)] = found
+            passes.append(_PassSizes(start, end, [(end - start, most_rows)]))
         sent.write_chains(plan, first, min(last, plan.num_rows))
         chains = last - first if limits.method.reuses_selections else 0
         # A row has a query at least: those of row `r` are not before query `r`.
@@ -264,12 +209,36 @@ def graph_rows(
         starts = sent.write_starts(plan, first, last, queries, len(groups))
         groups.append(
             _GroupSizes(
-                *(first, last, queries, starts, sizes, chains),
-                *(limits.max_width, queries_per_request, limits.table_width),
+                *(first, last, queries, starts, passes, chains),
+                *(limits.max_width, queries_per_request, limits.table_width, limits.table_width),
             )
         )
     device = sent.send(buffers, device_seq_lens, limits.method)
     return [device.group(sent, group) for group in groups]
+
+
+def cut_for_graph(
+    limits: StepLimits, num_tokens: int, queries_per_request: int
+) -> list[tuple[int, int, list[tuple[int, int]]]]:
+    """Groups of a step that a CUDA graph may replay: first row, last row, and those of each pass."""
+    width = limits.max_width
+    rows = _whole_requests(limits.group_rows(width), queries_per_request)
+    groups = []
+    for first in range(0, num_tokens, rows):
+        last = min(first + rows, num_tokens)
+        pass_rows = _whole_requests(limits.pass_rows(last - first, width), queries_per_request)
+        groups.append((first, last, _cut_passes(first, last, pass_rows) if width else []))
+    return groups
+
+
+def _whole_requests(rows: int, queries_per_request: int) -> int:
+    """So many rows at most: those of a request share a tile, and stay together where possible."""
+    return rows - rows % queries_per_request if rows > queries_per_request else rows
+
+
+def _cut_passes(first: int, last: int, rows: int) -> list[tuple[int, int]]:
+    """First and last row of each pass."""
+    return [(start, min(start + rows, last)) for start in range(first, last, rows)]
 
 
 def _field_size(num_rows: int) -> int:
@@ -289,13 +258,25 @@ def _split(sent: Any, size: int) -> tuple[Any, Any, Any, Any]:
 
 
 @dataclass(frozen=True)
+class _PassSizes:
+    """What the host decides of a pass: the step's rows [first, last), and see `ScorePass`.
+
+    Attributes:
+        tiles: number of tiles and most rows of a tile, of each class.
+    """
+
+    first: int
+    last: int
+    tiles: list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
 class _GroupSizes:
     """What the host decides of a group: rows [first, last), and see `RowGroup`.
 
     Attributes:
         queries: as `RowGroup.queries`.
         starts: first entry of its `query_start_loc`.
-        tiles: number of tiles and most rows of a tile, of each class.
         chains: number of chains.
     """
 
@@ -303,11 +284,12 @@ class _GroupSizes:
     last: int
     queries: slice
     starts: int
-    tiles: list[tuple[int, int]]
+    passes: list[_PassSizes]
     chains: int
     width: int
     max_query_len: int
     max_length: int
+    table_width: int
 
 
 class _Sent:
@@ -381,10 +363,6 @@ class _OnDevice:
 
     def group(self, sent: _Sent, sizes: _GroupSizes) -> RowGroup:
         first, last = sizes.first, sizes.last
-        tiles, start = [], first
-        for count, rows_per_tile in sizes.tiles:
-            tiles.append(Tiles(self.tiles[start : start + count], rows_per_tile))
-            start += count
         row_seq, query_len, _, top_k, slot = self.rows
         starts = slice(sizes.starts, sizes.starts + last - first + 1)
         candidate_end, context_end, scored_end, table_end, reused_end = self.ends[:, first:last]
@@ -401,25 +379,33 @@ class _OnDevice:
             table_end=table_end,
             reused_end=reused_end,
             chains=self.chains[first : first + sizes.chains],
-            tiles=tuple(tiles),
+            passes=tuple(self._score_pass(part, first) for part in sizes.passes),
             width=sizes.width,
             query_starts=sent.starts[starts][:-1],
             query_lens=sent.query_len[first:last],
             max_query_len=sizes.max_query_len,
             max_length=sizes.max_length,
+            table_width=sizes.table_width,
         )
+
+    def _score_pass(self, sizes: _PassSizes, group_first: int) -> ScorePass:
+        tiles, start = [], sizes.first
+        for count, rows_per_tile in sizes.tiles:
+            tiles.append(Tiles(self.tiles[start : start + count], rows_per_tile))
+            start += count
+        return ScorePass(sizes.first - group_first, sizes.last - group_first, tuple(tiles))
 
 
 def _cut_groups(plan: SelectionPlan, limits: StepLimits) -> list[tuple[int, int]]:
     """First and last row of each group."""
-    if plan.num_rows <= limits.rows_that_fit(_width(plan, 0, plan.num_rows, limits)):
+    if plan.num_rows <= limits.group_rows(_width(plan, 0, plan.num_rows, limits)):
         return [(0, plan.num_rows)] if plan.num_rows else []
     groups: list[tuple[int, int]] = []
     first, widest = 0, 0
     for row in range(plan.num_rows):
         width = 0 if plan.dense[row] else limits.width_of(int(plan.candidate_end[row]))
         widest = max(widest, width)
-        if row > first and row - first + 1 > limits.rows_that_fit(widest):
+        if row > first and row - first + 1 > limits.group_rows(widest):
             groups.append((first, row))
             first, widest = row, width
     groups.append((first, plan.num_rows))

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from vllm_tokenselect.gpu.attention import LayerCache, RowAttention
-from vllm_tokenselect.gpu.rows import RowGroup
+from vllm_tokenselect.gpu.rows import RowGroup, ScorePass
 from vllm_tokenselect.gpu.workspace import Workspace
 from vllm_tokenselect.kernels.block_table.gpu import build_sparse_block_table
 from vllm_tokenselect.kernels.mean_query.gpu import mean_queries
@@ -57,9 +57,11 @@ class GpuStep:
             # A group is handed its own queries: what libraries allocate grows with how many they get.
             own, own_out = query[group.queries], out[group.queries]
             self.decide(group, own, cache, workspace)
-            if group.tiles:
-                self.score(group, own, cache, scale, workspace)
-                self.vote(group, workspace)
+            if group.passes:
+                self.average(group, own, cache, workspace)
+            for part in group.passes:
+                self.score(group, part, cache, scale, workspace)
+                self.vote(group, part, workspace)
             self.build_table(group, cache, workspace)
             self.finish(group, cache, workspace)
             self.attend(group, own, cache, scale, workspace, attention, own_out)
@@ -93,20 +95,26 @@ class GpuStep:
             group.reused_end,
         )
 
+    def average(
+        self, group: RowGroup, query: torch.Tensor, cache: LayerCache, workspace: Workspace
+    ) -> None:
+        """Fill in the mean query of every row of the group."""
+        means = workspace.mean_queries[: group.num_rows]
+        mean_queries(query, group.query_start_loc[:-1], group.query_len, means)
+        if cache.rotation is not None:
+            rotate_means(means, cache.rotation.vote)
+
     def score(
         self,
         group: RowGroup,
-        query: torch.Tensor,
+        part: ScorePass,
         cache: LayerCache,
         scale: float,
         workspace: Workspace,
     ) -> None:
-        """Score the candidates of the group's rows with their mean queries."""
-        buffers = workspace.for_scores(group)
-        mean_queries(query, group.query_start_loc[:-1], group.query_len, buffers.mean_queries)
-        if cache.rotation is not None:
-            rotate_means(buffers.mean_queries, cache.rotation.vote)
-        for tiles in group.tiles:
+        """Score the candidates of the rows of a pass with their mean queries."""
+        buffers = workspace.for_scores(group, part)
+        for tiles in part.tiles:
             score_paged_keys(
                 buffers.mean_queries,
                 cache.pages,
@@ -114,7 +122,7 @@ class GpuStep:
                 tiles.table,
                 tiles.rows_per_tile,
                 workspace.limits.method.n_init,
-                group.scored_end,
+                group.scored_end[part.first : part.last],
                 scale,
                 cache.key_scale,
                 buffers.logits,
@@ -122,23 +130,26 @@ class GpuStep:
                 buffers.sums,
             )
 
-    def vote(self, group: RowGroup, workspace: Workspace) -> None:
-        """Turn the group's scores into votes, of all processes that vote together."""
-        buffers = workspace.for_scores(group)
+    def vote(self, group: RowGroup, part: ScorePass, workspace: Workspace) -> None:
+        """Turn the scores of a pass into votes."""
+        buffers = workspace.for_scores(group, part)
+        ends = group.scored_end[part.first : part.last]
         start = workspace.limits.method.n_init
-        scores = Scores(buffers.logits, buffers.maxima, buffers.sums, start, group.scored_end)
-        soft_vote(scores, buffers.votes)
-        if workspace.heads is not None:
-            # Behind a row's candidates lies what was there before, and stays unread when summed.
-            votes = workspace.heads.sum_votes(buffers.votes)
-            if votes.data_ptr() != buffers.votes.data_ptr():
-                buffers.votes.copy_(votes)
+        soft_vote(Scores(buffers.logits, buffers.maxima, buffers.sums, start, ends), buffers.votes)
+
+    def _votes(self, group: RowGroup, workspace: Workspace) -> torch.Tensor | None:
+        """The group's votes, of all processes that vote together; None where no row may select."""
+        if not group.passes:
+            return None
+        votes = workspace.votes(group)
+        # Behind a row's candidates lies what was there before, and stays unread when summed.
+        return votes if workspace.heads is None else workspace.heads.sum_votes(votes)
 
     def build_table(self, group: RowGroup, cache: LayerCache, workspace: Workspace) -> None:
         """Fill the workspace's sparse block table, but for rows that reuse a selection."""
         method = workspace.limits.method
         build_sparse_block_table(
-            workspace.for_scores(group).votes if group.tiles else None,
+            self._votes(group, workspace),
             self.block_table,
             group.row_seq,
             method.n_init,
@@ -146,7 +157,7 @@ class GpuStep:
             group.scored_end,
             group.table_end,
             cache.pages.shape[3],
-            workspace.slots[: group.num_rows],
+            workspace.slots(group),
             workspace.lengths[: group.num_rows],
             workspace.table_scratch,
         )
@@ -167,7 +178,7 @@ class GpuStep:
             group.reused_end,
             cache.pages.shape[3],
             cache.selections,
-            workspace.slots[: group.num_rows],
+            workspace.slots(group),
             workspace.lengths[: group.num_rows],
             workspace.counters,
         )
@@ -183,7 +194,7 @@ class GpuStep:
         out: torch.Tensor,
     ) -> None:
         """Attend to what the workspace's sparse block table names."""
-        slots, lengths = workspace.slots[: group.num_rows], workspace.lengths[: group.num_rows]
+        slots, lengths = workspace.slots(group), workspace.lengths[: group.num_rows]
         if cache.rotation is not None:
             # `view_as` refuses a step that is longer than the buffer.
             rotated = workspace.rotated_queries[: len(query)].view_as(query)

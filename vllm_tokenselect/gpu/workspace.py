@@ -6,15 +6,17 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_tokenselect.gpu.rows import RowGroup, StepLimits
+from vllm_tokenselect.device_memory import make_lasting
+from vllm_tokenselect.gpu.limits import MAX_GROUP_ROWS, StepLimits
+from vllm_tokenselect.gpu.rows import RowGroup, ScorePass
 from vllm_tokenselect.kernels.block_table.gpu import TableScratch
 from vllm_tokenselect.kernels.head_group import HeadGroup
-from vllm_tokenselect.kernels.score.gpu import MAX_SPLITS, choose_splits
+from vllm_tokenselect.kernels.score.gpu import NUM_PARTS
 
 
 @dataclass(frozen=True)
 class ScoreBuffers:
-    """Views of the workspace for one group of rows; see `score_paged_keys` and `soft_vote`."""
+    """Views of the workspace for one pass over rows; see `score_paged_keys` and `soft_vote`."""
 
     mean_queries: torch.Tensor
     logits: torch.Tensor
@@ -27,7 +29,7 @@ class Workspace:
     """Allocated once, before a server measures what memory is left for the KV cache.
 
     Args:
-        limits: of the steps.
+        limits: of the steps; those of steps for shorter contexts will do as well.
         head_size: of a layer.
         device: where the buffers lie.
         counters: int64 [5] on the device, added to by every layer: rows that selected, reused a
@@ -37,10 +39,9 @@ class Workspace:
         heads: the processes whose heads vote together; None where a process votes for itself.
 
     Attributes:
-        slots: int32 [table_rows, table_width], the sparse block table of a group.
-        lengths: int32 [table_rows], entries of each row.
+        lengths: int32 [MAX_GROUP_ROWS], entries of each row of the sparse block table.
         rotated_queries: [max_tokens, Hq, D]; of no tokens where positions are the model's own.
-        row_numbers: int32 [table_rows], 0, 1, 2 ...
+        row_numbers: int32 [MAX_GROUP_ROWS], 0, 1, 2 ...
     """
 
     def __init__(
@@ -57,15 +58,17 @@ class Workspace:
 
         self.limits = limits
         self.heads = heads
-        rows, num_heads = limits.table_rows, limits.num_heads
-        self.slots = empty(rows, limits.table_width, dtype=torch.int32)
+        rows, num_heads = MAX_GROUP_ROWS, limits.num_heads
+        self.table = empty(limits.table_entries, dtype=torch.int32)
         self.lengths = empty(rows, dtype=torch.int32)
         self.mean_queries = empty(rows, num_heads, head_size)
-        self.parts = empty(2, rows * num_heads * MAX_SPLITS)
+        self.parts = empty(2, rows, num_heads, NUM_PARTS)
         self.scores = empty(limits.score_bytes // 4)
         tokens = limits.max_tokens if limits.method.reassigns_positions else 0
         self.rotated_queries = empty(tokens, num_heads, head_size, dtype=dtype)
-        self.row_numbers = torch.arange(rows, dtype=torch.int32, device=device)
+        self.row_numbers = make_lasting(
+            lambda: torch.arange(rows, dtype=torch.int32, device=device)
+        )
         self.table_scratch = TableScratch(rows, device)
         if counters is None:
             counters = torch.zeros(5, dtype=torch.int64, device=device)
@@ -74,22 +77,28 @@ class Workspace:
     @property
     def num_bytes(self) -> int:
         tensors = (
-            *(self.slots, self.lengths, self.mean_queries, self.parts, self.scores),
+            *(self.table, self.lengths, self.mean_queries, self.parts, self.scores),
             *(self.rotated_queries, self.row_numbers),
         )
         return sum(t.nbytes for t in tensors) + self.table_scratch.num_bytes
 
-    def for_scores(self, group: RowGroup) -> ScoreBuffers:
-        """Views for the scores of a group that has candidates."""
-        rows, heads, width = group.num_rows, self.limits.num_heads, group.width
-        most_tiles = max(len(tiles.table) for tiles in group.tiles)
-        splits = choose_splits(most_tiles, self.limits.num_kv_heads, width)
-        num_scores = rows * heads * width
-        parts = self.parts[:, : rows * heads * splits].view(2, rows, heads, splits)
+    def slots(self, group: RowGroup) -> torch.Tensor:
+        """The group's sparse block table, int32 [R, width]."""
+        entries = group.num_rows * group.table_width
+        return self.table[:entries].view(group.num_rows, group.table_width)
+
+    def votes(self, group: RowGroup) -> torch.Tensor:
+        """The group's votes, fp32 [R, N]: before the scores of its passes."""
+        return self.scores[: group.num_rows * group.width].view(group.num_rows, group.width)
+
+    def for_scores(self, group: RowGroup, part: ScorePass) -> ScoreBuffers:
+        """Views for the scores of a pass of a group that has candidates."""
+        rows, heads, width = part.last - part.first, self.limits.num_heads, group.width
+        scores = self.scores[group.num_rows * width :][: rows * heads * width]
         return ScoreBuffers(
-            mean_queries=self.mean_queries[:rows],
-            logits=self.scores[:num_scores].view(rows, heads, width),
-            maxima=parts[0],
-            sums=parts[1],
-            votes=self.scores[num_scores : num_scores + rows * width].view(rows, width),
+            mean_queries=self.mean_queries[part.first : part.last],
+            logits=scores.view(rows, heads, width),
+            maxima=self.parts[0, :rows],
+            sums=self.parts[1, :rows],
+            votes=self.votes(group)[part.first : part.last],
         )

@@ -6,7 +6,8 @@ dense_layers        the first layers left on vLLM's own backend, where the setti
 model_length        a longer --max-model-len than trained, where positions are reassigned
 rotary_embedding    the rotation of queries and keys taken over from the model, likewise;
                     transformers_rope is its part for models in transformers' own code
-engine_config       settings checked at start, the scheduler put in place
+engine_config       settings checked at start, the scheduler put in place;
+                    graph_sizes is its part for CUDA graphs
 request_validation  a request's own settings checked when it arrives
 scheduler           whole query chunks, prefix-cache limits, whom to preempt
 block_hashes        what other settings computed kept apart in the prefix cache

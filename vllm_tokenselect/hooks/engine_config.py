@@ -18,6 +18,7 @@ from vllm_tokenselect.config import (
 )
 from vllm_tokenselect.hooks import (
     dense_layers,
+    graph_sizes,
     metrics,
     model_length,
     request_validation,
@@ -100,6 +101,8 @@ def configure(vllm_config: VllmConfig, device: str) -> None:
     _choose_scheduler(scheduler)
     metrics.serve_counters()
     request_validation.install()
+    if device == "cuda":
+        graph_sizes.limit_engine(vllm_config)
     if device == "cpu":
         # A worker starts bound to one core, and numba, which vLLM's model runner imports, would count
         # one. Inherited by the workers; each then takes as many threads as its PyTorch has.
@@ -129,6 +132,8 @@ def refuse_features(vllm_config: VllmConfig, device: str) -> None:
         and device == "cpu"
         and model is not None
         and model.enforce_eager,
+        # The halves of a step would be handed the same slots.
+        "dual-batch overlap and microbatches (--enable-dbo, --ubatch-size)": parallel.use_ubatching,
         "decode context parallelism": parallel.decode_context_parallel_size > 1,
         "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
         "pooling models (--runner pooling)": model is not None and model.runner_type == "pooling",

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from vllm_tokenselect.gpu.attention import GatherBuffer
-from vllm_tokenselect.gpu.rows import StepLimits
+from vllm_tokenselect.gpu.limits import StepLimits
 from vllm_tokenselect.gpu.workspace import Workspace
 from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
 from vllm_tokenselect.sizing.layouts import Layout, Stage
@@ -144,7 +144,7 @@ def _buffers(
 ) -> Buffers:
     limits = step_limits(server, rank)
     workspace = Workspace(limits, rank.head_size, META, dtype=server.dtype)
-    table = workspace.slots.nbytes + workspace.lengths.nbytes + workspace.table_scratch.num_bytes
+    table = workspace.table.nbytes + workspace.lengths.nbytes + workspace.table_scratch.num_bytes
     return Buffers(
         weights=_weights(model, server, layout, stage),
         selection_cache=_selection_cache(server, layout, stage, rank),

@@ -126,7 +126,7 @@ def settings_table(plan: LayoutPlan, variants: Sequence[tuple[str, LayoutPlan | 
             show_bytes(buffers.total - buffers.weights),
             show_bytes(buffers.selection_cache),
             show_bytes(buffers.workspace),
-            str(limits.rows_that_fit(limits.max_width)),
+            str(limits.scored_rows),
             show_bytes(buffers.sparse_block_table + buffers.block_tables),
             show_bytes(buffers.gather_buffer),
             str(changed.contexts)

@@ -1,0 +1,52 @@
+"""Which decoding steps vLLM captures as CUDA graphs."""
+
+import logging
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from vllm.config import CUDAGraphMode
+
+from vllm_tokenselect.gpu.limits import StepLimits
+from vllm_tokenselect.hooks import engine_config, graph_sizes
+from vllm_tokenselect.method import Method, SettingsError
+
+SIZES = [1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)]
+
+
+@pytest.fixture
+def config(make_vllm_config):
+    config = make_vllm_config()
+    config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
+    config.compilation_config.cudagraph_capture_sizes = list(SIZES)
+    config.compilation_config.max_cudagraph_capture_size = 512
+    config.scheduler_config.max_num_seqs = 256
+    return config
+
+
+def limits(max_model_len: int) -> StepLimits:
+    return StepLimits(Method(), 32, 8, max_model_len, 512 << 20, full_attention=True)
+
+
+def test_large_steps_of_a_server_of_a_million_tokens_are_not_captured(config, caplog):
+    logging.getLogger("vllm").propagate = True
+    with caplog.at_level(logging.WARNING):
+        graph_sizes.limit_captured_sizes(config, limits(1 << 20))
+    sizes = config.compilation_config.cudagraph_capture_sizes
+    assert 32 <= max(sizes) == config.compilation_config.max_cudagraph_capture_size < 64
+    assert sizes == [size for size in SIZES if size <= max(sizes)]
+    assert "set workspace_mb to" in caplog.text
+    assert graph_sizes.captured_steps(config) == sizes
+
+
+def test_what_is_captured_on_a_server_of_shorter_contexts_stays(config):
+    graph_sizes.limit_captured_sizes(config, limits(1 << 15))
+    assert config.compilation_config.cudagraph_capture_sizes == SIZES
+    assert max(graph_sizes.captured_steps(config)) == 256, "no step has more tokens than requests"
+
+
+def test_microbatches_are_refused_by_their_options(config):
+    config.parallel_config.enable_dbo = True
+    with pytest.raises(SettingsError, match="--enable-dbo, --ubatch-size"):
+        engine_config.refuse_features(config, "cuda")

@@ -1,0 +1,112 @@
+"""What the buffers of a GPU's steps are cut for, and how many rows fit them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vllm_tokenselect.method import Method, SettingsError
+
+# Rows that are built and attended together at most: lines of the sparse block table.
+MAX_GROUP_ROWS = 512
+# Of the sparse block table; one line of it at least.
+TABLE_BYTES = 64 << 20
+# Passes of scoring that a group of rows is cut into at most. Votes are kept for a whole group, scores
+# of every head for a pass: more passes make larger groups and smaller passes.
+GROUP_PASSES = 8
+# Passes of a CUDA graph's largest step: with more, its nodes take longer than their work.
+GRAPH_PASSES = 16
+# Widths of the scores are multiples of it, so that one compiled kernel fits all of them.
+WIDTH_STEP = 64
+
+
+@dataclass(frozen=True)
+class StepLimits:
+    """What the buffers of a step are cut for.
+
+    Buffers that were cut for a longest context hold every step that is cut for a shorter one.
+
+    Attributes:
+        method: the settings.
+        num_heads, num_kv_heads: of a layer.
+        max_model_len: longest context.
+        workspace_bytes: for the votes of a group and the scores of one of its passes.
+        full_attention: whether requests may ask for it, whose rows are as long as their context.
+        max_tokens: most tokens of a step, whose queries are rotated into a buffer where positions are
+            reassigned; needed there only.
+
+    Raises:
+        SettingsError: when the workspace cannot hold one query's scores over the longest context.
+    """
+
+    method: Method
+    num_heads: int
+    num_kv_heads: int
+    max_model_len: int
+    workspace_bytes: int
+    full_attention: bool = False
+    max_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        if self.workspace_bytes < self.row_bytes(self.max_width):
+            needed = -(-self.row_bytes(self.max_width) // 2**20)
+            raise SettingsError(
+                f"tokenselect workspace_mb={self.workspace_bytes >> 20} cannot hold the scores of "
+                f"one query over max_model_len={self.max_model_len} tokens and {self.num_heads} "
+                f"heads. Set workspace_mb to at least {needed}, or lower --max-model-len."
+            )
+
+    @property
+    def max_width(self) -> int:
+        """Width of the scores of the row with most candidates."""
+        return self.width_of(self.max_model_len - 1 - self.method.n_local)
+
+    def width_of(self, candidate_end: int) -> int:
+        """Width of the scores of a row whose candidates end there."""
+        return -(-max(candidate_end - self.method.n_init, 0) // WIDTH_STEP) * WIDTH_STEP
+
+    @property
+    def table_width(self) -> int:
+        """Most tokens that one row attends to: the width of the sparse block table."""
+        longest = self.max_model_len if self.full_attention else 0
+        return max(self.method.max_attended, longest)
+
+    @property
+    def table_rows(self) -> int:
+        """Lines of the sparse block table."""
+        return min(max(TABLE_BYTES // (4 * self.table_width), 1), MAX_GROUP_ROWS)
+
+    @property
+    def table_entries(self) -> int:
+        """Entries of the sparse block table's buffer; shorter contexts have more lines."""
+        line = self.table_width
+        return max(min(TABLE_BYTES // 4, MAX_GROUP_ROWS * line), line)
+
+    def group_rows(self, width: int) -> int:
+        """Most rows of a group whose rows have up to `width` candidates."""
+        lines = self._lines(width)
+        rows = GROUP_PASSES * (lines // (self.num_heads + GROUP_PASSES))
+        # A workspace that is small for the context leaves a pass one row.
+        return min(rows or lines - self.num_heads, self.table_rows)
+
+    def pass_rows(self, num_rows: int, width: int) -> int:
+        """Most rows of a pass of a group of `num_rows`, whose votes are kept besides."""
+        return min((self._lines(width) - num_rows) // self.num_heads, num_rows)
+
+    @property
+    def scored_rows(self) -> int:
+        """Rows of a pass of the largest group whose contexts are the longest."""
+        return self.pass_rows(self.group_rows(self.max_width), self.max_width)
+
+    @property
+    def score_bytes(self) -> int:
+        """What the largest group needs of the workspace."""
+        return min(self.workspace_bytes, MAX_GROUP_ROWS * self.row_bytes(self.max_width))
+
+    def row_bytes(self, width: int) -> int:
+        """Every head's scores of a row of `width` candidates, and its votes."""
+        return 4 * width * (self.num_heads + 1)
+
+    def _lines(self, width: int) -> int:
+        """Lines of `width` scores or votes that the workspace holds."""
+        # Without candidates there is nothing to hold.
+        return self.score_bytes // (4 * width) if width else MAX_GROUP_ROWS * (self.num_heads + 1)

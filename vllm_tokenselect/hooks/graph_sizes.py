@@ -1,0 +1,74 @@
+"""How large a decoding step vLLM may capture as a CUDA graph.
+
+A captured step is cut for the longest context that the model may have. On a server of long contexts a
+large one would have thousands of kernels, whatever the contexts are; without a graph it is cut for the
+contexts that it has.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm_tokenselect.gpu.graph_size import fits_a_graph, workspace_for
+from vllm_tokenselect.gpu.limits import StepLimits
+from vllm_tokenselect.hooks.log import get_logger
+
+
+def queries_per_request(vllm_config: Any) -> int:
+    """Most tokens of a request in a decoding step."""
+    speculative = vllm_config.speculative_config
+    return 1 + ((speculative.num_speculative_tokens or 0) if speculative is not None else 0)
+
+
+def captured_steps(vllm_config: Any) -> list[int]:
+    """Tokens of each decoding step that vLLM captures as a whole; none without full graphs."""
+    compilation = vllm_config.compilation_config
+    mode = compilation.cudagraph_mode
+    if mode is None or not mode.has_full_cudagraphs():
+        return []
+    most = vllm_config.scheduler_config.max_num_seqs * queries_per_request(vllm_config)
+    return [size for size in compilation.cudagraph_capture_sizes or () if size <= most]
+
+
+def limit_engine(vllm_config: Any) -> None:
+    """As `limit_captured_sizes`, with the limits of the model's layers on one rank.
+
+    Raises:
+        SettingsError: when the setting `workspace_mb` is too small for the longest context.
+    """
+    from vllm_tokenselect.backend.gpu_metadata import step_limits
+
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    heads = model.get_num_attention_heads(parallel), model.get_num_kv_heads(parallel)
+    limit_captured_sizes(vllm_config, step_limits(vllm_config, *heads))
+
+
+def limit_captured_sizes(vllm_config: Any, limits: StepLimits) -> None:
+    """Leave out the sizes of steps that are faster without a CUDA graph, and say so.
+
+    Args:
+        vllm_config: with its sizes chosen; changed.
+        limits: of a layer's steps.
+    """
+    queries = queries_per_request(vllm_config)
+    steps = captured_steps(vllm_config)
+    kept = [size for size in steps if fits_a_graph(limits, size, queries)]
+    if len(kept) == len(steps):
+        return
+    compilation = vllm_config.compilation_config
+    largest = max(kept, default=0)
+    sizes = [size for size in compilation.cudagraph_capture_sizes if size <= largest]
+    compilation.cudagraph_capture_sizes = sizes
+    compilation.max_cudagraph_capture_size = largest
+    get_logger(__name__).warning(
+        "TOKENSELECT: steps of more than %d tokens run without CUDA graphs: for up to %d tokens of "
+        "context, workspace_mb=%d holds the scores of %d queries of %d heads at a time. For graphs of up "
+        "to %d tokens set workspace_mb to %d, or lower --max-model-len or --max-num-seqs.",
+        largest,
+        limits.max_model_len,
+        limits.workspace_bytes >> 20,
+        limits.scored_rows,
+        limits.num_heads,
+        steps[-1],
+        -(-workspace_for(limits, steps[-1]) // 2**20),
+    )
