@@ -72,9 +72,8 @@ def check_scores(shape: Shape, dtype: torch.dtype, rows: int) -> tuple[float, fl
     query = query.to(torch.bfloat16).float()  # so that the rounding of queries is not compared
     ends = torch.arange(CONTEXT - rows, CONTEXT, dtype=torch.int32, device=DEVICE)
     key_scale = torch.tensor([0.7], device=DEVICE) if dtype in FP8.values() else None
-    splits = score_gpu.choose_splits(len(tiles), shape.num_kv_heads, CONTEXT)
     logits = torch.empty((rows, shape.num_heads, CONTEXT), device=DEVICE)
-    parts = torch.empty((2, rows, shape.num_heads, splits), device=DEVICE)
+    parts = torch.empty((2, rows, shape.num_heads, score_gpu.NUM_PARTS), device=DEVICE)
     start, scale = 128, 3 * shape.scale  # peaked, as real attention is
     scores = score_gpu.score_paged_keys(
         *(query, cache, table, torch.tensor(tiles, dtype=torch.int32, device=DEVICE), per_tile),

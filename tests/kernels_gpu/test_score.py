@@ -13,20 +13,20 @@ KEY_SCALE = 0.7
 
 
 def assert_same_scores_and_votes(
-    query, kv_cache, block_table, row_seq, tiles, start, ends, scale, splits=3
+    query, kv_cache, block_table, row_seq, tiles, start, ends, scale, programs=None
 ):
     """Compare logits below each row's end, their running maxima and sums, and the votes."""
     rows, heads = query.shape[:2]
     quantised = kv_cache.dtype.itemsize == 1
     width = max(int(ends.max()) - start, 1) + 5
     logits = torch.full((rows, heads, width), float("nan"), device=DEVICE)
-    maxima = torch.full((rows, heads, splits), float("nan"), device=DEVICE)
+    maxima = torch.full((rows, heads, gpu.NUM_PARTS), float("nan"), device=DEVICE)
     votes = torch.full((rows, width), float("nan"), device=DEVICE)
     key_scale = torch.tensor([KEY_SCALE], device=DEVICE) if quantised else None
     scores = gpu.score_paged_keys(
         *(query, kv_cache, block_table, tiles, int(tiles[:, 2].max()), start, ends, scale),
         key_scale,
-        *(logits, maxima, torch.full_like(maxima, float("nan"))),
+        *(logits, maxima, torch.full_like(maxima, float("nan")), programs),
     )
     vote_gpu.soft_vote(scores, votes)
 
@@ -50,6 +50,7 @@ def assert_same_scores_and_votes(
                 expected[row, :, :own].max(dim=1).values,
                 **tolerance,
             )
+    return scores, votes
 
 
 @pytest.mark.parametrize("layout", ["tokens", "heads"])
@@ -86,15 +87,22 @@ def test_rows_without_candidates_and_padded_rows_write_nothing():
     )
 
 
-@pytest.mark.parametrize("splits", [1, 2, 7, 64])
-def test_the_number_of_parts_does_not_matter(splits: int):
-    case = Case(1, 500, 7, 1, 64, 16, "fp16")
+@pytest.mark.parametrize("tokens", [40, 470, 4300])
+def test_the_number_of_programs_changes_no_bit(tokens: int):
+    case = Case(1, tokens + 30, 7, 1, 64, 16, "fp16")
     kv_cache, block_table = device_cache(case)
     query = torch.randn(1, 7, 64, device=DEVICE)
-    assert_same_scores_and_votes(
-        *(query, kv_cache, block_table, int32(0), int32(0, 0, 1).view(1, 3)),
-        *(3, int32(470), 0.2, splits),
-    )
+    kinds = [
+        assert_same_scores_and_votes(
+            *(query, kv_cache, block_table, int32(0), int32(0, 0, 1).view(1, 3)),
+            *(3, int32(tokens), 0.2, programs),
+        )
+        for programs in (1, 2, 7, 64)
+    ]
+    for scores, votes in kinds[1:]:
+        assert torch.equal(scores.maxima, kinds[0][0].maxima)
+        assert torch.equal(scores.sums, kinds[0][0].sums)
+        assert torch.equal(votes.nan_to_num(), kinds[0][1].nan_to_num())
 
 
 def test_scores_far_apart_do_not_overflow():

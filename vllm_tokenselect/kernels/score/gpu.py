@@ -23,7 +23,9 @@ from vllm_tokenselect.kernels.gpu_launch import (
     num_programs_wanted,
 )
 
-MAX_SPLITS = 64
+# Parts of a tile's candidates, of each of which the largest score and the sum are kept. Always as many, so
+# that what is added up in which order depends on the tile alone.
+NUM_PARTS = 64
 TOKENS_PER_TILE = 64
 
 
@@ -33,7 +35,7 @@ class Scores:
 
     Attributes:
         logits: fp32 [R, Hq, N]; undefined from a row's own end on.
-        maxima, sums: fp32 [R, Hq, splits], largest score of each part of the candidates, and the sum
+        maxima, sums: fp32 [R, Hq, NUM_PARTS], largest score of each part of the candidates, and the sum
             of exp(score - largest) over it; -inf and 0 for an empty part.
         start, ends: the candidates, as given to `score_paged_keys`.
     """
@@ -50,11 +52,11 @@ def tile_rows(num_heads: int, num_kv_heads: int) -> int:
     return max(LARGEST_PRODUCT // (num_heads // num_kv_heads), 1)
 
 
-def choose_splits(num_tiles: int, num_kv_heads: int, width: int) -> int:
-    """Parts that the candidates are cut into, so that there is work for every multiprocessor."""
+def choose_programs(num_tiles: int, num_kv_heads: int, width: int) -> int:
+    """Programs that share the parts of a tile, so that there is work for every multiprocessor."""
     wanted = triton.cdiv(num_programs_wanted(), max(num_tiles * num_kv_heads, 1))
-    splits: int = min(wanted, MAX_SPLITS, triton.cdiv(width, TOKENS_PER_TILE))
-    return max(splits, 1)
+    programs: int = min(wanted, NUM_PARTS, triton.cdiv(width, TOKENS_PER_TILE))
+    return max(programs, 1)
 
 
 def score_paged_keys(
@@ -70,6 +72,7 @@ def score_paged_keys(
     logits: torch.Tensor,
     maxima: torch.Tensor,
     sums: torch.Tensor,
+    programs: int | None = None,
 ) -> Scores:
     """As `reference.score_paged_keys`, into buffers of the caller.
 
@@ -87,17 +90,19 @@ def score_paged_keys(
         key_scale: fp32 [1] that a quantised cache's keys are multiplied by, on the device.
         logits: fp32 [R, Hq, N], contiguous, N at least max(ends) - start; written below the end of
             each row of a tile.
-        maxima, sums: fp32 [R, Hq, splits], contiguous, written for rows with candidates.
+        maxima, sums: fp32 [R, Hq, NUM_PARTS], contiguous, written for rows with candidates.
+        programs: that share the parts of a tile; chosen when None. The result is the same.
     """
     num_heads, head_size = query.shape[1:]
     num_kv_heads, block_size = kv_cache.shape[1], kv_cache.shape[3]
     group = num_heads // num_kv_heads
-    num_splits = maxima.shape[2]
+    if programs is None:
+        programs = choose_programs(len(tiles), num_kv_heads, logits.shape[2])
     lines = max(triton.next_power_of_2(rows_per_tile * group), SMALLEST_PRODUCT)
     scores = Scores(logits, maxima, sums, start, ends)
     if not len(tiles):
         return scores
-    _score[(num_kv_heads, num_splits, len(tiles))](
+    _score[(num_kv_heads, programs, len(tiles))](
         query,
         kv_cache,
         block_table,
@@ -111,7 +116,6 @@ def score_paged_keys(
         start,
         logits.shape[2],
         num_heads,
-        num_splits,
         block_table.stride(0),
         kv_cache.stride(0),
         kv_cache.stride(1),
@@ -122,6 +126,7 @@ def score_paged_keys(
         BLOCK_SIZE=block_size,
         LINES=lines,
         TOKENS=TOKENS_PER_TILE,
+        PARTS=NUM_PARTS,
         # Triton's interpreter multiplies bf16 bits as if they were integers.
         WIDEN=INTERPRETED or kv_cache.dtype == torch.float32,
         QUANTISED=is_fp8(kv_cache.dtype),
@@ -133,7 +138,7 @@ def score_paged_keys(
 
 
 @triton.jit(
-    do_not_specialize=["start", "num_splits"],
+    do_not_specialize=["start"],
     do_not_specialize_on_alignment=["tiles", "ends"],
 )
 def _score(
@@ -150,7 +155,6 @@ def _score(
     start,
     width,
     num_heads,
-    num_splits,
     table_stride,
     block_stride,
     head_stride,
@@ -161,11 +165,12 @@ def _score(
     BLOCK_SIZE: tl.constexpr,
     LINES: tl.constexpr,
     TOKENS: tl.constexpr,
+    PARTS: tl.constexpr,
     WIDEN: tl.constexpr,
     QUANTISED: tl.constexpr,
 ):
     # KV heads vary fastest: the keys that they read lie beside each other.
-    kv_head, split, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    kv_head, share, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     seq = tl.load(tiles + tile * 3).to(tl.int64)
     first_row = tl.load(tiles + tile * 3 + 1)
     num_rows = tl.load(tiles + tile * 3 + 2)
@@ -196,14 +201,19 @@ def _score(
     elif not WIDEN:
         queries = queries.to(kv_cache.dtype.element_ty)
 
-    # Every part has the same number of tiles, of the row that reaches furthest.
+    # Every part has the same number of steps, of the row that reaches furthest; the last may have none.
     reach = tl.max(end, 0)
-    part = tl.cdiv(tl.cdiv(tl.maximum(reach - start, 0), TOKENS), num_splits) * TOKENS
-    first = start + split * part
-    last = tl.minimum(first + part, reach)
+    part = tl.cdiv(tl.cdiv(tl.maximum(reach - start, 0), TOKENS), PARTS) * TOKENS
+    parts = tl.cdiv(PARTS, tl.num_programs(1))
+    part_of = row_head * PARTS + share * parts
+    first = start + share * parts * part
+    last = tl.minimum(first + parts * part, reach)
+    read = tl.cdiv(tl.maximum(last - first, 0), tl.maximum(part, 1))
+    unread = tl.minimum(parts, PARTS - share * parts) - read
 
     largest = tl.full([LINES], float("-inf"), tl.float32)
     total = tl.zeros([LINES], tl.float32)
+    left = part
     for position in tl.range(first, last, TOKENS):
         token = position + tl.arange(0, TOKENS)
         visible = token < last
@@ -224,7 +234,17 @@ def _score(
         above = tl.maximum(largest, tl.max(score, 1))
         shift = tl.where(above == float("-inf"), 0.0, above)
         total = total * tl.exp(largest - shift) + tl.sum(tl.exp(score - shift[:, None]), 1)
-        largest = above
-    part_of = row_head * num_splits + split
-    tl.store(maxima + part_of, largest, in_tile)
-    tl.store(sums + part_of, total, in_tile)
+        # One loop over all parts: it loads the next keys while it works on these.
+        left -= TOKENS
+        ends_part = tl.minimum(left, last - position - TOKENS) <= 0
+        done = line < tl.where(ends_part, num_rows * GROUP, 0)
+        tl.store(maxima + part_of, above, done)
+        tl.store(sums + part_of, total, done)
+        part_of += ends_part.to(tl.int32)
+        left = tl.where(ends_part, part, left)
+        largest = tl.where(ends_part, float("-inf"), above)
+        total = tl.where(ends_part, 0.0, total)
+    for _ in range(0, unread):
+        tl.store(maxima + part_of, float("-inf"), in_tile)
+        tl.store(sums + part_of, 0.0, in_tile)
+        part_of += 1

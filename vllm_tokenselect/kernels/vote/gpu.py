@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from vllm_tokenselect.kernels.gpu_launch import num_programs_wanted
-from vllm_tokenselect.kernels.score.gpu import MAX_SPLITS, Scores
+from vllm_tokenselect.kernels.score.gpu import NUM_PARTS, Scores
 
 SCORES_PER_STEP = 8192  # of all heads
 
@@ -33,18 +33,17 @@ def soft_vote(scores: Scores, votes: torch.Tensor) -> None:
         votes,
         scores.start,
         width,
-        scores.maxima.shape[2],
         votes.stride(0),
         HEADS=num_heads,
         PADDED_HEADS=padded_heads,
-        SPLITS=MAX_SPLITS,
+        PARTS=NUM_PARTS,
         TOKENS=tokens,
         num_warps=8,
     )
 
 
 @triton.jit(
-    do_not_specialize=["start", "num_splits"],
+    do_not_specialize=["start"],
     do_not_specialize_on_alignment=["ends"],
 )
 def _soft_vote(
@@ -55,20 +54,19 @@ def _soft_vote(
     votes,
     start,
     width,
-    num_splits,
     votes_stride,
     HEADS: tl.constexpr,
     PADDED_HEADS: tl.constexpr,
-    SPLITS: tl.constexpr,
+    PARTS: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
     part, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     num_candidates = tl.load(ends + row) - start
     if part * TOKENS < num_candidates:
-        head, split = tl.arange(0, PADDED_HEADS), tl.arange(0, SPLITS)
+        head, split = tl.arange(0, PADDED_HEADS), tl.arange(0, PARTS)
         is_head = head < HEADS
-        part_of = (row * HEADS + head)[:, None] * num_splits + split[None, :]
-        is_part = is_head[:, None] & (split < num_splits)[None, :]
+        part_of = (row * HEADS + head)[:, None] * PARTS + split[None, :]
+        is_part = is_head[:, None] & (split >= 0)[None, :]
         part_largest = tl.load(maxima + part_of, is_part, float("-inf"))
         part_total = tl.load(sums + part_of, is_part, 0.0)
         largest = tl.max(part_largest, 1)
