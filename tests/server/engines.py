@@ -1,6 +1,6 @@
-"""Engines of one process, made one after the other; writes what each of them answers as JSON.
+"""Engines that one process talks to, made one after the other; writes what each of them answers as JSON.
 
-`python -m tests.server.engines MODEL OUT`, with VLLM_ENABLE_V1_MULTIPROCESSING as it is to be tried.
+`python -m tests.server.engines MODEL OUT`
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from vllm import LLM, SamplingParams
+from vllm.exceptions import VLLMValidationError
 
 SETTINGS = {"n_init": 16, "n_local": 64, "query_chunk": 128, "tail_queries": 16}
 PROMPT = [index % 97 + 1 for index in range(700)]
@@ -23,7 +24,6 @@ def make(model: str, top_k: int | None) -> LLM:
         options["additional_config"] = {"tokenselect": {**SETTINGS, "top_k": top_k}}
     return LLM(
         model,
-        load_format="dummy",
         skip_tokenizer_init=True,
         dtype="float32",
         max_model_len=1024,
@@ -41,7 +41,7 @@ def ask(engine: LLM, **extra_args: object) -> list[float] | str:
     )
     try:
         (output,) = engine.generate({"prompt_token_ids": PROMPT}, params, use_tqdm=False)
-    except ValueError as error:
+    except VLLMValidationError as error:
         return str(error)
     return [next(iter(each.values())).logprob for each in output.outputs[0].logprobs]
 
