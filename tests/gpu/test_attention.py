@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from tests.gpu.flash_model import FlashAttentionModel
+from tests.gpu.flash_model import FlashAttentionModel, require
 from tests.gpu.test_step import REASSIGNING, Graph, Layer, groups_of
 from tests.kernels_gpu.cases import DEVICE
 from tests.method.definition import CONFIG, HEAD_SIZE, REQUESTS
@@ -82,6 +83,22 @@ def test_flash_attention_gets_the_rows_of_a_captured_step_of_three_tokens_a_requ
     out = Graph(layer, num_tokens=9, queries=3).replay(requests)[:6]
     layer.query = layer.query[:6]
     torch.testing.assert_close(out, layer.expected(requests), rtol=2e-4, atol=2e-5)
+
+
+def test_pytorch_is_asked_for_nothing_that_its_fused_kernels_do_not_do(monkeypatch):
+    attend = F.scaled_dot_product_attention
+
+    def fused(query, key, value, attn_mask, scale, **options):
+        require(not options, f"no kernel but the one that writes down logits has {options}")
+        require(query.shape[:2] == key.shape[:2] == value.shape[:2], "as many heads as keys have")
+        return attend(query, key, value, attn_mask=attn_mask, scale=scale)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", fused)
+    requests = [(96, 130, 190), (99, 100, 50)], [(99, 100, 50), (45, 46, 40)]
+    for step in requests:
+        layer = Layer(step, (6, 2))
+        out = layer.run(groups_of(step, layer))
+        torch.testing.assert_close(out, layer.expected(step), rtol=2e-4, atol=2e-5)
 
 
 def test_a_gathered_line_is_whole_pages():

@@ -12,7 +12,6 @@ pytest.importorskip("vllm")
 
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backends import fa_utils
-from vllm.v1.core import kv_cache_utils
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     KVCacheLayout,
@@ -21,6 +20,11 @@ from vllm.v1.kv_cache_interface import (
     compute_layout_strides,
     create_kv_cache_views,
 )
+
+try:
+    from vllm.v1.core.kv_cache_planning import unify_kv_cache_spec_page_size
+except ImportError:  # 0.32
+    from vllm.v1.core.kv_cache_utils import unify_kv_cache_spec_page_size
 
 from tests.gpu.flash_model import FlashAttentionModel
 from tests.gpu.test_step import Layer, groups_of
@@ -183,6 +187,6 @@ def test_padding_is_foreseen_as_vllm_decides_it(others):
     engine = engine_of(SPEC, *others)
     layers = engine.compilation_config.static_forward_context
     specs = {name: layer.spec for name, layer in layers.items()}
-    unified = kv_cache_utils.unify_kv_cache_spec_page_size(specs)["layer 0"]
+    unified = unify_kv_cache_spec_page_size(specs)["layer 0"]
     padded = unified.page_size_padded is not None
     assert gpu_attention.pages_may_be_padded(engine, layers["layer 0"]) == padded

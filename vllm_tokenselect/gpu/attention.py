@@ -160,7 +160,9 @@ class GatherBuffer:
 class SdpaAttention:
     """PyTorch's scaled_dot_product_attention; needs torch only.
 
-    A CUDA graph may capture rows of one query; how long others are it asks the host.
+    A CUDA graph may capture rows of one query; how long others are it asks the host. Of its kernels only
+    the one that writes every logit down lets heads share keys, and it copies the keys for each of them:
+    heads are handed over in another dimension's place.
 
     Args:
         buffer: scratch, shared by layers.
@@ -209,15 +211,17 @@ class SdpaAttention:
         queries = slice(first, last)
         # A padded row sees a zero: nothing at all would be a NaN.
         visible = self.position < lengths[first:last, None].clamp(min=1)  # [rows, width]
+        # Heads that share keys take the place of queries: [rows, Hkv, group, D].
+        num_kv_heads, head_size = self.buffer.keys.shape[2:]
+        grouped = query[queries].reshape(last - first, num_kv_heads, -1, head_size)
         attended = F.scaled_dot_product_attention(
-            query[queries, :, None],
+            grouped,
             self.buffer.keys[: last - first].transpose(1, 2),
             self.buffer.values[: last - first].transpose(1, 2),
             attn_mask=visible[:, None, None],
             scale=scale,
-            enable_gqa=True,
         )
-        out[queries] = attended[:, :, 0]
+        out[queries] = attended.flatten(1, 2)
 
     def _attend_row(
         self,
@@ -233,12 +237,16 @@ class SdpaAttention:
         queries = slice(start, start + num_queries)
         # The last query sees all tokens of the row, the one before it all but the last.
         last_visible = lengths[row] - num_queries + self.position[:num_queries, None]
-        attended = F.scaled_dot_product_attention(
-            query[queries].transpose(0, 1)[None],
-            self.buffer.keys[line].transpose(0, 1)[None],
-            self.buffer.values[line].transpose(0, 1)[None],
-            attn_mask=self.position <= last_visible,
-            scale=scale,
-            enable_gqa=True,
+        # Heads that share keys take the place of requests: [group, Hkv, queries, D].
+        num_kv_heads, head_size = self.buffer.keys.shape[2:]
+        grouped = (
+            query[queries].reshape(num_queries, num_kv_heads, -1, head_size).permute(2, 1, 0, 3)
         )
-        out[queries] = attended[0].transpose(0, 1)
+        keys, values = (
+            tensor[line].transpose(0, 1).expand(len(grouped), -1, -1, -1)
+            for tensor in (self.buffer.keys, self.buffer.values)
+        )
+        attended = F.scaled_dot_product_attention(
+            grouped, keys, values, attn_mask=self.position <= last_visible, scale=scale
+        )
+        out[queries] = attended.permute(2, 1, 0, 3).flatten(1, 2)
