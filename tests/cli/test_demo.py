@@ -83,6 +83,7 @@ class TestRun:
         assert (
             "The server's log does not say what the request cmpl-ours1 attended to." in done.stdout
         )
+        assert "Reading, " not in done.stdout  # the bar of a demo that broke off
 
     def test_a_pipe_gets_plain_lines(self, tmp_path):
         done = run_demo(KNOWING, tmp_path)
