@@ -64,9 +64,10 @@ def test_an_image_that_fits_is_encoded_within_vllms_limits(serve):
 
 def test_requests_do_not_wait_for_each_others_images(serve):
     """Each holds the image that its chunk begins in and waits for the one that it ends in."""
-    engine = replace(LARGE, budget=1032, encoder_limit=2048)
+    a_chunk_each = {"long_prefill_token_threshold": 512}
+    engine = replace(LARGE, budget=1040, scheduler=a_chunk_each, encoder_limit=2048)
     prompts = [
-        Arrival(0, [(index, 1700)], images=[(100, 900, f"{index}a"), (1000, 650, f"{index}b")])
+        Arrival(0, [(index, 1700)], images=[(100, 900, f"{index}a"), (1010, 400, f"{index}b")])
         for index in range(1, 5)
     ]
     workload = serve(engine, prompts)
@@ -107,9 +108,10 @@ def test_prefixes_of_a_hybrid_model_that_match_inside_a_chunk_are_refused(make_v
 
 
 def test_a_request_without_a_step_still_counts_with_its_adapter(serve):
-    """The second prompt gets no whole chunk of the first step; the third brings another adapter."""
-    engine = replace(LARGE, block_size=16, budget=520, max_num_seqs=8, max_loras=1)
-    long_ones = [Arrival(0, [(index, 1500)], lora=1) for index in (1, 2)]
-    workload = serve(engine, [*long_ones, Arrival(2, [(3, 5)], lora=2)])
+    """The second prompt gets no whole chunk of a step, in which one with another adapter arrives."""
+    most = {"long_prefill_token_threshold": 600}
+    engine = replace(LARGE, budget=1040, scheduler=most, max_loras=1)
+    long_ones = [Arrival(0, [(1, 1088)], lora=1), Arrival(0, [(2, 3000)], lora=1)]
+    workload = serve(engine, [*long_ones, Arrival(1, [(3, 5)], lora=2)])
     last = [whose.request_id for whose, *_ in workload.steps][-1]
     assert last == "2"
