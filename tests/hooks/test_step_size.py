@@ -111,7 +111,7 @@ def test_a_request_without_a_step_still_counts_with_its_adapter(serve):
     """The second prompt gets no whole chunk of a step, in which one with another adapter arrives."""
     most = {"long_prefill_token_threshold": 600}
     engine = replace(LARGE, budget=1040, scheduler=most, max_loras=1)
-    long_ones = [Arrival(0, [(1, 1088)], lora=1), Arrival(0, [(2, 3000)], lora=1)]
+    long_ones = [Arrival(0, [(1, 1088)]), Arrival(0, [(2, 3000)], lora=1)]
     workload = serve(engine, [*long_ones, Arrival(1, [(3, 5)], lora=2)])
     last = [whose.request_id for whose, *_ in workload.steps][-1]
     assert last == "2"
