@@ -55,16 +55,20 @@ def test_what_a_release_moved_renamed_or_removed_is_named(change):
         assert told in problems
 
 
-def test_a_release_on_which_a_gpu_server_cannot_start_is_told(change, tmp_path):
-    heads = "get_num_attention_heads_from_layers"
-    change("vllm/v1/attention/backends/utils.py", heads, "count_heads")
+def test_a_release_on_which_a_server_cannot_start_is_told(change, tmp_path):
+    change("vllm/v1/core/sched/request_queue.py", "SchedulingPolicy", "QueuePolicy")
+    change(
+        "vllm/v1/attention/backend.py",
+        "    @abstractmethod\n    def forward(",
+        "    @abstractmethod\n    def rewind(self): ...\n\n    @abstractmethod\n    def forward(",
+    )
     source = change("vllm/v1/worker/gpu_model_runner.py", "def _update_states(", "def _update(")
-    problems = "\n".join(rehearse(source, RELEASE, "cuda", tmp_path / "staged"))
+    problems = "\n".join(rehearse(source, RELEASE, "cpu", tmp_path / "staged"))
     for told in (
-        "vllm_tokenselect.backend.gpu_metadata cannot be imported: ImportError: cannot import name "
-        f"'{heads}' from 'vllm.v1.attention.backends.utils'",
-        "an engine cannot be configured",
+        "vllm_tokenselect.hooks.preemption cannot be imported: ImportError: cannot import name "
+        "'SchedulingPolicy' from 'vllm.v1.core.sched.request_queue'",
+        "CpuTokenSelectImpl lacks rewind, which vLLM calls",
         "the hooks for model runner V1 cannot be installed: SeamBroken",
     ):
-        assert f"on cuda: {told}" in problems
+        assert f"on cpu: {told}" in problems
     assert "V2" not in problems
