@@ -1,11 +1,12 @@
 """A whole vLLM engine with a tiny random model: run by `test_engine.py`, in a process alone.
 
-    python -m tests.gpu.engine FOLDER PATH SETTINGS [DRAFTS]     # PATH: cpu or gpu; SETTINGS: JSON
+    python -m tests.gpu.engine FOLDER PATH SETTINGS [DRAFTS [LENGTH]]  # PATH: cpu or gpu; SETTINGS: JSON
 
 With PATH gpu on a machine without one, the layers, the metadata builder and the Triton kernels of the
 GPU path serve requests on the CPU, interpreted. Stand-ins are what only a GPU has: the device itself,
 vLLM's CUDA kernel that writes keys and values, and the answers to "is this a GPU?". Prints a line of
-JSON for each round of requests: tokens, log-probability and cached tokens of every answer.
+JSON for each round of requests: tokens, log-probability and cached tokens of every answer. With PATH gpu
+there is a third round, after a deep sleep.
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ MODEL = {
     "max_position_embeddings": 1024,
     "initializer_range": 0.25,  # so large that attention matters
 }
+
+
+FAR = 1 << 21  # tokens; a KV cache of 1 GiB holds half as many
 
 
 def save_model(folder: Path) -> None:
@@ -74,12 +78,34 @@ def serve_gpu_path_on_cpu() -> None:
     served.supported_kv_cache_layouts = classmethod(lambda cls: (KVCacheLayout.LBNHC,))
 
 
-def main(folder: str, path: str, settings: str, drafts: str = "0") -> None:
+def load_models_into(pool: Any) -> None:
+    from vllm.v1.worker.gpu_worker import Worker
+
+    Worker._maybe_get_memory_pool_context = lambda self, tag: pool.loading(tag)
+
+
+def sleep_and_wake(engine: Any, pool: Any) -> None:
+    """What `sleep(level=2)` and `wake_up()` leave of a server whose weights are loaded again."""
+    engine.reset_prefix_cache()
+    runner = engine.llm_engine.model_executor.driver_worker.worker.model_runner
+    model = runner.model
+    assert pool.sleep_and_wake([*model.parameters(), *model.buffers()]) > 1 << 20
+    for cache in runner.kv_caches:
+        cache.fill_(1e3)
+
+
+def main(
+    folder: str, path: str, settings: str, drafts: str = "0", max_model_len: str = "512"
+) -> None:
     os.environ.update(ENVIRONMENT)
     if not (Path(folder) / "config.json").exists():
         save_model(Path(folder))
+    from tests.gpu.sleeping import WeightsPool
+
+    pool = WeightsPool()
     if path == "gpu":
         serve_gpu_path_on_cpu()
+        load_models_into(pool)
     from vllm import LLM, SamplingParams
 
     options: dict[str, Any] = {}
@@ -90,11 +116,14 @@ def main(folder: str, path: str, settings: str, drafts: str = "0") -> None:
             "prompt_lookup_min": 1,
             "prompt_lookup_max": 3,
         }
+    if max_model_len == "-1":
+        # The model reads more than the KV cache holds: vLLM lowers the length when layers have buffers.
+        options["hf_overrides"] = {"max_position_embeddings": FAR}
     engine = LLM(
         model=folder,
         dtype="float32",
         skip_tokenizer_init=True,
-        max_model_len=512,
+        max_model_len=int(max_model_len),
         max_num_batched_tokens=128,
         max_num_seqs=4,
         block_size=16,
@@ -104,13 +133,20 @@ def main(folder: str, path: str, settings: str, drafts: str = "0") -> None:
         distributed_executor_backend="uni",
         **options,
     )
+    if max_model_len == "-1":
+        assert 512 < engine.llm_engine.model_config.max_model_len < FAR
     rng = random.Random(0)
     text = [rng.randrange(512) for _ in range(300)]
     prompts = [text[:200], text[:130] + text[10:50], text[100:140], text]  # they share prefixes
     sampling = SamplingParams(
         temperature=0, max_tokens=8, logprobs=1, detokenize=False, ignore_eos=True
     )
-    for _ in range(2):  # the second round finds the first in the prefix cache
+    rounds = 2  # the second finds the first in the prefix cache
+    if path == "gpu":
+        rounds = 3
+    for number in range(rounds):
+        if number == 2:
+            sleep_and_wake(engine, pool)
         outputs = engine.generate(
             [{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False
         )

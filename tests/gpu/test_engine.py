@@ -17,12 +17,19 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("model")
 
 
-def answers(folder, path: str, drafts: int = 0, **settings: object) -> list:
+def answers(
+    folder, path: str, drafts: int = 0, max_model_len: int = 512, **settings: object
+) -> list:
     command = [sys.executable, "-m", "tests.gpu.engine", str(folder), path]
-    command += [json.dumps(settings), str(drafts)]
+    command += [json.dumps(settings), str(drafts), str(max_model_len)]
     done = subprocess.run(command, capture_output=True, text=True)
     rounds = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[{")]
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    if path == "gpu":
+        # A third round, after a deep sleep.
+        *rounds, woken = rounds
+        assert_same([woken], rounds[:1])
+        assert [a["cached"] for a in woken] == [0] * 4
     assert len(rounds) == 2
     return rounds
 
@@ -42,6 +49,13 @@ def test_the_gpu_path_says_what_the_cpu_path_says(folder, expected):
     actual = answers(folder, "gpu")
     assert_same(actual, expected)
     assert [a["cached"] for a in actual[1]] == [a["cached"] for a in expected[1]] != [0] * 4
+
+
+@pytest.mark.parametrize("path", ["cpu", "gpu"])
+def test_a_context_that_vllm_fits_to_the_kv_cache_changes_nothing_that_is_said(
+    folder, expected, path
+):
+    assert_same(answers(folder, path, max_model_len=-1), expected)
 
 
 @pytest.fixture(scope="module")
