@@ -1,5 +1,6 @@
 """`tokenselect doctor` says what is wrong by its exit status, and what to do by a line for each."""
 
+import importlib.util
 import io
 import json
 import subprocess
@@ -18,6 +19,21 @@ HOLDS = Finding("scheduler", "vllm.sched:Scheduler.schedule", "holds", "keeps ch
 PATCHED = Finding("runner_v1", "vllm.runner:Runner.update", "patched", "built with the diff")
 NOT_NEEDED = Finding("runner_v2", "vllm.runner:Other.update", "not needed", "another runner")
 BROKEN = Finding("scheduler", "vllm.sched:Scheduler.schedule", "broken", "it does not exist")
+
+GEMMA = {
+    "model_type": "gemma3_text",
+    "architectures": ["Gemma3ForCausalLM"],
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "vocab_size": 128,
+    "max_position_embeddings": 4096,
+    "sliding_window": 64,
+    "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+}
 
 
 @pytest.fixture
@@ -70,29 +86,77 @@ def test_json_says_the_same(healthy, monkeypatch):
     assert row["detail"].endswith("it does not exist")
 
 
-def test_layers_of_a_model_are_listed_and_a_refused_kind_fails(healthy, tmp_path):
-    config = {
-        "model_type": "gemma3_text",
-        "num_hidden_layers": 4,
-        "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
-    }
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    rows = [row for row in doctor.examine(str(tmp_path)) if row.area == "layers"]
-    assert [(row.name, "TOKENSELECT" in row.detail) for row in rows] == [
-        ("0-2", False),
-        ("3", True),
+@pytest.fixture
+def model_rows(healthy, tmp_path, monkeypatch):
+    """What doctor says of a configuration; vLLM is asked in a process of its own."""
+    pytest.importorskip("vllm")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def rows(config: dict, settings: str = "{}") -> list[doctor.Row]:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        return [r for r in doctor.examine(str(tmp_path), settings) if r.area == "model"]
+
+    return rows
+
+
+def test_layers_of_a_model_are_listed_by_what_they_run_on(model_rows):
+    rows = model_rows(GEMMA)
+    assert [(row.name, row.detail, row.state) for row in rows] == [
+        ("layers 0-2", "CPU_ATTN (sliding window)", "ok"),
+        ("layer 3", "TOKENSELECT", "ok"),
+        ("KV cache block", "128 tokens, which query_chunk fits", "ok"),
     ]
     assert doctor.exit_status(rows) == 0
 
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "deepseek_v2"}))
-    rows = [row for row in doctor.examine(str(tmp_path)) if row.area == "layers"]
-    assert doctor.exit_status(rows) == 1
+
+def test_a_model_that_would_not_be_served_fails_with_the_words_of_the_server(model_rows, tmp_path):
+    rows = model_rows(GEMMA | {"layer_types": ["sliding_attention"] * 4})
+    assert [(row.name, row.state) for row in rows] == [(str(tmp_path), "problem")]
+    assert "no layer would select (layers 0-3: CPU_ATTN (sliding window))" in rows[0].detail
+
+
+def test_settings_that_do_not_fit_the_model_fail(model_rows):
+    rows = model_rows(GEMMA, '{"query_chunk": 200}')
+    assert rows[-1].state == "problem"
+    assert "query_chunk=200 is not a multiple of the KV block size 128" in rows[-1].detail
+    assert ("layer 3", "TOKENSELECT") in [(row.name, row.detail) for row in rows]
+
+
+def test_a_model_that_needs_torchvision_says_how_to_get_it(model_rows):
+    if importlib.util.find_spec("torchvision"):
+        pytest.skip("it is installed")
+    rows = model_rows({"model_type": "qwen3_5_text", "architectures": ["Qwen3_5ForCausalLM"]})
+    assert rows[-1].state == "problem"
+    assert "failed to be inspected" in rows[-1].detail
+    assert "pip install 'torchvision==0." in rows[-1].remedy
+
+
+def test_a_guess_is_called_one():
+    """As for a model whose code does more with its weights than vLLM's others."""
+    verdict = {
+        "layers": [["layers 0-1", "TOKENSELECT"]],
+        "block_size": None,
+        "refusal": "",
+        "guess": "it reads them",
+    }
+    first, second = doctor._verdict("m", verdict, "")
+    assert first.state == "note"
+    assert "only guessed" in first.detail
+    assert second.detail == "TOKENSELECT"
 
 
 def test_a_model_that_is_not_there_is_a_problem_not_a_traceback(healthy, tmp_path):
+    pytest.importorskip("vllm")
     result = CliRunner().invoke(app, ["doctor", "--model", str(tmp_path / "none")])
     assert result.exit_code == 1
-    assert "give a model folder" in result.output
+    assert "would not start" in result.output
+    assert str(tmp_path) in "".join(result.output.split())
+
+
+def test_settings_that_are_not_json_are_said_to_be_none():
+    result = CliRunner().invoke(app, ["doctor", "--model", "m", "--settings", "top_k"])
+    assert result.exit_code == 2
+    assert "--settings is not JSON" in result.output
 
 
 def test_text_in_square_brackets_reaches_the_reader():

@@ -7,10 +7,9 @@ import pytest
 pytest.importorskip("vllm")
 
 from torch import nn
-from vllm.config import set_current_vllm_config
 
 from vllm_tokenselect.config import TokenSelectConfig
-from vllm_tokenselect.hooks import dense_layers, engine_config
+from vllm_tokenselect.hooks import dense_layers, engine_config, layer_backends
 from vllm_tokenselect.hooks.registration import backend_member
 from vllm_tokenselect.method import SettingsError
 
@@ -58,20 +57,10 @@ def test_a_quantised_cache_is_refused(make_vllm_config):
     dense_layers.check_model(model, config.cache_config, TokenSelectConfig())
 
 
-def test_a_patched_vllm_leaves_them_dense_before_it_processes_weights(load_patched, monkeypatch):
-    utils = load_patched("vllm/model_executor/model_loader/utils.py")
-    model, seen = nn.Linear(1, 1), []
-    monkeypatch.setattr(dense_layers, "leave_dense", seen.append)
-    monkeypatch.setattr(utils, "maybe_retie_word_embeddings", lambda *_: seen.append("weights"))
-    utils.process_weights_after_loading(model, SimpleNamespace(quantization=None), None)
-    assert seen == [model, "weights"]
-
-
 def test_another_engine_of_the_process_is_left_alone_with_its_settings(make_vllm_config):
     config = make_vllm_config()
     config.additional_config = {"tokenselect": {"no such": "setting"}}
-    with set_current_vllm_config(config):
-        dense_layers.leave_dense(nn.Linear(1, 1))
+    layer_backends.settle_layers(nn.Linear(1, 1), config)
     config.attention_config.backend = backend_member()
-    with set_current_vllm_config(config), pytest.raises(SettingsError, match="no such"):
-        dense_layers.leave_dense(nn.Linear(1, 1))
+    with pytest.raises(SettingsError, match="no such"):
+        layer_backends.settle_layers(nn.Linear(1, 1), config)

@@ -3,7 +3,8 @@
     python -m tests.models.serve JOBS.json
 
 A job is a folder and arguments of `vllm.LLM`. Prints a line of JSON for each: tokens and the sum of their
-log-probabilities for every prompt, or the error that stopped the engine.
+log-probabilities for every prompt, or the error that stopped the engine. With `"ask": "start"` in place of
+prompts, what its layers run on; with `"ask": "doctor"`, what `tokenselect doctor` says that it would do.
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ import multiprocessing
 import os
 import random
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from vllm_tokenselect.hooks.layers import examine_model
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -49,10 +53,36 @@ def answers(folder: str, options: dict[str, Any], lengths: list[int]) -> list[An
     return [[list(o.token_ids), o.cumulative_logprob] for o in outputs]
 
 
+def layers(folder: str, options: dict[str, Any]) -> dict[str, Any]:
+    from vllm import LLM
+
+    from vllm_tokenselect.hooks.layer_backends import describe_layers, group_layers
+
+    engine = LLM(
+        model=folder,
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        distributed_executor_backend="uni",
+        **options,
+    )
+    config = engine.llm_engine.vllm_config
+    return {
+        "layers": group_layers(describe_layers(config)),
+        "block_size": config.cache_config.block_size,
+    }
+
+
 def answer(folder: str, options: dict[str, Any]) -> None:
     lengths = options.pop("lengths", [40, 200, 131])
+    ask = options.pop("ask", "answers")
     try:
-        said: Any = answers(folder, options, lengths)
+        if ask == "doctor":
+            said: Any = asdict(examine_model(folder, {}))
+        elif ask == "start":
+            said = layers(folder, options)
+        else:
+            said = answers(folder, options, lengths)
     except Exception as error:  # any reason to refuse is for the test to read
         said = {"error": f"{type(error).__name__}: {error}"}
     print(json.dumps(said), flush=True)
@@ -66,6 +96,10 @@ def main(jobs: str) -> None:
     import vllm.entrypoints.llm
     import vllm.v1.engine.core
     import vllm.v1.worker.cpu_worker  # noqa: F401
+    from vllm.model_executor.models import registry
+
+    # vLLM looks at each kind of model in a process of its own, which takes it ten seconds.
+    registry._run_in_subprocess = lambda look: look()
 
     for folder, options in json.loads(Path(jobs).read_text()):
         fork = multiprocessing.get_context("fork").Process(target=answer, args=(folder, options))

@@ -69,7 +69,7 @@ def test_off_is_full_attention_and_harms_no_neighbour(
 def test_not_chosen_the_package_changes_nothing(sparse_client, plain):
     traces = (
         "Using custom scheduler class",
-        "Using TOKENSELECT for full-attention layers",
+        "Attention backends: layers 0-",
         "compiling the CPU kernels",
     )
     chosen, (_, not_chosen) = sparse_client.server.log(), plain

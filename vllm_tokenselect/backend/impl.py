@@ -12,7 +12,8 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionMetadata, Attentio
 
 from vllm_tokenselect.backend.tensor_parallel import heads_that_vote_together
 from vllm_tokenselect.config import TokenSelectConfig
-from vllm_tokenselect.hooks import dense_layers, install_in_worker, rotary_embedding
+from vllm_tokenselect.hooks import install_in_worker, rotary_embedding
+from vllm_tokenselect.hooks.platform_backend import refuse_model
 from vllm_tokenselect.kernels.head_group import num_voting_heads
 from vllm_tokenselect.kernels.rotate.rotation import Rotation
 from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
@@ -47,9 +48,8 @@ class TokenSelectImpl(AttentionImpl[M]):
         }
         asked = [name for name, value in refused.items() if value is not None]
         if asked:
-            raise SettingsError(
-                f"TOKENSELECT does not support {' or '.join(asked)}, which this model's attention "
-                "uses. Leave out --attention-backend for this model."
+            refuse_model(
+                f"its attention has {' and '.join(asked)}, which TOKENSELECT does not compute"
             )
         vllm_config = get_current_vllm_config()
         install_in_worker(vllm_config.use_v2_model_runner)  # once a process; the rest are no-ops
@@ -64,11 +64,10 @@ class TokenSelectImpl(AttentionImpl[M]):
         # Whether the layer rotates its queries and keys in the model's stead.
         self.reassigns_positions = self.config.method.reassigns_positions
         self.rotation: Rotation | None = None
-        if self.config.dense_layers:
-            dense_layers.install()
         if self.reassigns_positions:
             rotary_embedding.install()
-        self.prepare(vllm_config)
+        if torch.get_default_device().type != "meta":  # where a model is only looked at
+            self.prepare(vllm_config)
 
     @abstractmethod
     def prepare(self, vllm_config: VllmConfig) -> None:

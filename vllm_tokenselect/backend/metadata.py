@@ -14,24 +14,41 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
 )
 from vllm.v1.attention.backends.utils import get_num_attention_heads_from_layers
-from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheSpec
 
 from vllm_tokenselect.backend.tensor_parallel import heads_that_vote_together
 from vllm_tokenselect.config import TokenSelectConfig
 from vllm_tokenselect.hooks.dense_layers import refuse_selecting
 from vllm_tokenselect.hooks.log import get_logger
+from vllm_tokenselect.hooks.platform_backend import refuse_model
 from vllm_tokenselect.hooks.runner_v1 import current_requests
 from vllm_tokenselect.hooks.runner_v2 import request_table
 from vllm_tokenselect.hooks.step_size import check_steps, has_states_at_block_ends
 from vllm_tokenselect.kernels.head_group import num_voting_heads
 from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
-from vllm_tokenselect.method import SettingsError
 from vllm_tokenselect.plan import SelectionPlan
 from vllm_tokenselect.requests import Activity, BatchRequests, StepRequests
 
 M = TypeVar("M", bound=AttentionMetadata)
 
 logger = get_logger(__name__)
+
+
+def check_cache(
+    kv_cache_spec: KVCacheSpec, layer_name: str, vllm_config: VllmConfig
+) -> TokenSelectConfig:
+    """Check that a layer's KV cache is one that TOKENSELECT can serve; returns the settings.
+
+    Raises:
+        SettingsError: saying what is allowed.
+    """
+    if not isinstance(kv_cache_spec, FullAttentionSpec):
+        kind = type(kv_cache_spec).__name__.removesuffix("Spec")
+        refuse_model(f"{layer_name} caches keys for {kind}, not for full attention")
+    config = TokenSelectConfig.from_additional_config(vllm_config.additional_config)
+    states = has_states_at_block_ends(vllm_config)
+    check_steps(config, vllm_config, kv_cache_spec.block_size, states)
+    return config
 
 
 class TokenSelectMetadataBuilder(AttentionMetadataBuilder[M]):
@@ -45,20 +62,9 @@ class TokenSelectMetadataBuilder(AttentionMetadataBuilder[M]):
         device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        if not isinstance(kv_cache_spec, FullAttentionSpec):
-            raise SettingsError(
-                f"TOKENSELECT serves full-attention layers only, got {kv_cache_spec} for "
-                f"{layer_names[0]}"
-            )
-        self.config = TokenSelectConfig.from_additional_config(vllm_config.additional_config)
+        self.config = check_cache(kv_cache_spec, layer_names[0], vllm_config)
         refuse_selecting(layer_names, self.config)
         scheduler = vllm_config.scheduler_config
-        check_steps(
-            self.config,
-            vllm_config,
-            kv_cache_spec.block_size,
-            has_states_at_block_ends(vllm_config),
-        )
         self.block_size = kv_cache_spec.block_size
         self.num_kv_heads = kv_cache_spec.num_kv_heads
         self.head_size = kv_cache_spec.head_size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -41,8 +42,14 @@ def demo(
 @app.command()
 def doctor(
     model: Annotated[
-        str | None, typer.Option(help="Model folder or name: show its layers' backends.")
+        str | None,
+        typer.Option(
+            help="Model folder or name: what a server would do with it; needs no weights."
+        ),
     ] = None,
+    settings: Annotated[
+        str, typer.Option("--settings", help="tokenselect settings for --model, JSON.")
+    ] = "{}",
     fix: Annotated[bool, typer.Option("--fix", help="Mend what can be mended first.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -50,6 +57,10 @@ def doctor(
     from vllm_tokenselect.cli import doctor as examination
     from vllm_tokenselect.cli.environment import CannotFix, fix_environment
 
+    try:
+        json.loads(settings)
+    except ValueError as error:
+        raise typer.BadParameter(f"--settings is not JSON: {error}") from error
     errors = Console(stderr=True, highlight=False)
     if fix:
         try:
@@ -57,7 +68,7 @@ def doctor(
                 errors.print(sentence, markup=False, soft_wrap=True)
         except CannotFix as error:
             errors.print(f"Nothing was changed: {error}", style="red", markup=False)
-    rows = examination.examine(model)
+    rows = examination.examine(model, settings)
     if as_json:
         print(examination.as_json(rows))
     else:

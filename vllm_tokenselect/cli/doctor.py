@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Literal
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.markup import escape
@@ -18,6 +21,8 @@ from vllm_tokenselect.cli.environment import CPU_DISTRIBUTION, find_problems
 State = Literal["ok", "note", "problem"]
 
 _STYLE = {"ok": "green", "note": "yellow", "problem": "red"}
+_TIMEOUT = 600  # s; a model of 70B takes 40
+_NOT_SERVED = "a server with --attention-backend TOKENSELECT would not start; see above"
 _INSTALL = "install vllm-tokenselect[cpu], or vllm-tokenselect[gpu] on a machine with a GPU"
 
 
@@ -32,8 +37,13 @@ class Row:
     remedy: str = ""
 
 
-def examine(model: str | None = None) -> list[Row]:
-    """Examine this Python environment and, when given, a model's layers."""
+def examine(model: str | None = None, settings: str = "{}") -> list[Row]:
+    """Examine this Python environment and, when given, what a server would do with a model.
+
+    Args:
+        model: folder or hub name; its weights are not needed.
+        settings: of tokenselect, JSON.
+    """
     rows = [Row("versions", "python", "ok", platform.python_version())]
     rows += _torch()
     rows += _vllm()
@@ -44,7 +54,7 @@ def examine(model: str | None = None) -> list[Row]:
     ]
     rows += _hooks()
     if model is not None:
-        rows += _layers(model)
+        rows += _layers(model, settings)
     return rows
 
 
@@ -164,19 +174,42 @@ def _hooks() -> list[Row]:
     return rows
 
 
-def _layers(model: str) -> list[Row]:
+def _layers(model: str, settings: str) -> list[Row]:
+    """What a server would do with a model, asked of vLLM in a process of its own."""
+    command = [sys.executable, "-m", "vllm_tokenselect.hooks.layers", model, settings]
+    # What vLLM logs tells nothing that is not in its answer, but for a model that it cannot import.
+    environment = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", **os.environ}
     try:
-        from vllm_tokenselect.hooks.layers import describe_layers
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=False, timeout=_TIMEOUT
+        )
+    except subprocess.TimeoutExpired:
+        detail = f"vLLM has not made it within {_TIMEOUT} s, without weights"
+        return [Row("model", model, "problem", detail, "start a server to see its layers")]
+    answers = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode or not answers:
+        said = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        detail = f"vLLM ended with status {done.returncode}: {said}"
+        return [Row("model", model, "problem", detail, _NOT_SERVED)]
+    return _verdict(model, json.loads(answers[-1]), done.stderr)
 
-        groups = describe_layers(model)
-    except (ImportError, OSError, ValueError) as error:
-        detail = f"its configuration cannot be read: {str(error).splitlines()[0]}"
-        remedy = "give a model folder, or the name of a model that is in the local hub cache"
-        return [Row("layers", model, "problem", detail, remedy)]
+
+def _verdict(model: str, verdict: dict[str, Any], log: str) -> list[Row]:
     rows = []
-    for layers, kind, backend, reason in groups:
-        refused = backend == "refused"
-        remedy = "serve this model without --attention-backend TOKENSELECT" if refused else ""
-        detail = f"{kind}: {backend} ({reason})"
-        rows.append(Row("layers", layers, "problem" if refused else "ok", detail, remedy))
+    if verdict["guess"]:
+        detail = f"its layers are only guessed from its configuration: {verdict['guess']}"
+        rows.append(Row("model", "layers", "note", detail))
+    rows += [Row("model", layers, "ok", runs_on) for layers, runs_on in verdict["layers"]]
+    if verdict["refusal"]:
+        remedy = _torchvision() if "No module named 'torchvision'" in log else _NOT_SERVED
+        rows.append(Row("model", model, "problem", verdict["refusal"], remedy))
+    elif verdict["block_size"]:
+        detail = f"{verdict['block_size']} tokens, which query_chunk fits"
+        rows.append(Row("model", "KV cache block", "ok", detail))
     return rows
+
+
+def _torchvision() -> str:
+    from vllm_tokenselect.cli.environment import torchvision_for_cpus
+
+    return f"vLLM's code of this model needs torchvision: {torchvision_for_cpus()}"

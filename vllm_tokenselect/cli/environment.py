@@ -10,7 +10,8 @@ own. Two things stand between its wheel and a server that starts:
 2. It depends on torchvision, torchaudio and torchcodec, without saying which build. The package index
    has the CUDA builds, and beside torch's CPU build they cannot be loaded (`operator
    torchvision::nms does not exist`). transformers imports torchvision when it is installed, so that
-   not even a text model can be loaded. Nothing here needs the three: those that do not load go.
+   not even a text model can be loaded. Those that do not load go. Models that read images, and some
+   others whose code vLLM shares with them (Qwen3.5), then need torchvision's own build for CPUs.
 
 An environment with the real distribution `vllm` needs none of this and is not touched.
 """
@@ -94,7 +95,8 @@ def find_problems(
             Problem(
                 "torch companions",
                 f"{', '.join(broken)}: not built for this torch, and transformers fails over it",
-                "tokenselect doctor --fix",
+                "tokenselect doctor --fix removes them; for models that read images, then "
+                + torchvision_for_cpus(),
             )
         )
     return problems
@@ -126,8 +128,20 @@ def fix_environment(
         present = [name for name in TORCH_COMPANIONS if name in installed]
         broken = (unloadable or _unloadable)(present)
         (uninstall or _uninstall)(broken)
-        done.append(f"Uninstalled {', '.join(broken)}: not built for this torch.")
+        done.append(
+            f"Uninstalled {', '.join(broken)}: not built for this torch. For models that read images: "
+            f"{torchvision_for_cpus()}"
+        )
     return done
+
+
+def torchvision_for_cpus() -> str:
+    """How to install the torchvision that fits the installed torch, on a machine without a GPU."""
+    torch = _installed(None).get("torch")
+    release = torch.version.split(".") if torch is not None else []
+    # torchvision 0.15 came with torch 2.0, and each release since with the next.
+    pinned = f"==0.{int(release[1]) + 15}.*" if release[:1] == ["2"] else ""
+    return f"pip install 'torchvision{pinned}' --index-url https://download.pytorch.org/whl/cpu"
 
 
 def _installed(site_packages: Path | None) -> dict[str, Distribution]:

@@ -2,7 +2,10 @@
 
 registration        the name TOKENSELECT, in every process
 platform_backend    which layers run on it
-dense_layers        the first layers left on vLLM's own backend, where the settings say so
+worker              what a model has to find when a worker makes it, installed before
+layer_backends      layers counted: a model that would not select is refused before it is loaded;
+                    dense_layers is its part that leaves the first layers on vLLM's own backend
+chunked_local       layers that attend within their own chunk left on vLLM's own backend
 model_length        a longer --max-model-len than trained, where positions are reassigned
 rotary_embedding    the rotation of queries and keys taken over from the model, likewise;
                     transformers_rope is its part for models in transformers' own code
@@ -31,8 +34,9 @@ def all_seams() -> Sequence[Seam]:
     """Every seam of the project. Needs vLLM's dependencies, not vLLM itself."""
     from vllm_tokenselect.hooks import (
         block_hashes,
-        dense_layers,
+        chunked_local,
         engine_config,
+        layer_backends,
         metrics,
         model_length,
         platform_backend,
@@ -42,12 +46,15 @@ def all_seams() -> Sequence[Seam]:
         runner_v1,
         runner_v2,
         scheduler_seams,
+        worker,
     )
 
     return (
         registration.SEAM,
         *platform_backend.SEAMS.values(),
-        dense_layers.SEAM,
+        worker.SEAM,
+        layer_backends.SEAM,
+        chunked_local.SEAM,
         model_length.SEAM,
         *engine_config.SEAMS.values(),
         *request_validation.SEAMS,
@@ -74,6 +81,7 @@ def install_in_every_process() -> None:
         model_length,
         platform_backend,
         registration,
+        worker,
     )
 
     registration.install()
@@ -81,6 +89,7 @@ def install_in_every_process() -> None:
     platform = type(current_platform)
     platform_backend.install(platform)
     engine_config.install(platform)
+    worker.install()
 
 
 def install_in_worker(model_runner_v2: bool) -> None:

@@ -1,65 +1,36 @@
 """Leave the first layers on vLLM's own attention backend, which attends to everything.
 
 vLLM chooses a backend by what layers are like, not by which one of them it is, so all full-attention
-layers of a model are made on TOKENSELECT. Once they are made, and before vLLM processes their weights,
-those that the setting `dense_layers` counts are put on the platform's default backend.
-
-Wraps `process_weights_after_loading` wherever a loader has imported it.
+layers of a model are made on TOKENSELECT. Once they are made, and before their weights are loaded, those
+that the setting `dense_layers` counts are put on the platform's default backend. Wraps nothing;
+`layer_backends` calls it.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 
 from vllm_tokenselect.config import TokenSelectConfig
-from vllm_tokenselect.hooks.log import get_logger
-from vllm_tokenselect.hooks.registration import BACKEND_NAME, is_selected
-from vllm_tokenselect.hooks.seam import Seam, replace_everywhere
+from vllm_tokenselect.hooks.platform_backend import default_backend
+from vllm_tokenselect.hooks.registration import BACKEND_NAME
 from vllm_tokenselect.method import SettingsError
-
-_FUNCTION = "process_weights_after_loading"
-
-SEAM = Seam(
-    name="dense_layers",
-    module="vllm.model_executor.model_loader.utils",
-    qualname=_FUNCTION,
-    parameters=("model", "model_config", "target_device"),
-    contains=("module.process_weights_after_loading(model_config.dtype)",),
-    why="leaves the first layers on vLLM's own backend where the settings say so",
-)
 
 
 def leave_dense(model: nn.Module) -> None:
     """Put the model's first layers on the platform's default backend, as many as the settings say.
 
-    Called while the model is loaded, under its engine's configuration.
+    Called once the model is made, under its engine's configuration.
     """
     from vllm.config import get_current_vllm_config
 
     vllm_config = get_current_vllm_config()
-    if not is_selected(vllm_config.attention_config):
-        return  # another engine of this process
     config = TokenSelectConfig.from_additional_config(vllm_config.additional_config)
-    names = []
     for name, layer in _selecting_layers(model):
         if is_dense(name, config):
-            _put_on_default_backend(layer, vllm_config)
-            names.append(name)
-            backend = layer.attn_backend.get_name()
-    if names:
-        get_logger(__name__).info(
-            "TOKENSELECT leaves %d layers on %s, where they attend to everything (dense_layers %d): %s",
-            len(names),
-            backend,
-            config.dense_layers,
-            ", ".join(names),
-        )
+            _put_on_default_backend(layer)
 
 
 def is_dense(layer_name: str, config: TokenSelectConfig) -> bool:
@@ -117,21 +88,16 @@ def _selecting_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield module.layer_name, module
 
 
-def _put_on_default_backend(layer: Any, vllm_config: Any) -> None:
+def _put_on_default_backend(layer: Any) -> None:
     """What `Attention.__init__` does with a backend, with the platform's default one.
 
     TOKENSELECT has refused layers with any of the options that are left out here.
     """
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
-    from vllm.v1.attention.selector import get_attn_backend
 
-    with _no_backend_chosen(vllm_config.attention_config):
-        backend = get_attn_backend(
-            layer.head_size,
-            layer.dtype,
-            layer.kv_cache_dtype,
-            attn_type=layer.attn_type,
-        )
+    backend = default_backend(
+        layer.head_size, layer.dtype, layer.kv_cache_dtype, attn_type=layer.attn_type
+    )
     old = layer.impl
     layer.attn_backend = backend
     layer.backend = AttentionBackendEnum[backend.get_name()]
@@ -139,33 +105,3 @@ def _put_on_default_backend(layer: Any, vllm_config: Any) -> None:
         *(old.num_heads, old.head_size, old.scale, old.num_kv_heads),
         *(None, None, layer.kv_cache_dtype, None, layer.attn_type, None),
     )
-
-
-@contextmanager
-def _no_backend_chosen(attention_config: Any) -> Iterator[None]:
-    chosen = attention_config.backend, attention_config.backend_per_kind
-    attention_config.backend, attention_config.backend_per_kind = None, {}
-    try:
-        yield
-    finally:
-        attention_config.backend, attention_config.backend_per_kind = chosen
-
-
-def install() -> None:
-    """Wrap vLLM's function; safe to call again, also while a model is being loaded."""
-    from vllm.model_executor.model_loader import utils
-
-    original = utils.process_weights_after_loading
-    # Every layer asks; the check reads vLLM's source.
-    if hasattr(original, "_tokenselect_original") or SEAM.require() == "patched":
-        return
-
-    @functools.wraps(original)
-    def leave_dense_and_process(
-        model: nn.Module, model_config: Any, target_device: torch.device
-    ) -> None:
-        leave_dense(model)
-        original(model, model_config, target_device)
-
-    leave_dense_and_process._tokenselect_original = original  # type: ignore[attr-defined]
-    replace_everywhere(_FUNCTION, original, leave_dense_and_process)

@@ -1,64 +1,197 @@
-"""Which layers of a model would run on which backend, from its configuration file alone."""
+"""What a server would do with a model, told by the server's own code, without the model's weights.
+
+    python -m vllm_tokenselect.hooks.layers MODEL [SETTINGS]
+
+makes the configuration of `vllm serve MODEL --attention-backend TOKENSELECT`, and the model on PyTorch's
+meta device, where tensors have shapes only. Whatever refuses the model in a server refuses it here. Prints
+a `Verdict` as one line of JSON.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, NamedTuple
+import json
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from types import SimpleNamespace
+from typing import Any
 
+from vllm_tokenselect.config import ADDITIONAL_CONFIG_KEY
 from vllm_tokenselect.hooks.registration import BACKEND_NAME
 
 
-class LayerGroup(NamedTuple):
-    """Layers of one kind: their indices as text, the kind, the backend, and why."""
+@dataclass
+class Verdict:
+    """What a server would do.
 
-    layers: str
-    kind: str
-    backend: str
-    reason: str
-
-
-_KINDS = {
-    "full_attention": (BACKEND_NAME, "full attention over the whole context"),
-    "sliding_attention": ("vLLM's default", "sliding-window layers read a bounded window anyway"),
-    "chunked_attention": ("vLLM's default", "reads its own chunk only"),
-    "linear_attention": ("vLLM's default", "keeps no key per token"),
-    "mla": ("refused", "multi-head latent attention caches no per-head keys to score"),
-}
-
-
-def describe_layers(model: str | Path) -> list[LayerGroup]:
-    """Describe the layers of a model folder or hub name.
-
-    Raises:
-        OSError: when the model's configuration cannot be read.
+    Attributes:
+        layers: layers that run on the same, as text, and what they run on.
+        block_size: of the KV cache of the layers that select, tokens; None if not known.
+        refusal: the message that the server would end with; empty if it would serve.
+        guess: why the layers are only guessed from the model's configuration file; empty if they are known.
     """
-    from transformers import AutoConfig
 
-    config: Any = AutoConfig.from_pretrained(str(model))
-    text = config.get_text_config()
-    if getattr(text, "kv_lora_rank", None) is not None:
-        kinds = ["mla"] * text.num_hidden_layers
-    else:
-        kinds = list(getattr(text, "layer_types", None) or _kinds_without_types(text))
-    groups = []
-    for kind in dict.fromkeys(kinds):
-        backend, reason = _KINDS.get(kind, ("vLLM's default", "not full attention"))
-        layers = [index for index, other in enumerate(kinds) if other == kind]
-        groups.append(LayerGroup(_ranges(layers), kind, backend, reason))
-    return groups
+    layers: list[tuple[str, str]] = field(default_factory=list)
+    block_size: int | None = None
+    refusal: str = ""
+    guess: str = ""
 
 
-def _kinds_without_types(text: Any) -> list[str]:
-    windowed = getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True)
-    return ["sliding_attention" if windowed else "full_attention"] * text.num_hidden_layers
-
-
-def _ranges(indices: list[int]) -> str:
-    """`0-2, 5` for [0, 1, 2, 5]."""
-    parts: list[list[int]] = []
-    for index in indices:
-        if parts and index == parts[-1][-1] + 1:
-            parts[-1][1:] = [index]
+def examine_model(model: str, settings: Mapping[str, Any]) -> Verdict:
+    """Tell what a server would do with a model folder or hub name; once a process."""
+    verdict = Verdict()
+    try:
+        vllm_config = _make_config(model, settings)
+    except Exception as error:  # whatever it is, the server would not start
+        verdict.refusal = _words(error)
+        return verdict
+    try:
+        _make_model(vllm_config)
+    except Exception as error:
+        # What a meta tensor cannot do says nothing of the model.
+        if "meta" in str(error):
+            verdict.guess = f"vLLM cannot make this model without its weights: {_words(error)}"
+            verdict.layers = guess_layers(vllm_config.model_config.hf_text_config)
         else:
-            parts.append([index])
-    return ", ".join("-".join(map(str, part)) for part in parts)
+            verdict.refusal = _words(error)
+        return verdict
+    from vllm_tokenselect.hooks.layer_backends import describe_layers, group_layers
+
+    verdict.layers = group_layers(describe_layers(vllm_config))
+    try:
+        verdict.block_size = _check_cache(vllm_config)
+    except Exception as error:
+        verdict.refusal = _words(error)
+    return verdict
+
+
+def _make_config(model: str, settings: Mapping[str, Any]) -> Any:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.usage.usage_lib import UsageContext
+
+    arguments = AsyncEngineArgs(
+        model=model,
+        attention_backend=BACKEND_NAME,
+        additional_config={ADDITIONAL_CONFIG_KEY: dict(settings)},
+    )
+    return arguments.create_engine_config(UsageContext.OPENAI_API_SERVER)
+
+
+def _make_model(vllm_config: Any) -> None:
+    import torch
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import init_distributed_environment, initialize_model_parallel
+    from vllm.utils.torch_utils import set_default_torch_dtype
+
+    from vllm_tokenselect.hooks.worker import prepare_for_model
+
+    prepare_for_model(vllm_config)
+    with tempfile.TemporaryDirectory() as folder, set_current_vllm_config(vllm_config):
+        init_distributed_environment(1, 0, f"file://{folder}/store", 0, "gloo")
+        initialize_model_parallel(1)
+    from vllm.model_executor.model_loader.utils import initialize_model
+
+    model_config, devices = vllm_config.model_config, vllm_config.device_config
+    device, devices.device = devices.device, torch.device("meta")  # for what asks for it by name
+    with set_default_torch_dtype(model_config.dtype), torch.device("meta"), _ones_for_no_data():
+        initialize_model(vllm_config=vllm_config, model_config=model_config)
+    devices.device = device
+
+
+def _ones_for_no_data() -> Any:
+    """Some models read numbers out of a tensor while they are made; any will do."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    reads = {torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.cpu, torch.Tensor.__float__}
+
+    class OnesForNoData(TorchFunctionMode):
+        def __torch_function__(
+            self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if function in reads and args[0].is_meta:
+                ones = torch.ones(args[0].shape, dtype=args[0].dtype, device="cpu")
+                args = (ones, *args[1:])
+            return function(*args, **(kwargs or {}))
+
+    return OnesForNoData()
+
+
+def _check_cache(vllm_config: Any) -> int:
+    """Block size of the layers that select, after checking it as their metadata builder does."""
+    from vllm.config import set_current_vllm_config
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.utils import resolve_kv_cache_layout
+    from vllm.v1.core.single_type_kv_cache_manager import register_all_kvcache_specs
+    from vllm.v1.kv_cache_interface import UniformTypeKVCacheSpecs
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    from vllm_tokenselect.backend.metadata import check_cache
+    from vllm_tokenselect.hooks.layer_backends import describe_layers, selects
+
+    current_platform.update_block_size_for_backend(vllm_config)
+    register_all_kvcache_specs(vllm_config)
+    worker: Any = SimpleNamespace(vllm_config=vllm_config, shared_kv_cache_layers={})
+    block_sizes = []
+    with set_current_vllm_config(vllm_config):
+        specs = GPUModelRunner.get_kv_cache_spec(worker)
+        layouts = WorkerBase.get_supported_kv_cache_layouts(worker)
+        resolve_kv_cache_layout(vllm_config, [layouts], specs.values())
+        selecting = {layer.name for layer in describe_layers(vllm_config) if selects(layer)}
+        for group in _cache_groups(vllm_config, specs):
+            for name in selecting.intersection(group.layer_names):
+                spec = group.kv_cache_spec
+                if isinstance(spec, UniformTypeKVCacheSpecs):
+                    spec = spec.kv_cache_specs[name]
+                check_cache(spec, name, vllm_config)
+                block_sizes.append(spec.block_size)
+    return int(max(block_sizes))
+
+
+def _cache_groups(vllm_config: Any, specs: dict[str, Any]) -> Any:
+    try:
+        from vllm.v1.core.kv_cache_planning import get_global_kv_cache_groups  # from 0.33 on
+    except ImportError:
+        from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
+
+        return get_kv_cache_groups(vllm_config, specs)
+    return get_global_kv_cache_groups(vllm_config, [specs])
+
+
+def _words(error: BaseException) -> str:
+    """The message of an error, without what pydantic puts around it."""
+    problems = error.errors() if hasattr(error, "errors") and callable(error.errors) else []
+    for problem in problems:
+        inner = problem.get("ctx", {}).get("error")
+        if isinstance(inner, BaseException):
+            return str(inner)
+    known = isinstance(error, (ValueError, OSError, NotImplementedError)) and str(error)
+    return str(error) if known else f"{type(error).__name__}: {error}"
+
+
+def guess_layers(text_config: Any) -> list[tuple[str, str]]:
+    """Kinds of layers by a configuration file alone, where nothing better can be had."""
+    kinds = list(getattr(text_config, "layer_types", None) or ())
+    if not kinds:
+        windowed = getattr(text_config, "sliding_window", None)
+        windowed = windowed and getattr(text_config, "use_sliding_window", True)
+        kinds = ["sliding_attention" if windowed else "full_attention"]
+        kinds *= text_config.num_hidden_layers
+    from vllm_tokenselect.hooks.layer_backends import Layer, group_layers
+
+    return group_layers(
+        Layer(str(index), "vLLM's default", kind.replace("_", " "))
+        if kind != "full_attention"
+        else Layer(str(index), BACKEND_NAME, "")
+        for index, kind in enumerate(kinds)
+    )
+
+
+def main(model: str, settings: str = "{}") -> None:
+    print(json.dumps(asdict(examine_model(model, json.loads(settings)))), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

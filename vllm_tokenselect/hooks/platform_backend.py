@@ -2,17 +2,17 @@
 
 Wraps `CpuPlatform.get_attn_backend_cls`, which ignores every backend but its own, and
 `CudaPlatformBase.get_attn_backend_cls`, which refuses a whole model because of one sliding-window
-layer. A layer that keeps vLLM's default backend is named in the log.
+layer. `layer_backends` says in the log which layers run on what.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
-from vllm_tokenselect.hooks.log import get_logger
 from vllm_tokenselect.hooks.registration import BACKEND_NAME, BACKEND_PATH
 from vllm_tokenselect.hooks.seam import Seam
+from vllm_tokenselect.method import SettingsError
 
 _PARAMETERS = ("cls", "selected_backend", "attn_selector_config", "num_heads")
 _WHY = "puts full-attention layers on TOKENSELECT and leaves the others on vLLM's own backend"
@@ -52,39 +52,79 @@ def choose_backend(
         num_heads: passed through.
 
     Raises:
-        ValueError: for a model whose attention TOKENSELECT cannot serve.
+        SettingsError: for a model whose attention TOKENSELECT cannot serve.
     """
     if getattr(selected, "name", None) != BACKEND_NAME:
         return original(selected, layer, num_heads)
     from vllm.platforms import current_platform
     from vllm.v1.attention.backend import AttentionType
 
-    logger = get_logger(__name__)
-    if layer.use_mla or layer.use_sparse:
-        raise ValueError(
-            "TOKENSELECT cannot serve multi-head latent attention (MLA) or models with their own "
-            "sparse attention: they cache no per-head keys to score. Leave out --attention-backend "
-            "for this model."
-        )
-    kept = None
-    if layer.attn_type != AttentionType.DECODER:
-        kept = f"{layer.attn_type} attention"
-    elif layer.has_sliding_window or layer.use_rswa:
-        kept = "sliding-window attention"
-    if kept is not None:
-        path = original(None, layer, num_heads)
-        logger.info_once("TOKENSELECT leaves layers with %s on %s.", kept, path.rsplit(".", 1)[-1])
-        return path
+    if layer.use_mla:
+        refuse_model("multi-head latent attention (MLA) caches no per-head keys to score")
+    if layer.use_sparse:
+        refuse_model("its layers have a sparse attention of their own")
+    if layer.attn_type != AttentionType.DECODER or layer.has_sliding_window or layer.use_rswa:
+        return original(None, layer, num_heads)
     backend = selected.get_class()
     capability = current_platform.get_device_capability()  # None on a CPU
     reasons = backend.validate_configuration(device_capability=capability, **layer._asdict())
     if reasons:
-        raise ValueError(
-            f"TOKENSELECT cannot serve this model's attention layers: {', '.join(reasons)} "
-            f"({layer!r}). Leave out --attention-backend for this model."
-        )
-    logger.info_once("Using TOKENSELECT for full-attention layers.")
+        refuse_model(*(_in_words(reason, layer, backend, capability) for reason in reasons))
     return BACKEND_PATH
+
+
+def refuse_model(*reasons: str) -> NoReturn:
+    """Say why TOKENSELECT does not serve the model that is being made.
+
+    Raises:
+        SettingsError: always.
+    """
+    from vllm.config import get_current_vllm_config_or_none
+
+    config = get_current_vllm_config_or_none()
+    model_config = config.model_config if config is not None else None
+    name = "this model" if model_config is None else model_config.architecture
+    raise SettingsError(
+        f"TOKENSELECT cannot serve {name}: {'; '.join(reasons)}. Leave out --attention-backend "
+        "TOKENSELECT for this model."
+    )
+
+
+def default_backend(head_size: int, dtype: Any, kv_cache_dtype: str, **kind: Any) -> Any:
+    """The backend that vLLM would choose for a layer if the user had chosen none."""
+    from vllm.config import get_current_vllm_config
+    from vllm.v1.attention.selector import get_attn_backend
+
+    config = get_current_vllm_config().attention_config
+    chosen = config.backend, config.backend_per_kind
+    config.backend, config.backend_per_kind = None, {}
+    try:
+        return get_attn_backend(head_size, dtype, kv_cache_dtype, **kind)
+    finally:
+        config.backend, config.backend_per_kind = chosen
+
+
+def _in_words(reason: str, layer: Any, backend: Any, capability: Any) -> str:
+    """What a reason of vLLM's `validate_configuration` says, with the value and what is allowed."""
+    sizes = ", ".join(map(str, backend.get_supported_head_sizes()))
+    dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in backend.supported_dtypes)
+    words = {
+        "head_size not supported": f"its head size is {layer.head_size}, which is none of {sizes}",
+        "dtype not supported": f"its dtype is {layer.dtype}, which is none of {dtypes}",
+        "kv_cache_dtype not supported": f"--kv-cache-dtype {layer.kv_cache_dtype} is none of "
+        + ", ".join(backend.supported_kv_cache_dtypes),
+        "block_size not supported": f"--block-size {layer.block_size} is not a multiple of 16",
+        "attention sinks not supported": "its layers have attention sinks (a learned weight in every "
+        "softmax), which TOKENSELECT does not compute",
+        "partial multimodal token full attention not supported": "its images are attended in both "
+        "directions (--language-model-only serves its text alone)",
+        "per-head quant scales not supported": "its KV cache is quantized with a scale for each head",
+        "compute capability not supported": f"this GPU has compute capability {capability}, and 8.0 or "
+        "newer is needed",
+        "non-causal attention not supported": "its attention is not causal",
+        "batch invariance not supported": "VLLM_BATCH_INVARIANT is set",
+    }
+    return words.get(reason, reason)
 
 
 def install(platform: type) -> None:

@@ -1,0 +1,98 @@
+"""Whatever family a model is of, the server selects, or says before it loads it why not; doctor knows."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.models.families import EVERY_RUN, FAMILIES, NOT_BY_VLLM, REFUSED, save_config
+from tests.models.zoo import save
+
+pytestmark = pytest.mark.server
+
+DOCTOR = {"ask": "doctor"}
+SERVER = {"ask": "start", "attention_backend": "TOKENSELECT"}
+# Budgets that cover the context, so that selecting is full attention.
+COVERED = {
+    "attention_backend": "TOKENSELECT",
+    "additional_config": {
+        "tokenselect": {"top_k": 316, "n_init": 4, "n_local": 16, "query_chunk": 32}
+    },
+}
+FULL = {"attention_backend": "CPU_ATTN"}
+CHUNKED = "Llama 4"  # in chunks of 64 tokens
+
+Outcomes = Callable[[str, dict[str, Any]], Any]
+
+
+def names() -> list[Any]:
+    return [
+        name if name in EVERY_RUN else pytest.param(name, marks=pytest.mark.endurance)
+        for name in FAMILIES
+    ]
+
+
+@pytest.fixture(scope="module")
+def outcomes(request, tmp_path_factory) -> Outcomes:
+    """What became of a family, asked in some way. One process answers for all."""
+    chosen = {
+        item.callspec.params["name"]
+        for item in request.session.items
+        if item.path == request.path and hasattr(item, "callspec")
+    }
+    jobs = [(name, way) for name in FAMILIES if name in chosen for way in (DOCTOR, SERVER)]
+    jobs += [(CHUNKED, way) for way in (FULL, COVERED)]
+    folder = tmp_path_factory.mktemp("families")
+
+    def path(name: str, way: dict[str, Any]) -> Path:
+        if "ask" in way:
+            return save_config(folder / name.replace("/", "-"), *FAMILIES[name])
+        return save(folder / "with weights", *FAMILIES[name])
+
+    file = folder / "jobs.json"
+    file.write_text(json.dumps([(str(path(*job)), job[1]) for job in jobs]))
+    command = [sys.executable, "-m", "tests.models.serve", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=3000)
+    said = [json.loads(line) for line in done.stdout.splitlines() if line[:1] in "[{"]
+    assert len(said) == len(jobs), done.stdout[-3000:] + done.stderr[-3000:]
+    return lambda name, way: said[jobs.index((name, way))]
+
+
+@pytest.mark.parametrize("name", names())
+def test_doctor_says_what_the_server_does(outcomes, name):
+    verdict, server = outcomes(name, DOCTOR), outcomes(name, SERVER)
+    assert not verdict["guess"]
+    if verdict["refusal"]:
+        assert verdict["refusal"] in server.get("error", ""), server
+    else:
+        assert (verdict["layers"], verdict["block_size"]) == (
+            server.get("layers"),
+            server.get("block_size"),
+        ), server
+
+
+@pytest.mark.parametrize("name", names())
+def test_a_family_is_served_or_refused_by_the_name_of_what_is_missing(outcomes, name):
+    server = outcomes(name, SERVER)
+    if name in REFUSED:
+        assert "TOKENSELECT cannot serve" in server["error"]
+        assert REFUSED[name] in server["error"]
+        assert "AttentionSelectorConfig" not in server["error"]
+    elif name in NOT_BY_VLLM:
+        assert "TOKENSELECT" not in server["error"]
+    else:
+        assert any(runs_on == "TOKENSELECT" for _, runs_on in server["layers"])
+
+
+def test_layers_that_attend_within_their_chunk_are_left_alone(outcomes):
+    full, covered = outcomes(CHUNKED, FULL), outcomes(CHUNKED, COVERED)
+    for (tokens, logprob), (wanted, wanted_logprob) in zip(covered, full, strict=True):
+        assert tokens == wanted
+        assert logprob == pytest.approx(wanted_logprob, abs=2e-3)
+    assert len({tuple(tokens) for tokens, _ in full}) == len(full), "prompts should matter"

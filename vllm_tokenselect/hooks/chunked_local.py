@@ -1,0 +1,47 @@
+"""Leave layers that attend within their own chunk of the context on vLLM's default backend (Llama 4).
+
+They ask for a backend as a full-attention layer does, and wrap what they get: each chunk becomes a request
+of its own, which TOKENSELECT would take for a whole context. So they are given the backend that vLLM
+would choose if the user had chosen none.
+
+Replaces the `get_attn_backend` that vLLM's module of these layers has imported, once a worker starts
+(`worker`). vLLM could retire this by telling the platform that the layer is local.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm_tokenselect.hooks.platform_backend import default_backend
+from vllm_tokenselect.hooks.registration import is_selected
+from vllm_tokenselect.hooks.seam import Seam
+
+SEAM = Seam(
+    name="chunked_local",
+    module="vllm.model_executor.layers.attention.chunked_local_attention",
+    qualname="ChunkedLocalAttention.__init__",
+    parameters=("self",),
+    contains=(
+        "underlying_attn_backend = get_attn_backend(head_size, dtype, kv_cache_dtype)",
+        "create_chunked_local_attention_backend(underlying_attn_backend, attention_chunk_size)",
+    ),
+    why="leaves layers that attend within a chunk on vLLM's own backend",
+)
+
+
+def choose_backend(head_size: int, dtype: Any, kv_cache_dtype: str) -> Any:
+    """The backend that such a layer is to wrap."""
+    from vllm.config import get_current_vllm_config
+    from vllm.v1.attention.selector import get_attn_backend
+
+    if is_selected(get_current_vllm_config().attention_config):
+        return default_backend(head_size, dtype, kv_cache_dtype)
+    return get_attn_backend(head_size, dtype, kv_cache_dtype)
+
+
+def install() -> None:
+    """Replace the function in vLLM's module; safe to call again."""
+    from vllm.model_executor.layers.attention import chunked_local_attention
+
+    if SEAM.require() == "holds":
+        chunked_local_attention.get_attn_backend = choose_backend

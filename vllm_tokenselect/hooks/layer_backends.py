@@ -1,0 +1,196 @@
+"""Say which layers run on which backend, and refuse a model that would not select as it should.
+
+A model may bring a backend of its own for its layers, or have only layers that TOKENSELECT leaves on
+vLLM's default (sliding windows). It would start, and select nothing. So once a model is made, and before
+its weights are loaded, its layers are counted, over all pipeline stages; the first ones are put on vLLM's
+default backend before that, where the setting `dense_layers` says so.
+
+Wraps `initialize_model` wherever a loader has imported it, once a worker starts (`worker`). vLLM could
+retire this with a hook for plugins after a model is made.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from vllm_tokenselect.config import TokenSelectConfig
+from vllm_tokenselect.hooks.dense_layers import is_dense, leave_dense
+from vllm_tokenselect.hooks.log import get_logger
+from vllm_tokenselect.hooks.platform_backend import refuse_model
+from vllm_tokenselect.hooks.registration import BACKEND_NAME, backend_member, is_selected
+from vllm_tokenselect.hooks.seam import Seam, replace_everywhere
+
+_FUNCTION = "initialize_model"
+
+SEAM = Seam(
+    name="layer_backends",
+    module="vllm.model_executor.model_loader.utils",
+    qualname=_FUNCTION,
+    parameters=("vllm_config",),
+    contains=("model = model_class(vllm_config=vllm_config, prefix=prefix)", "return model"),
+    why="leaves the first layers dense, and refuses models whose layers would not select",
+)
+
+
+class Layer(NamedTuple):
+    """What a layer that caches something runs on.
+
+    Attributes:
+        name: vLLM's, with the layer's number in it.
+        backend: its name.
+        kind: in words; empty for a layer that selects.
+        refused: whether it should select and would not.
+    """
+
+    name: str
+    backend: str
+    kind: str
+    refused: bool = False
+
+
+def settle_layers(
+    model: nn.Module, vllm_config: Any, model_config: Any = None, prefix: str = ""
+) -> None:
+    """Put the layers of a model that was just made where they belong, and check and log where that is.
+
+    Called with the arguments of `initialize_model`, also for parts of a model and for draft models,
+    which are left alone.
+
+    Raises:
+        SettingsError: listing the layers, where none selects or where one should and would not.
+    """
+    if prefix or (model_config is not None and model_config is not vllm_config.model_config):
+        return
+    if not is_selected(vllm_config.attention_config):
+        return
+    from vllm.config import set_current_vllm_config
+
+    with set_current_vllm_config(vllm_config):
+        leave_dense(model)
+        layers = _of_all_stages(describe_layers(vllm_config))
+        listed = list_layers(layers)
+        if any(layer.refused for layer in layers):
+            refuse_model(f"layers that should select would not ({listed})")
+        if not any(selects(layer) for layer in layers):
+            refuse_model(
+                f"no layer would select ({listed or 'it has no attention layer'}); TOKENSELECT is for "
+                "layers that attend to the whole context"
+            )
+    get_logger(__name__).info_once("Attention backends: %s", listed, scope="global")
+
+
+def describe_layers(vllm_config: Any) -> list[Layer]:
+    """Describe the layers that this process has made under an engine's configuration."""
+    from vllm.config.vllm import get_layers_from_vllm_config
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+
+    layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase)
+    config = TokenSelectConfig.from_additional_config(vllm_config.additional_config)
+    return [_describe(name, layer, config) for name, layer in layers.items()]
+
+
+def _describe(name: str, layer: Any, config: TokenSelectConfig) -> Layer:
+    from vllm.model_executor.layers.attention import (
+        Attention,
+        ChunkedLocalAttention,
+        RSWAAttention,
+    )
+    from vllm.v1.attention.backend import AttentionType
+
+    backend = layer.get_attn_backend()
+    own = backend_member().get_class()
+    if backend is own:
+        return Layer(name, BACKEND_NAME, "")
+    if issubclass(backend, own):
+        # Its builder gives TOKENSELECT other requests than the scheduler's, or other masks.
+        kind = "full attention, changed by the model"
+        return Layer(name, backend.__name__, kind, refused=True)
+    if backend.is_ssm():
+        return Layer(name, backend.get_name(), "no key per token")
+    if not isinstance(layer, Attention):
+        kind = f"{type(layer).__name__}, a layer of the model's own"
+        return Layer(name, backend.get_name(), kind, refused=True)
+    if layer.attn_type != AttentionType.DECODER:
+        return Layer(name, backend.get_name(), f"{layer.attn_type} attention")
+    if isinstance(layer, ChunkedLocalAttention):
+        return Layer(name, backend.get_name(), "chunked local attention")
+    if layer.sliding_window is not None or isinstance(layer, RSWAAttention):
+        return Layer(name, backend.get_name(), "sliding window")
+    if is_dense(name, config):
+        return Layer(name, backend.get_name(), f"dense_layers {config.dense_layers}")
+    kind = "full attention, on a backend that the model brings"
+    return Layer(name, backend.get_name(), kind, refused=True)
+
+
+def selects(layer: Layer) -> bool:
+    """Whether the layer runs on TOKENSELECT itself."""
+    return layer.backend == BACKEND_NAME and not layer.kind
+
+
+def _of_all_stages(layers: list[Layer]) -> list[Layer]:
+    """The layers of all pipeline stages, of which one may have none that selects."""
+    import torch.distributed
+    from vllm.distributed import get_pp_group
+
+    group = get_pp_group()
+    if group.world_size == 1:
+        return layers
+    stages: list[list[Layer]] = [[]] * group.world_size
+    torch.distributed.all_gather_object(stages, layers, group=group.cpu_group)
+    return [layer for stage in stages for layer in stage]
+
+
+def list_layers(layers: Iterable[Layer]) -> str:
+    """`layers 0-2, 4: CPU_ATTN (sliding window); layer 3: TOKENSELECT`."""
+    return "; ".join(f"{names}: {runs_on}" for names, runs_on in group_layers(layers))
+
+
+def group_layers(layers: Iterable[Layer]) -> list[tuple[str, str]]:
+    """Layers that run on the same, as text, and what they run on."""
+    groups: dict[str, list[str]] = {}
+    for layer in layers:
+        runs_on = f"{layer.backend} ({layer.kind})" if layer.kind else layer.backend
+        groups.setdefault(runs_on, []).append(layer.name)
+    return [(_in_ranges(names), runs_on) for runs_on, names in groups.items()]
+
+
+def _in_ranges(names: list[str]) -> str:
+    """`layers 0-2, 5` of the layers' names; a name without a number is given as it is."""
+    numbers = [re.search(r"(?:^|\.)(\d+)(?:\.|$)", name) for name in names]
+    indices = sorted({int(number[1]) for number in numbers if number})
+    ranges: list[list[int]] = []
+    for index in indices:
+        if ranges and index == ranges[-1][-1] + 1:
+            ranges[-1][1:] = [index]
+        else:
+            ranges.append([index])
+    texts = ["-".join(map(str, part)) for part in ranges]
+    texts += [name for name, number in zip(names, numbers, strict=True) if not number]
+    return ("layer " if len(names) == 1 else "layers ") + ", ".join(texts)
+
+
+def install() -> None:
+    """Wrap vLLM's function; safe to call again."""
+    from vllm.model_executor.model_loader import utils
+
+    original = utils.initialize_model
+    if hasattr(original, "_tokenselect") or SEAM.require() == "patched":
+        return
+
+    @functools.wraps(original)
+    def initialize_and_settle(
+        vllm_config: Any, *, prefix: str = "", model_config: Any = None, **options: Any
+    ) -> nn.Module:
+        model: nn.Module = original(
+            vllm_config, prefix=prefix, model_config=model_config, **options
+        )
+        settle_layers(model, vllm_config, model_config, prefix)
+        return model
+
+    initialize_and_settle._tokenselect = True  # type: ignore[attr-defined]
+    replace_everywhere(_FUNCTION, original, initialize_and_settle)
