@@ -109,12 +109,6 @@ def test_layers_of_a_model_are_listed_by_what_they_run_on(model_rows):
     assert doctor.exit_status(rows) == 0
 
 
-def test_a_model_that_would_not_be_served_fails_with_the_words_of_the_server(model_rows, tmp_path):
-    rows = model_rows(GEMMA | {"layer_types": ["sliding_attention"] * 4})
-    assert [(row.name, row.state) for row in rows] == [(str(tmp_path), "problem")]
-    assert "no layer would select (layers 0-3: CPU_ATTN (sliding window))" in rows[0].detail
-
-
 def test_settings_that_do_not_fit_the_model_fail(model_rows):
     rows = model_rows(GEMMA, '{"query_chunk": 200}')
     assert rows[-1].state == "problem"

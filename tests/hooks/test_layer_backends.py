@@ -53,18 +53,18 @@ def make_stage(folder: str, rank: int, said: Any) -> None:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader import utils
 
-    config = EngineArgs(
-        model=folder, attention_backend="TOKENSELECT", pipeline_parallel_size=2
-    ).create_engine_config()
-    worker.prepare_for_model(config)
-    with set_current_vllm_config(config):
-        init_distributed_environment(2, rank, f"file://{folder}/store", rank, "gloo")
-        initialize_model_parallel(1, 2)
     try:
+        config = EngineArgs(
+            model=folder, attention_backend="TOKENSELECT", pipeline_parallel_size=2
+        ).create_engine_config()
+        worker.prepare_for_model(config)
+        with set_current_vllm_config(config):
+            init_distributed_environment(2, rank, f"file://{folder}/store", rank, "gloo")
+            initialize_model_parallel(1, 2)
         with torch.device("meta"):
             utils.initialize_model(vllm_config=config)
-    except ValueError as error:
-        said.put((rank, str(error)))
+    except Exception as error:
+        said.put((rank, repr(error)))
     else:
         said.put((rank, list_layers(layer_backends.describe_layers(config))))
 
@@ -72,6 +72,7 @@ def make_stage(folder: str, rank: int, said: Any) -> None:
 @pytest.mark.parametrize("last", ["full_attention", "sliding_attention"])
 def test_a_stage_may_have_no_layer_that_selects_if_another_has(tmp_path, monkeypatch, last):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("VLLM_DIST_IDENT", "stages")  # as an executor names its workers
     kinds = ["sliding_attention"] * 3 + [last]
     (tmp_path / "config.json").write_text(json.dumps(GEMMA | {"layer_types": kinds}))
     context = multiprocessing.get_context("spawn")

@@ -168,7 +168,7 @@ REFUSED = {
 NOT_BY_VLLM = {"Qwen3.5", "Qwen3.5 MoE"}
 
 # The others are for `make endurance`: each takes seconds.
-EVERY_RUN = {"Llama", "Gemma 3", "Llama 4", "gpt-oss", "MiMo-V2", "Phi-3-4k"}
+EVERY_RUN = {"Gemma 3", "Llama 4", "gpt-oss", "MiMo-V2", "Phi-3-4k"}
 
 
 def save_config(folder: Path, family: str, options: dict[str, Any]) -> Path:
