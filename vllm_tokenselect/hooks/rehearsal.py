@@ -77,12 +77,18 @@ def choose_backend(vllm_config: VllmConfig) -> None:
 
 def install_hooks() -> None:
     """Install what workers and the scheduler install, on both model runners."""
-    from vllm_tokenselect.hooks import dense_layers, install_in_worker, rotary_embedding
+    from vllm_tokenselect.hooks import (
+        chunked_local,
+        install_in_worker,
+        layer_backends,
+        rotary_embedding,
+    )
 
     steps: tuple[tuple[str, Callable[[], None]], ...] = (
         ("model runner V1", lambda: install_in_worker(False)),
         ("model runner V2", lambda: install_in_worker(True)),
-        ("dense layers", dense_layers.install),
+        ("layers within chunks", chunked_local.install),
+        ("the backends of layers", layer_backends.install),
         ("reassigned positions", rotary_embedding.install),
     )
     for name, install in steps:
