@@ -178,7 +178,7 @@ def install() -> None:
     """Wrap vLLM's function; safe to call again."""
     from vllm.model_executor.model_loader import utils
 
-    original = utils.initialize_model
+    original: Any = utils.initialize_model
     if hasattr(original, "_tokenselect") or SEAM.require() == "patched":
         return
 

@@ -95,7 +95,8 @@ def _make_model(vllm_config: Any) -> None:
     model_config, devices = vllm_config.model_config, vllm_config.device_config
     device, devices.device = devices.device, torch.device("meta")  # for what asks for it by name
     with set_default_torch_dtype(model_config.dtype), torch.device("meta"), _ones_for_no_data():
-        initialize_model(vllm_config=vllm_config, model_config=model_config)
+        make: Any = initialize_model  # decorated, without its parameters' types
+        make(vllm_config=vllm_config, model_config=model_config)
     devices.device = device
 
 
@@ -108,12 +109,12 @@ def _ones_for_no_data() -> Any:
 
     class OnesForNoData(TorchFunctionMode):
         def __torch_function__(
-            self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
         ) -> Any:
-            if function in reads and args[0].is_meta:
+            if func in reads and args[0].is_meta:
                 ones = torch.ones(args[0].shape, dtype=args[0].dtype, device="cpu")
                 args = (ones, *args[1:])
-            return function(*args, **(kwargs or {}))
+            return func(*args, **(kwargs or {}))
 
     return OnesForNoData()
 
@@ -152,9 +153,14 @@ def _check_cache(vllm_config: Any) -> int:
 
 def _cache_groups(vllm_config: Any, specs: dict[str, Any]) -> Any:
     try:
-        from vllm.v1.core.kv_cache_planning import get_global_kv_cache_groups  # from 0.33 on
+        # From 0.33 on.
+        from vllm.v1.core.kv_cache_planning import (  # pyrefly: ignore[missing-import]
+            get_global_kv_cache_groups,
+        )
     except ImportError:
-        from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
+        from vllm.v1.core.kv_cache_utils import (
+            get_kv_cache_groups,  # pyrefly: ignore[missing-module-attribute]
+        )
 
         return get_kv_cache_groups(vllm_config, specs)
     return get_global_kv_cache_groups(vllm_config, [specs])
