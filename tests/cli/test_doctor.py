@@ -112,7 +112,7 @@ def test_layers_of_a_model_are_listed_by_what_they_run_on(model_rows):
 def test_settings_that_do_not_fit_the_model_fail(model_rows):
     rows = model_rows(GEMMA, '{"query_chunk": 200}')
     assert rows[-1].state == "problem"
-    assert "query_chunk=200 is not a multiple of the KV block size 128" in rows[-1].detail
+    assert "query_chunk=200 and the KV block size 128 do not line up" in rows[-1].detail
     assert ("layer 3", "TOKENSELECT") in [(row.name, row.detail) for row in rows]
 
 

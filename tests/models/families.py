@@ -89,7 +89,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama 4": ("Llama4Text", {**EXPERTS, **HEAD, "num_hidden_layers": 4,
                 "intermediate_size_mlp": 96, "attention_chunk_size": 64,
                 "layer_types": ["chunked_attention"] * 3 + ["full_attention"],
-                "no_rope_layers": [1, 1, 1, 0], "interleave_moe_layer_step": 2}),
+                "no_rope_layers": [1, 1, 1, 0], "interleave_moe_layer_step": 5}),
     "Qwen3-Next": ("Qwen3Next", {**EXPERTS, **LINEAR}),
     "Qwen3.5": ("Qwen3_5Text", LINEAR),
     "Qwen3.5 MoE": ("Qwen3_5MoeText", {**EXPERTS, **LINEAR}),

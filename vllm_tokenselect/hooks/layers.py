@@ -15,10 +15,13 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_tokenselect.config import ADDITIONAL_CONFIG_KEY
 from vllm_tokenselect.hooks.registration import BACKEND_NAME
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 
 @dataclass
@@ -66,7 +69,7 @@ def examine_model(model: str, settings: Mapping[str, Any]) -> Verdict:
     return verdict
 
 
-def _make_config(model: str, settings: Mapping[str, Any]) -> Any:
+def _make_config(model: str, settings: Mapping[str, Any]) -> VllmConfig:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.usage.usage_lib import UsageContext
 
@@ -78,7 +81,7 @@ def _make_config(model: str, settings: Mapping[str, Any]) -> Any:
     return arguments.create_engine_config(UsageContext.OPENAI_API_SERVER)
 
 
-def _make_model(vllm_config: Any) -> None:
+def _make_model(vllm_config: VllmConfig) -> None:
     import torch
     from vllm.config import set_current_vllm_config
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
@@ -95,8 +98,8 @@ def _make_model(vllm_config: Any) -> None:
     model_config, devices = vllm_config.model_config, vllm_config.device_config
     device, devices.device = devices.device, torch.device("meta")  # for what asks for it by name
     with set_default_torch_dtype(model_config.dtype), torch.device("meta"), _ones_for_no_data():
-        make: Any = initialize_model  # decorated, without its parameters' types
-        make(vllm_config=vllm_config, model_config=model_config)
+        # What decorates it hides its parameters.
+        initialize_model(vllm_config=vllm_config, model_config=model_config)  # pyrefly: ignore
     devices.device = device
 
 
@@ -119,7 +122,7 @@ def _ones_for_no_data() -> Any:
     return OnesForNoData()
 
 
-def _check_cache(vllm_config: Any) -> int:
+def _check_cache(vllm_config: VllmConfig) -> int:
     """Block size of the layers that select, after checking it as their metadata builder does."""
     from vllm.config import set_current_vllm_config
     from vllm.platforms import current_platform
@@ -151,16 +154,13 @@ def _check_cache(vllm_config: Any) -> int:
     return int(max(block_sizes))
 
 
-def _cache_groups(vllm_config: Any, specs: dict[str, Any]) -> Any:
-    try:
-        # From 0.33 on.
-        from vllm.v1.core.kv_cache_planning import (  # pyrefly: ignore[missing-import]
+def _cache_groups(vllm_config: VllmConfig, specs: dict[str, Any]) -> Any:
+    try:  # from 0.33 on
+        from vllm.v1.core.kv_cache_planning import (  # pyrefly: ignore
             get_global_kv_cache_groups,
         )
     except ImportError:
-        from vllm.v1.core.kv_cache_utils import (
-            get_kv_cache_groups,  # pyrefly: ignore[missing-module-attribute]
-        )
+        from vllm.v1.core.kv_cache_utils import get_kv_cache_groups  # pyrefly: ignore
 
         return get_kv_cache_groups(vllm_config, specs)
     return get_global_kv_cache_groups(vllm_config, [specs])
