@@ -191,7 +191,7 @@ def _layers(model: str, settings: str) -> list[Row]:
         said = (done.stderr.strip().splitlines() or ["no output"])[-1]
         detail = f"vLLM ended with status {done.returncode}: {said}"
         return [Row("model", model, "problem", detail, _NOT_SERVED)]
-    return _verdict(model, json.loads(answers[-1]), done.stderr)
+    return _verdict(model, json.loads(answers[-1]), done.stdout + done.stderr)
 
 
 def _verdict(model: str, verdict: dict[str, Any], log: str) -> list[Row]:
