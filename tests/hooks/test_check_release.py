@@ -56,18 +56,15 @@ def test_what_a_release_moved_renamed_or_removed_is_named(change):
 
 
 def test_a_release_on_which_a_server_cannot_start_is_told(change, tmp_path):
-    change("vllm/v1/core/sched/request_queue.py", "SchedulingPolicy", "QueuePolicy")
-    change(
-        "vllm/v1/attention/backend.py",
-        "    @abstractmethod\n    def forward(",
-        "    @abstractmethod\n    def rewind(self): ...\n\n    @abstractmethod\n    def forward(",
-    )
+    change("vllm/v1/attention/backends/cpu_attn.py", "_get_attn_isa", "_find_attn_isa")
     source = change("vllm/v1/worker/gpu_model_runner.py", "def _update_states(", "def _update(")
     problems = "\n".join(rehearse(source, RELEASE, "cpu", tmp_path / "staged"))
+    missing = (
+        "ImportError: cannot import name '_get_attn_isa' from 'vllm.v1.attention.backends.cpu_attn'"
+    )
     for told in (
-        "vllm_tokenselect.hooks.preemption cannot be imported: ImportError: cannot import name "
-        "'SchedulingPolicy' from 'vllm.v1.core.sched.request_queue'",
-        "CpuTokenSelectImpl lacks rewind, which vLLM calls",
+        f"vllm_tokenselect.backend.cpu_attention cannot be imported: {missing}",
+        f"an engine cannot be configured: {missing}",
         "the hooks for model runner V1 cannot be installed: SeamBroken",
     ):
         assert f"on cpu: {told}" in problems
