@@ -122,7 +122,7 @@ def _ask_all(server: VllmServer, console: Console) -> list[Answer]:
     with counting_bar(console, disable=not console.is_terminal) as bars:
         task = bars.add_task("", total=2 * len(FACTS))
         for fact, way in in_turn(FACTS):
-            bars.update(task, description=f"Reading, {way}")
+            bars.update(task, description=f"Reading, {way}", refresh=True)
             if len(answers) % 2 == 0:
                 print_question(fact, console)
             answers.append(ask(server, fact, way))
