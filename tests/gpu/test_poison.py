@@ -42,7 +42,7 @@ def poison_what_no_request_wrote(layer: Layer, requests) -> None:
     ):
         poison(tensor)
     # Slots of a block that is nobody's, and lengths of rows that there are not.
-    workspace.slots.zero_()
+    workspace.table.zero_()
     workspace.lengths.fill_(1 << 20)
 
 
@@ -97,7 +97,8 @@ def test_a_request_of_nothing_but_nans_changes_nobody_else(way: str):
     clean(layer)
     graph = Graph(layer, num_tokens=8, queries=1)
     expected = graph.replay(requests)[1:4]
-    lengths, slots = layer.workspace.lengths.clone(), layer.workspace.slots.clone()
+    (group,) = graph.captured
+    lengths, slots = layer.workspace.lengths.clone(), layer.workspace.slots(group).clone()
     blocks = layer.block_table[0].long()
     layer.cache.pages[blocks] = float("nan")
     layer.query[0] = float("nan")
@@ -107,8 +108,8 @@ def test_a_request_of_nothing_but_nans_changes_nobody_else(way: str):
         assert torch.equal(layer.workspace.lengths[:4], lengths[:4])
         for row in range(1, 4):
             own = slice(int(lengths[row]))
-            assert torch.equal(layer.workspace.slots[row, own], slots[row, own])
-        selected = layer.workspace.slots[0, : int(lengths[0])]
+            assert torch.equal(layer.workspace.slots(group)[row, own], slots[row, own])
+        selected = layer.workspace.slots(group)[0, : int(lengths[0])]
         assert set((selected // BLOCK_SIZE).tolist()) <= set(blocks.tolist())
     assert out[0].isnan().all()
 

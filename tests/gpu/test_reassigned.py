@@ -54,9 +54,9 @@ def test_keys_of_a_quantised_cache_are_rotated_with_their_scale():
 
 
 def test_rows_of_several_groups_keep_their_own_positions():
-    requests = REQUESTS["chunked"]
-    row_bytes = 4 * 3 * Layer(requests, (2, 1)).limits.max_width
-    layer = reassigning(requests, (2, 1), torch.float32, row_bytes)
+    requests = REQUESTS["mixed"]
+    row_bytes = 4 * 7 * Layer(requests, (6, 2)).limits.max_width
+    layer = reassigning(requests, (6, 2), torch.float32, row_bytes)
     groups = groups_of(requests, layer)
     assert len(groups) > 1
     assert_defined(layer.run(groups), layer, requests)
