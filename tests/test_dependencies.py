@@ -145,7 +145,7 @@ def test_a_command_that_starts_a_server_says_how_to_install_vllm(command, monkey
     assert list(tmp_path.iterdir()) == []
 
 
-def tested_releases(environment: str) -> dict[str, str]:
+def read_constraints(environment: str) -> dict[str, str]:
     """The releases that a file of constraints names."""
     text = (REPOSITORY / "constraints" / f"{environment}.txt").read_text()
     assert "://" not in text
@@ -157,7 +157,7 @@ def tested_releases(environment: str) -> dict[str, str]:
     ("environment", "extras"), [("cpu", ("cpu", "test")), ("gpu", ("gpu", "ray", "xformers"))]
 )
 def test_constraints_name_a_release_of_everything_that_is_asked_for(environment, extras):
-    named = tested_releases(environment)
+    named = read_constraints(environment)
     lists = [PROJECT["dependencies"], *map(extra_of_project, extras)]
     for requirement in (Requirement(one) for needed in lists for one in needed):
         assert named[canonicalize_name(requirement.name)] in requirement.specifier, requirement
@@ -165,7 +165,7 @@ def test_constraints_name_a_release_of_everything_that_is_asked_for(environment,
 
 def test_what_is_tested_here_are_the_releases_of_the_constraints():
     installed = {canonicalize_name(one.name): one.version for one in distributions()}
-    named = tested_releases("cpu")
+    named = read_constraints("cpu")
     assert {n: v for n, v in installed.items() if n in named and v != named[n]} == {}
     # Those do not load beside torch's CPU build, and `tokenselect doctor --fix` removes them.
     assert named.keys() - installed.keys() <= {"torchaudio", "torchcodec", "torchvision"}

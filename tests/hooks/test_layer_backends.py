@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import uuid
 from typing import Any
 
 import pytest
@@ -72,7 +73,8 @@ def make_stage(folder: str, rank: int, said: Any) -> None:
 @pytest.mark.parametrize("last", ["full_attention", "sliding_attention"])
 def test_a_stage_may_have_no_layer_that_selects_if_another_has(tmp_path, monkeypatch, last):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("VLLM_DIST_IDENT", "stages")  # as an executor names its workers
+    # As an executor names its workers, for what they share in memory.
+    monkeypatch.setenv("VLLM_DIST_IDENT", f"stages-{uuid.uuid4().hex}")
     kinds = ["sliding_attention"] * 3 + [last]
     (tmp_path / "config.json").write_text(json.dumps(GEMMA | {"layer_types": kinds}))
     context = multiprocessing.get_context("spawn")

@@ -114,4 +114,4 @@ def test_with_dense_layers_preemption_and_the_smallest_steps(smollm2, tokenizer)
         assert_says_what_the_oracle_says(client, crowded, expected)
         assert client.metric("vllm:num_preemptions_total") > 0
         log = client.server.log()
-    assert "leaves 2 layers on CPU_ATTN, where they attend to everything" in log
+    assert "layers 0-1: CPU_ATTN (dense_layers 2); layers 2-29: TOKENSELECT" in log
