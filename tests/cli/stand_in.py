@@ -35,6 +35,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     told: ClassVar[dict] = {}
     asked: ClassVar[Counter] = Counter()
+    read: ClassVar[set] = set()
 
     def do_GET(self) -> None:
         self.send_response(200)
@@ -54,11 +55,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self._send(json.dumps({"id": name, "choices": [{"text": piece}]}))
             time.sleep(600 if self.told.get("hangs") else 0)
         if self.told["figures"]:
-            read = 1000 if off else 400
-            print(
-                f"TOKENSELECT request {name}-0: {Activity(read, 1000, 10, read, 1000, 2)}",
-                flush=True,
-            )
+            attended = 1000 if off else 400
+            cached = (way, body["cache_salt"]) in self.read
+            self.read.add((way, body["cache_salt"]))
+            figures = Activity(attended, 1000, 1 if cached else 10, attended, 1000, 2)
+            print(f"TOKENSELECT request {name}-0: {figures}", flush=True)
         self._send("[DONE]")
 
     def _send(self, event: str) -> None:

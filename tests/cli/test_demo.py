@@ -64,10 +64,15 @@ class TestRun:
         done = run_demo(KNOWING, tmp_path)
         for fact in FACTS:
             assert fact.question in done.stdout
-        row = rf"{FACTS[0].answer} +right +\d+\.\d\d s +"
+        row = rf"{FACTS[0].answer} +right +\d+\.\d\d s +10 +"
         assert done.returncode == 0
         assert re.search(rf"TOKENSELECT +{row}67 of 167 tokens", done.stdout)
         assert re.search(rf"full attention +{row}167 of 167 tokens", done.stdout)
+        # The log is read twice each way, and found in the prefix cache by the other requests.
+        reads = re.findall(r" s +(\d+) +\d+ of \d+ tokens\n", done.stdout)
+        assert (reads.count("10"), reads.count("1")) == (4, 2 * ALL - 4)
+        for what in ("reading the log", "with the log in the prefix cache"):
+            assert re.search(rf"{what}: \d+\.\d\d s and \d+\.\d\d s \(\d+\.\d\dx\)", done.stdout)
         assert "attended to 40% of the tokens in context while it read, and to 40%" in done.stdout
 
     def test_a_demo_that_fails_says_why_and_where_the_log_is(self, tmp_path):
@@ -83,7 +88,7 @@ class TestRun:
         assert (
             "The server's log does not say what the request cmpl-ours1 attended to." in done.stdout
         )
-        assert "Reading, " not in done.stdout  # the bar of a demo that broke off
+        assert "Asking, " not in done.stdout  # the bar of a demo that broke off
 
     def test_a_pipe_gets_plain_lines(self, tmp_path):
         done = run_demo(KNOWING, tmp_path)
@@ -104,7 +109,7 @@ class TestRun:
         written, status = on_terminal(KNOWING, environment(tmp_path))
         assert status == 0
         assert "\x1b[32mright" in written
-        assert "Reading, full attention" in written
+        assert "Asking, full attention" in written
 
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
     def test_an_interrupt_leaves_neither_server_nor_files(self, number, tmp_path):
@@ -139,8 +144,13 @@ def children_of(pid: int) -> list[int]:
 
 def test_every_question_is_asked_both_ways_and_neither_goes_first_twice_in_a_row():
     asked = list(in_turn(FACTS))
-    assert len(asked) == len(set(asked)) == 2 * ALL
-    assert [way for _, way in asked] == [OURS, FULL, FULL, OURS] * (ALL // 2)
+    assert len({(fact, way) for _, fact, way in asked}) == len(asked) == 2 * ALL
+    ways = [way for *_, way in asked]
+    assert ways[:8] == [OURS, FULL, FULL, OURS] * 2
+    assert ways[8:] == [FULL, OURS, OURS, FULL] * 2
+    # So the log is read A B B A.
+    first = [next(i for i, a in enumerate(asked) if a[0] == n) for n in (0, 1)]
+    assert [ways[i + j] for i in first for j in (0, 1)] == [OURS, FULL, FULL, OURS]
 
 
 @pytest.mark.parametrize(

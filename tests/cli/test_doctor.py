@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from tests.models.families import GEMMA3
 from vllm_tokenselect import hooks
 from vllm_tokenselect.cli import doctor
 from vllm_tokenselect.cli.app import app
@@ -19,21 +20,6 @@ HOLDS = Finding("scheduler", "vllm.sched:Scheduler.schedule", "holds", "keeps ch
 PATCHED = Finding("runner_v1", "vllm.runner:Runner.update", "patched", "built with the diff")
 NOT_NEEDED = Finding("runner_v2", "vllm.runner:Other.update", "not needed", "another runner")
 BROKEN = Finding("scheduler", "vllm.sched:Scheduler.schedule", "broken", "it does not exist")
-
-GEMMA = {
-    "model_type": "gemma3_text",
-    "architectures": ["Gemma3ForCausalLM"],
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 32,
-    "vocab_size": 128,
-    "max_position_embeddings": 4096,
-    "sliding_window": 64,
-    "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
-}
 
 
 @pytest.fixture
@@ -100,7 +86,7 @@ def model_rows(healthy, tmp_path, monkeypatch):
 
 
 def test_layers_of_a_model_are_listed_by_what_they_run_on(model_rows):
-    rows = model_rows(GEMMA)
+    rows = model_rows(GEMMA3)
     assert [(row.name, row.detail, row.state) for row in rows] == [
         ("layers 0-2", "CPU_ATTN (sliding window)", "ok"),
         ("layer 3", "TOKENSELECT", "ok"),
@@ -110,7 +96,7 @@ def test_layers_of_a_model_are_listed_by_what_they_run_on(model_rows):
 
 
 def test_settings_that_do_not_fit_the_model_fail(model_rows):
-    rows = model_rows(GEMMA, '{"query_chunk": 200}')
+    rows = model_rows(GEMMA3, '{"query_chunk": 200}')
     assert rows[-1].state == "problem"
     assert "query_chunk=200 and the KV block size 128 do not line up" in rows[-1].detail
     assert ("layer 3", "TOKENSELECT") in [(row.name, row.detail) for row in rows]

@@ -1,12 +1,12 @@
-"""A whole vLLM engine with a tiny random model: run by `test_engine.py`, in a process alone.
+"""Whole vLLM engines with a tiny random model, each in a fork of this process; run by `test_engine.py`.
 
-    python -m tests.gpu.engine FOLDER PATH SETTINGS [DRAFTS [LENGTH]]  # PATH: cpu or gpu; SETTINGS: JSON
+    python -m tests.gpu.engine FOLDER JOBS.json
 
-With PATH gpu on a machine without one, the layers, the metadata builder and the Triton kernels of the
-GPU path serve requests on the CPU, interpreted. Stand-ins are what only a GPU has: the device itself,
-vLLM's CUDA kernel that writes keys and values, and the answers to "is this a GPU?". Prints a line of
-JSON for each round of requests: tokens, log-probability and cached tokens of every answer. With PATH gpu
-there is a third round, after a deep sleep.
+A job's `path` is `cpu` or `gpu`. With `gpu` on a machine without one, the layers, the metadata builder and
+the Triton kernels of the GPU path serve requests on the CPU, interpreted. Stand-ins are what only a GPU
+has: the device itself, vLLM's CUDA kernel that writes keys and values, and the answers to "is this a GPU?".
+Prints a line of JSON for each job, a list for each round of its requests: tokens, log-probability and
+cached tokens of every answer. With `sleep` there is a third round, after a deep sleep.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from tests.forks import run_in_forks
+
 ENVIRONMENT = {
     "TRITON_INTERPRET": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -28,27 +30,7 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
 }
 SETTINGS = {"top_k": 24, "n_init": 4, "n_local": 16, "query_chunk": 32, "tail_queries": 3}
-MODEL = {
-    "vocab_size": 512,
-    "hidden_size": 192,
-    "intermediate_size": 256,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 1024,
-    "initializer_range": 0.25,  # so large that attention matters
-}
-
-
 FAR = 1 << 21  # tokens; a KV cache of 1 GiB holds half as many
-
-
-def save_model(folder: Path) -> None:
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**MODEL)).float().save_pretrained(folder)
 
 
 def serve_gpu_path_on_cpu() -> None:
@@ -94,12 +76,14 @@ def sleep_and_wake(engine: Any, pool: Any) -> None:
         cache.fill_(1e3)
 
 
-def main(
-    folder: str, path: str, settings: str, drafts: str = "0", max_model_len: str = "512"
+def serve(
+    folder: str,
+    path: str,
+    settings: dict[str, Any],
+    drafts: int = 0,
+    max_model_len: int = 512,
+    sleep: bool = False,
 ) -> None:
-    os.environ.update(ENVIRONMENT)
-    if not (Path(folder) / "config.json").exists():
-        save_model(Path(folder))
     from tests.gpu.sleeping import WeightsPool
 
     pool = WeightsPool()
@@ -109,42 +93,40 @@ def main(
     from vllm import LLM, SamplingParams
 
     options: dict[str, Any] = {}
-    if int(drafts):
+    if drafts:
         options["speculative_config"] = {
             "method": "ngram",
-            "num_speculative_tokens": int(drafts),
+            "num_speculative_tokens": drafts,
             "prompt_lookup_min": 1,
             "prompt_lookup_max": 3,
         }
-    if max_model_len == "-1":
+    if max_model_len == -1:
         # The model reads more than the KV cache holds: vLLM lowers the length when layers have buffers.
         options["hf_overrides"] = {"max_position_embeddings": FAR}
     engine = LLM(
         model=folder,
         dtype="float32",
         skip_tokenizer_init=True,
-        max_model_len=int(max_model_len),
+        max_model_len=max_model_len,
         max_num_batched_tokens=128,
         max_num_seqs=4,
         block_size=16,
         enforce_eager=True,
         attention_backend="TOKENSELECT",
-        additional_config={"tokenselect": SETTINGS | json.loads(settings)},
+        additional_config={"tokenselect": SETTINGS | settings},
         distributed_executor_backend="uni",
         **options,
     )
-    if max_model_len == "-1":
+    if max_model_len == -1:
         assert 512 < engine.llm_engine.model_config.max_model_len < FAR
     rng = random.Random(0)
-    text = [rng.randrange(512) for _ in range(300)]
-    prompts = [text[:200], text[:130] + text[10:50], text[100:140], text]  # they share prefixes
+    text = [rng.randrange(512) for _ in range(200)]
+    prompts = [text[:130], text[:90] + text[10:40], text[70:100], text]  # they share prefixes
     sampling = SamplingParams(
-        temperature=0, max_tokens=8, logprobs=1, detokenize=False, ignore_eos=True
+        temperature=0, max_tokens=5, logprobs=1, detokenize=False, ignore_eos=True
     )
-    rounds = 2  # the second finds the first in the prefix cache
-    if path == "gpu":
-        rounds = 3
-    for number in range(rounds):
+    rounds = []
+    for number in range(3 if sleep else 2):  # the second finds the first in the prefix cache
         if number == 2:
             sleep_and_wake(engine, pool)
         outputs = engine.generate(
@@ -158,7 +140,13 @@ def main(
             }
             for output in outputs
         ]
-        print(json.dumps(answers), flush=True)
+        rounds.append(answers)
+    print(json.dumps(rounds), flush=True)
+
+
+def main(folder: str, jobs: str) -> None:
+    os.environ.update(ENVIRONMENT)
+    run_in_forks(serve, [{"folder": folder, **job} for job in json.loads(Path(jobs).read_text())])
 
 
 if __name__ == "__main__":

@@ -9,34 +9,47 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from tests.models.zoo import save
+
 pytestmark = pytest.mark.server
 
+MODEL = {
+    "vocab_size": 512,
+    "hidden_size": 192,
+    "intermediate_size": 256,
+    "num_attention_heads": 6,
+    "max_position_embeddings": 1024,
+    "initializer_range": 0.25,
+}
+# The interpreter takes many minutes for scores of that length.
+SLOW = "gpu, fitted length"
+JOBS = {
+    "cpu": {"path": "cpu"},
+    "gpu": {"path": "gpu", "sleep": True},
+    "cpu, fitted length": {"path": "cpu", "max_model_len": -1},
+    SLOW: {"path": "gpu", "max_model_len": -1},
+    "cpu, no cache": {"path": "cpu", "settings": {"similarity_threshold": 1}},
+    "cpu, drafts": {"path": "cpu", "settings": {"similarity_threshold": 1}, "drafts": 3},
+    "gpu, drafts": {"path": "gpu", "settings": {"similarity_threshold": 1}, "drafts": 3},
+    "cpu, reassigned": {"path": "cpu", "settings": {"positions": "reassigned"}},
+    "gpu, reassigned": {"path": "gpu", "settings": {"positions": "reassigned"}},
+}
+
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("model")
-
-
-def answers(
-    folder, path: str, drafts: int = 0, max_model_len: int = 512, **settings: object
-) -> list:
-    command = [sys.executable, "-m", "tests.gpu.engine", str(folder), path]
-    command += [json.dumps(settings), str(drafts), str(max_model_len)]
+def rounds(request, tmp_path_factory) -> dict[str, list]:
+    """What each engine says, in each round."""
+    items = [item for item in request.session.items if item.path == request.path]
+    endurance = any(item.get_closest_marker("endurance") for item in items)
+    chosen = [name for name in JOBS if name != SLOW or endurance]
+    folder = save(tmp_path_factory.mktemp("model"), "Llama", MODEL)
+    (folder / "jobs.json").write_text(json.dumps([{"settings": {}} | JOBS[n] for n in chosen]))
+    command = [sys.executable, "-m", "tests.gpu.engine", str(folder), str(folder / "jobs.json")]
     done = subprocess.run(command, capture_output=True, text=True)
-    rounds = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[{")]
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    if path == "gpu":
-        # A third round, after a deep sleep.
-        *rounds, woken = rounds
-        assert_same([woken], rounds[:1])
-        assert [a["cached"] for a in woken] == [a["cached"] for a in rounds[0]]
-    assert len(rounds) == 2
-    return rounds
-
-
-@pytest.fixture(scope="module")
-def expected(folder):
-    return answers(folder, "cpu")
+    said = [json.loads(line) for line in done.stdout.splitlines() if line[:2] in ("[[", '{"')]
+    assert len(said) == len(chosen), done.stdout[-3000:] + done.stderr[-3000:]
+    assert not any("error" in one for one in said), done.stdout[-3000:] + done.stderr[-3000:]
+    return dict(zip(chosen, said, strict=True))
 
 
 def assert_same(actual, expected):
@@ -45,31 +58,31 @@ def assert_same(actual, expected):
         assert ours["logprob"] == pytest.approx(theirs["logprob"], abs=1e-3)
 
 
-def test_the_gpu_path_says_what_the_cpu_path_says(folder, expected):
-    actual = answers(folder, "gpu")
+def cached(answers):
+    return [answer["cached"] for answer in answers]
+
+
+def test_the_gpu_path_says_what_the_cpu_path_says(rounds):
+    expected = rounds["cpu"]
+    *actual, woken = rounds["gpu"]
     assert_same(actual, expected)
-    assert [a["cached"] for a in actual[1]] == [a["cached"] for a in expected[1]] != [0] * 4
+    assert cached(actual[1]) == cached(expected[1]) != [0] * 4
+    # After a deep sleep.
+    assert_same([woken], actual[:1])
+    assert cached(woken) == cached(actual[0])
 
 
-# The interpreter takes many minutes for scores as wide as that.
 @pytest.mark.parametrize("path", ["cpu", pytest.param("gpu", marks=pytest.mark.endurance)])
-def test_a_context_that_vllm_fits_to_the_kv_cache_changes_nothing_that_is_said(
-    folder, expected, path
-):
-    assert_same(answers(folder, path, max_model_len=-1), expected)
-
-
-@pytest.fixture(scope="module")
-def without_cache(folder):
-    return answers(folder, "cpu", similarity_threshold=1)
+def test_a_context_that_vllm_fits_to_the_kv_cache_changes_nothing_that_is_said(rounds, path):
+    assert_same(rounds[f"{path}, fitted length"], rounds["cpu"])
 
 
 @pytest.mark.parametrize("path", ["cpu", "gpu"])
-def test_drafts_by_n_gram_change_nothing_that_is_said(folder, without_cache, path):
-    assert_same(answers(folder, path, 3, similarity_threshold=1), without_cache)
+def test_drafts_by_n_gram_change_nothing_that_is_said(rounds, path):
+    assert_same(rounds[f"{path}, drafts"], rounds["cpu, no cache"])
 
 
-def test_the_gpu_path_says_what_the_cpu_path_says_at_reassigned_positions(folder, expected):
-    reassigned = answers(folder, "cpu", positions="reassigned")
-    assert_same(answers(folder, "gpu", positions="reassigned"), reassigned)
-    assert [a["tokens"] for a in reassigned[0]] != [a["tokens"] for a in expected[0]]
+def test_the_gpu_path_says_what_the_cpu_path_says_at_reassigned_positions(rounds):
+    reassigned = rounds["cpu, reassigned"]
+    assert_same(rounds["gpu, reassigned"], reassigned)
+    assert [a["tokens"] for a in reassigned[0]] != [a["tokens"] for a in rounds["cpu"][0]]

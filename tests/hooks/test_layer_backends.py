@@ -12,24 +12,11 @@ pytest.importorskip("vllm")
 import torch
 from torch import nn
 
+from tests.models.families import GEMMA3
 from vllm_tokenselect.hooks import chunked_local, layer_backends, worker
 from vllm_tokenselect.hooks.layer_backends import Layer, list_layers
 from vllm_tokenselect.hooks.registration import backend_member
 
-GEMMA = {
-    "architectures": ["Gemma3ForCausalLM"],
-    "model_type": "gemma3_text",
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 32,
-    "vocab_size": 128,
-    "max_position_embeddings": 4096,
-    "sliding_window": 64,
-    "dtype": "float32",
-}
 WINDOWS = "layers 0-1: CPU_ATTN (sliding window)"
 
 
@@ -76,7 +63,9 @@ def test_a_stage_may_have_no_layer_that_selects_if_another_has(tmp_path, monkeyp
     # As an executor names its workers, for what they share in memory.
     monkeypatch.setenv("VLLM_DIST_IDENT", f"stages-{uuid.uuid4().hex}")
     kinds = ["sliding_attention"] * 3 + [last]
-    (tmp_path / "config.json").write_text(json.dumps(GEMMA | {"layer_types": kinds}))
+    (tmp_path / "config.json").write_text(
+        json.dumps(GEMMA3 | {"layer_types": kinds, "dtype": "float32"})
+    )
     context = multiprocessing.get_context("spawn")
     said = context.Queue()
     stages = [context.Process(target=make_stage, args=(str(tmp_path), n, said)) for n in (0, 1)]

@@ -7,6 +7,22 @@ from typing import Any
 
 from tests.models.zoo import COMMON, rope
 
+# The smallest configuration file with both windows and full attention.
+GEMMA3 = {
+    "model_type": "gemma3_text",
+    "architectures": ["Gemma3ForCausalLM"],
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "vocab_size": 128,
+    "max_position_embeddings": 4096,
+    "sliding_window": 64,
+    "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+}
+
 # Mixtures of experts, and the names that some give to the same things.
 EXPERTS = {
     "num_experts": 4,

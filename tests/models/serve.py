@@ -10,7 +10,6 @@ prompts, what its layers run on; with `"ask": "doctor"`, what `tokenselect docto
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import sys
@@ -18,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from tests.forks import run_in_forks
 from vllm_tokenselect.hooks.layers import examine_model
 
 ENVIRONMENT = {
@@ -91,22 +91,10 @@ def answer(folder: str, options: dict[str, Any]) -> None:
 
 def main(jobs: str) -> None:
     os.environ.update(ENVIRONMENT)
-    # Forks need not import it again, and vLLM's CPU platform starts one engine in a process: for a second
-    # one it looks for kernels in every module, and trips over numba's, which the first has loaded.
-    import vllm.entrypoints.llm
-    import vllm.v1.engine.core
-    import vllm.v1.worker.cpu_worker  # noqa: F401
-    from vllm.model_executor.models import registry
-
-    # vLLM looks at each kind of model in a process of its own, which takes it ten seconds.
-    registry._run_in_subprocess = lambda look: look()
-
-    for folder, options in json.loads(Path(jobs).read_text()):
-        fork = multiprocessing.get_context("fork").Process(target=answer, args=(folder, options))
-        fork.start()
-        fork.join()
-        if fork.exitcode:
-            print(json.dumps({"error": f"ended with {fork.exitcode}"}), flush=True)
+    run_in_forks(
+        answer,
+        [{"folder": f, "options": options} for f, options in json.loads(Path(jobs).read_text())],
+    )
 
 
 if __name__ == "__main__":

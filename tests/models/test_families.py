@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.models.families import EVERY_RUN, FAMILIES, NOT_BY_VLLM, REFUSED, save_config
-from tests.models.test_reassigned import assert_same
+from tests.models.jobs import Answers, ask, assert_same, chosen_names, parametrized
 from tests.models.zoo import save
 
 pytestmark = pytest.mark.server
@@ -29,24 +25,11 @@ COVERED = {
 FULL = {"attention_backend": "CPU_ATTN"}
 CHUNKED = "Llama 4"  # in chunks of 64 tokens
 
-Outcomes = Callable[[str, dict[str, Any]], Any]
-
-
-def names() -> list[Any]:
-    return [
-        name if name in EVERY_RUN else pytest.param(name, marks=pytest.mark.endurance)
-        for name in FAMILIES
-    ]
-
 
 @pytest.fixture(scope="module")
-def outcomes(request, tmp_path_factory) -> Outcomes:
-    """What became of a family, asked in some way. One process answers for all."""
-    chosen = {
-        item.callspec.params["name"]
-        for item in request.session.items
-        if item.path == request.path and hasattr(item, "callspec")
-    }
+def outcomes(request, tmp_path_factory) -> Answers:
+    """What became of a family, asked in some way."""
+    chosen = chosen_names(request)
     jobs = [(name, way) for name in FAMILIES if name in chosen for way in (DOCTOR, SERVER)]
     jobs += [(CHUNKED, way) for way in (FULL, COVERED)]
     folder = tmp_path_factory.mktemp("families")
@@ -56,16 +39,10 @@ def outcomes(request, tmp_path_factory) -> Outcomes:
             return save_config(folder / name.replace("/", "-"), *FAMILIES[name])
         return save(folder / "with weights", *FAMILIES[name])
 
-    file = folder / "jobs.json"
-    file.write_text(json.dumps([(str(path(*job)), job[1]) for job in jobs]))
-    command = [sys.executable, "-m", "tests.models.serve", str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=3000)
-    said = [json.loads(line) for line in done.stdout.splitlines() if line[:1] in "[{"]
-    assert len(said) == len(jobs), done.stdout[-3000:] + done.stderr[-3000:]
-    return lambda name, way: said[jobs.index((name, way))]
+    return ask(jobs, [path(*job) for job in jobs], folder / "jobs.json")
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", parametrized(FAMILIES, EVERY_RUN))
 def test_doctor_says_what_the_server_does(outcomes, name):
     verdict, server = outcomes(name, DOCTOR), outcomes(name, SERVER)
     assert not verdict["guess"]
@@ -78,7 +55,7 @@ def test_doctor_says_what_the_server_does(outcomes, name):
         ), server
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", parametrized(FAMILIES, EVERY_RUN))
 def test_a_family_is_served_or_refused_by_the_name_of_what_is_missing(outcomes, name):
     server = outcomes(name, SERVER)
     if name in REFUSED:

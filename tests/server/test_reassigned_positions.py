@@ -15,7 +15,8 @@ from tests.server.test_sparse_equals_oracle import assert_says_what_the_oracle_s
 
 pytestmark = pytest.mark.server
 
-BEYOND = ("--max-model-len", "12288")  # SmolLM2 was trained on 8,192
+TRAINED = 8192  # tokens
+BEYOND = ("--max-model-len", "12288")
 
 
 @pytest.fixture(scope="module")
@@ -30,12 +31,16 @@ def client(smollm2) -> Iterator[Client]:
         yield client
 
 
-def test_the_answers_are_the_oracles_below_and_beyond_the_trained_length(client, cases):
+@pytest.mark.parametrize("stride", [pytest.param(1, marks=pytest.mark.endurance), 2])
+def test_the_answers_are_the_oracles_below_and_beyond_the_trained_length(client, cases, stride):
     expected = load(cases, REASSIGNED_SETTINGS)
-    assert max(len(case.prompt) for case in cases) > 10_000
+    cases = cases[::stride]
+    assert max(len(case.prompt) for case in cases) > TRAINED
     for _ in ("the first time", "again, from the prefix cache"):
         assert_says_what_the_oracle_says(client, cases, expected, tolerance=REASSIGNED_TOLERANCE)
-    assert client.metric("vllm:prefix_cache_hits_total") > 20_000
+    assert client.metric("vllm:prefix_cache_hits_total") > 0.7 * sum(
+        len(case.prompt) for case in cases
+    )
     assert client.metric("vllm:tokenselect_rows_total") > 0
 
 

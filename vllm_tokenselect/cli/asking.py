@@ -16,6 +16,8 @@ from vllm_tokenselect.evaluation.client import Client, Endpoint, ServerError
 
 OURS, FULL = "TOKENSELECT", "full attention"
 _EXTRA = {OURS: {}, FULL: {"vllm_xargs": {"tokenselect": "off"}}}
+# How often the server reads the document each way. The other questions find it in the prefix cache.
+_READINGS = 2
 # An answer is a few tokens of a sentence; what the model adds after it is not asked for.
 _BODY = {"max_tokens": 8, "stop": ["\n", "."]}
 
@@ -42,20 +44,32 @@ class Answer:
         return re.match(rf"\s*{re.escape(self.fact.answer)}\b", self.text) is not None
 
 
-def in_turn(facts: Sequence[Fact]) -> Iterator[tuple[Fact, str]]:
-    """Every question both ways, A B B A: whatever drifts on the machine strikes both alike."""
+def in_turn(facts: Sequence[Fact]) -> Iterator[tuple[int, Fact, str]]:
+    """Number of the reading of the document, and every question both ways.
+
+    Questions go A B B A, and readings too: whatever drifts on the machine strikes both ways alike.
+    """
     for number, fact in enumerate(facts):
-        for way in (OURS, FULL) if number % 2 == 0 else (FULL, OURS):
-            yield fact, way
+        reading = number * _READINGS // len(facts)
+        for way in (OURS, FULL) if number % 2 == reading % 2 else (FULL, OURS):
+            yield reading, fact, way
 
 
-def ask(server: VllmServer, fact: Fact, way: str) -> Answer:
+def ask(server: VllmServer, fact: Fact, way: str, reading: int) -> Answer:
     """Ask one question, alone on the server, and wait for what it attended to.
+
+    Args:
+        server: which reads the document where no question of this reading was asked this way before.
+        fact: what is asked for.
+        way: `OURS` or `FULL`.
+        reading: its number.
 
     Raises:
         ServerError: when the server refuses it, breaks off, says nothing, or writes no figures.
     """
-    text, request_id, first_token = asyncio.run(_stream(server.base_url, prompt(fact), way))
+    text, request_id, first_token = asyncio.run(
+        _stream(server.base_url, prompt(fact), way, reading)
+    )
     figures = wait_for_figures(server.log_path, request_id)
     if figures is None:
         raise ServerError(
@@ -64,13 +78,15 @@ def ask(server: VllmServer, fact: Fact, way: str) -> Answer:
     return Answer(fact, way, text, first_token, figures)
 
 
-async def _stream(url: str, asked: str, way: str) -> tuple[str, str, float]:
+async def _stream(url: str, asked: str, way: str, reading: int) -> tuple[str, str, float]:
     """Text, id of the request, and seconds to the first token."""
     pieces: list[str] = []
     request_id, first_token = "", 0.0
     async with Client(Endpoint(url, MODEL_NAME, _EXTRA[way])) as client:
+        # Requests of another salt share nothing in the prefix cache.
+        body = {**_BODY, "prompt": asked, "cache_salt": f"reading {reading}"}
         begun = time.perf_counter()
-        async for event in client.stream("/v1/completions", {**_BODY, "prompt": asked}):
+        async for event in client.stream("/v1/completions", body):
             if not event.get("choices"):
                 continue
             if not pieces:

@@ -17,7 +17,9 @@ _WIDTH = 15  # of an answer
 
 def print_heading(console: Console) -> None:
     """Print what the columns of `print_answer` are."""
-    columns = f"{'':22}{'answer':<{_WIDTH}}{'':5} {'first token':>12}   attended per query"
+    columns = (
+        f"{'':22}{'answer':<{_WIDTH}}{'':5} {'first token':>12} {'read':>7}   attended per query"
+    )
     _print(console, f"\n[bold]depth  question[/]\n[dim]{columns}[/]")
 
 
@@ -27,7 +29,7 @@ def print_question(fact: Fact, console: Console) -> None:
 
 
 def print_answer(answer: Answer, console: Console) -> None:
-    """Print what was said, whether it is right, when it came, and how much a query attended to."""
+    """Print what was said, whether it is right, when it came, and how much was read and attended to."""
     said = " ".join(answer.text.split())[:_WIDTH]
     verdict = "[green]right[/]" if answer.is_right else "[red]wrong[/]"
     counts = answer.figures.total
@@ -35,7 +37,8 @@ def print_answer(answer: Answer, console: Console) -> None:
     padded = escape(f"{said:<{_WIDTH}}")
     _print(
         console,
-        f"       {answer.way:<15}{padded}{verdict} {answer.first_token:>10.2f} s   {attended}",
+        f"       {answer.way:<15}{padded}{verdict} {answer.first_token:>10.2f} s "
+        f"{answer.figures.prefill.queries:>7,}   {attended}",
     )
 
 
@@ -48,13 +51,22 @@ def judge(answers: Sequence[Answer], console: Console) -> int:
     """
     ours, full = ([a for a in answers if a.way == way] for way in (OURS, FULL))
     found, found_full = (sum(a.is_right for a in some) for some in (ours, full))
-    seconds, seconds_full = (median(a.first_token for a in some) for some in (ours, full))
     _print(
         console,
-        f"\n[bold]TOKENSELECT found {found} of {len(ours)}, full attention {found_full}.[/] "
-        f"Median time to first token: {seconds:.2f} s and {seconds_full:.2f} s "
-        f"([bold]{seconds_full / seconds:.2f}x[/]).",
+        f"\n[bold]TOKENSELECT found {found} of {len(ours)}, full attention {found_full}.[/]",
     )
+    most = max(a.figures.prefill.queries for a in answers)
+    for what, read in (("reading the log", True), ("with the log in the prefix cache", False)):
+        seconds, seconds_full = (
+            [a.first_token for a in some if (2 * a.figures.prefill.queries > most) == read]
+            for some in (ours, full)
+        )
+        if seconds and seconds_full:
+            _print(
+                console,
+                f"Median time to first token {what}: {median(seconds):.2f} s and "
+                f"{median(seconds_full):.2f} s ([bold]{median(seconds_full) / median(seconds):.2f}x[/]).",
+            )
     nothing = Attended(0, 0, 0)
     reading = sum((answer.figures.prefill for answer in ours), nothing).share
     answering = sum((answer.figures.decode for answer in ours), nothing).share
