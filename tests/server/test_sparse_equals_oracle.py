@@ -99,9 +99,11 @@ def test_when_requests_are_preempted_and_prefill_is_cut_into_the_smallest_steps(
         assert client.metric("vllm:num_preemptions_total") > 0
 
 
-def test_with_the_selection_cache(smollm2, tokenizer):
+@pytest.mark.parametrize("stride", [pytest.param(1, marks=pytest.mark.endurance), 2])
+def test_with_the_selection_cache(smollm2, tokenizer, stride):
     cases = make_cached_cases(tokenizer)
     expected = load(cases, CACHED_SETTINGS)
+    cases = cases[::stride]
     with serving(smollm2, settings=asdict(CACHED_SETTINGS), extra_args=FP32) as client:
         for _ in ("the first time", "again, from the prefix cache"):
             assert_says_what_the_oracle_says(client, cases, expected)
