@@ -2,6 +2,7 @@
 
 import ast
 import sys
+import sysconfig
 import tomllib
 from importlib.metadata import distributions, packages_distributions
 from pathlib import Path
@@ -164,7 +165,9 @@ def test_constraints_name_a_release_of_everything_that_is_asked_for(environment,
 
 
 def test_what_is_tested_here_are_the_releases_of_the_constraints():
-    installed = {canonicalize_name(one.name): one.version for one in distributions()}
+    # Not what setuptools brings along, which it puts on the path of whoever imports it.
+    found = distributions(path=[sysconfig.get_path("purelib")])
+    installed = {canonicalize_name(one.name): one.version for one in found}
     named = read_constraints("cpu")
     assert {n: v for n, v in installed.items() if n in named and v != named[n]} == {}
     # Those do not load beside torch's CPU build, and `tokenselect doctor --fix` removes them.
