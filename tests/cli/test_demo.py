@@ -117,7 +117,12 @@ class TestRun:
         output = tmp_path / "output"
         with output.open("w") as file:
             demo = subprocess.Popen(
-                command(told), env=environment(tmp_path), stdout=file, stderr=file
+                command(told),
+                env=environment(tmp_path),
+                stdout=file,
+                stderr=file,
+                # The tests may run in the background, where a shell has some of them ignored.
+                preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
             )
         wait_until(lambda: "depth" in output.read_text())
         started = children_of(demo.pid)  # the server, and who watches it

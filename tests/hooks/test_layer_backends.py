@@ -34,54 +34,57 @@ def test_layers_are_listed_in_ranges_by_what_they_run_on():
     )
 
 
-def make_stage(folder: str, rank: int, said: Any) -> None:
-    """Make one of two pipeline stages, as a worker does, without weights."""
+def make_stages(folders: list[str], rank: int, said: Any) -> None:
+    """Make one of two pipeline stages of each model, as a worker does, without weights."""
     from vllm.config import set_current_vllm_config
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader import utils
 
-    try:
-        config = EngineArgs(
-            model=folder, attention_backend="TOKENSELECT", pipeline_parallel_size=2
-        ).create_engine_config()
-        worker.prepare_for_model(config)
-        with set_current_vllm_config(config):
-            init_distributed_environment(2, rank, f"file://{folder}/store", rank, "gloo")
-            initialize_model_parallel(1, 2)
-        with torch.device("meta"):
-            utils.initialize_model(vllm_config=config)
-    except Exception as error:
-        said.put((rank, repr(error)))
-    else:
-        said.put((rank, list_layers(layer_backends.describe_layers(config))))
+    for folder in folders:
+        try:
+            config = EngineArgs(
+                model=folder, attention_backend="TOKENSELECT", pipeline_parallel_size=2
+            ).create_engine_config()
+            worker.prepare_for_model(config)
+            if not torch.distributed.is_initialized():
+                with set_current_vllm_config(config):
+                    init_distributed_environment(2, rank, f"file://{folder}/store", rank, "gloo")
+                    initialize_model_parallel(1, 2)
+            with torch.device("meta"):
+                utils.initialize_model(vllm_config=config)
+        except Exception as error:
+            said.put((folder, rank, repr(error)))
+        else:
+            said.put((folder, rank, list_layers(layer_backends.describe_layers(config))))
 
 
-@pytest.mark.parametrize("last", ["full_attention", "sliding_attention"])
-def test_a_stage_may_have_no_layer_that_selects_if_another_has(tmp_path, monkeypatch, last):
+def test_a_stage_may_have_no_layer_that_selects_if_another_has(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     # As an executor names its workers, for what they share in memory.
     monkeypatch.setenv("VLLM_DIST_IDENT", f"stages-{uuid.uuid4().hex}")
-    kinds = ["sliding_attention"] * 3 + [last]
-    (tmp_path / "config.json").write_text(
-        json.dumps(GEMMA3 | {"layer_types": kinds, "dtype": "float32"})
-    )
+    folders = []
+    for last in ("full_attention", "sliding_attention"):
+        folder = tmp_path / last
+        folder.mkdir()
+        kinds = ["sliding_attention"] * 3 + [last]
+        config = GEMMA3 | {"layer_types": kinds, "dtype": "float32"}
+        (folder / "config.json").write_text(json.dumps(config))
+        folders.append(str(folder))
     context = multiprocessing.get_context("spawn")
     said = context.Queue()
-    stages = [context.Process(target=make_stage, args=(str(tmp_path), n, said)) for n in (0, 1)]
+    stages = [context.Process(target=make_stages, args=(folders, n, said)) for n in (0, 1)]
     for stage in stages:
         stage.start()
-    answers = dict(said.get(timeout=240) for _ in stages)
+    answers = {(f, n): text for f, n, text in (said.get(timeout=240) for _ in range(4))}
     for stage in stages:
         stage.join()
-    if last == "full_attention":
-        assert answers == {
-            0: WINDOWS,
-            1: "layer 2: CPU_ATTN (sliding window); layer 3: TOKENSELECT",
-        }
-    else:
-        for answer in answers.values():
-            assert "no layer would select (layers 0-3: CPU_ATTN (sliding window))" in answer
+    selecting, windows = folders
+    assert answers[selecting, 0] == WINDOWS
+    assert answers[selecting, 1] == "layer 2: CPU_ATTN (sliding window); layer 3: TOKENSELECT"
+    for rank in (0, 1):
+        none = "no layer would select (layers 0-3: CPU_ATTN (sliding window))"
+        assert none in answers[windows, rank]
 
 
 @pytest.fixture

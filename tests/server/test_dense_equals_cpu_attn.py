@@ -14,7 +14,7 @@ pytestmark = pytest.mark.server
 LENGTHS = [BLOCK_SIZE * blocks - 16 for blocks in (2, 3, 4, 6, 9, 10, 12, 14)]
 MAX_TOKENS = 32
 SHARED_BLOCKS = 4
-LAYERS = 10
+LAYERS = 5
 
 
 def test_eight_requests_with_shared_prefixes_and_preemption_say_the_same(
