@@ -48,8 +48,9 @@ def test_when_not_selected_vllm_is_asked_as_it_always_was(selected, kind, origin
     assert original.calls == [(selected, config, 8)]
 
 
-def test_full_attention_runs_on_tokenselect(original):
-    assert choose_backend(original, backend_member(), layer(), 8) == BACKEND_PATH
+@pytest.mark.parametrize("has_sink", [False, True])
+def test_full_attention_runs_on_tokenselect(original, has_sink):
+    assert choose_backend(original, backend_member(), layer(has_sink=has_sink), 8) == BACKEND_PATH
     assert original.calls == []
 
 
@@ -75,7 +76,6 @@ def test_other_layers_get_the_backend_that_vllm_would_choose_itself(kind, origin
     [
         ({"use_mla": True}, r"multi-head latent attention \(MLA\)"),
         ({"use_sparse": True}, "a sparse attention of their own"),
-        ({"has_sink": True}, "its layers have attention sinks"),
         ({"use_mm_prefix": True}, "--language-model-only serves its text alone"),
         ({"use_non_causal": True}, "its attention is not causal"),
         ({"head_size": 48}, "its head size is 48, which is none of 32, 64"),
@@ -100,6 +100,7 @@ def test_everything_that_vllm_can_object_to_is_put_in_words():
         *("MLA not supported", "non-MLA not supported", "sparse not supported"),
         *("non-sparse not supported", "sliding window not supported", "R-SWA not supported"),
         "non-causal MLA attention with DCP not supported",
+        "attention sinks not supported",  # computed
         # refused with the engine's configuration
         *("KV connector not supported", "PCP not supported", "DCP not supported"),
     }

@@ -67,6 +67,10 @@ class TokenSelectBackend(AttentionBackend):
         return sizes if current_platform.is_cuda() else [*sizes, 512]
 
     @classmethod
+    def supports_sink(cls) -> bool:
+        return True
+
+    @classmethod
     def supports_compute_capability(cls, capability: DeviceCapability | None) -> bool:
         return capability is None or capability >= DeviceCapability(8, 0)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from vllm.config import VllmConfig, get_current_vllm_config
@@ -23,7 +23,17 @@ M = TypeVar("M", bound=AttentionMetadata)
 
 
 class TokenSelectImpl(AttentionImpl[M]):
-    """One attention layer; subclasses write, select and attend."""
+    """One attention layer; subclasses write, select and attend.
+
+    Attributes:
+        sinks: [num_heads], fp32 or of the model's dtype: a logit of each query head that adds to the
+            denominator of its softmax; None for none. A parameter of the model, whose weights are
+            loaded after the layer is made: read it as the layer attends.
+        logits_soft_cap: `cap * tanh(scale * q.k / cap)` takes the place of `scale * q.k` in the
+            attention; 0 for no cap.
+    """
+
+    computes_sinks_and_caps: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -37,11 +47,14 @@ class TokenSelectImpl(AttentionImpl[M]):
         logits_soft_cap: float | None = None,
         attn_type: str = AttentionType.DECODER,
         kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
         **unknown: Any,
     ) -> None:
+        if sinks is not None and not self.computes_sinks_and_caps:
+            refuse_model("its layers have attention sinks, which TOKENSELECT does not compute here")
         refused = {
             "ALiBi": alibi_slopes,
-            "a logits soft cap": logits_soft_cap,
+            "a logits soft cap": None if self.computes_sinks_and_caps else logits_soft_cap or None,
             "a sliding window": sliding_window,
             "KV sharing between layers": kv_sharing_target_layer_name,
             **{f"the attention option {name}": value for name, value in unknown.items()},
@@ -57,6 +70,8 @@ class TokenSelectImpl(AttentionImpl[M]):
         self.num_kv_heads = num_kv_heads or num_heads
         self.head_size = head_size
         self.scale = float(scale)
+        self.sinks = sinks
+        self.logits_soft_cap = float(logits_soft_cap or 0.0)
         self.kv_cache_dtype = kv_cache_dtype
         self.config = TokenSelectConfig.from_additional_config(vllm_config.additional_config)
         self.dtype: torch.dtype = vllm_config.model_config.dtype

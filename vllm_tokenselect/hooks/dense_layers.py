@@ -91,17 +91,24 @@ def _selecting_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 def _put_on_default_backend(layer: Any) -> None:
     """What `Attention.__init__` does with a backend, with the platform's default one.
 
-    TOKENSELECT has refused layers with any of the options that are left out here.
+    TOKENSELECT has refused layers with any of the options that are left out here. Not every backend
+    has the argument `sinks`; those of layers with sinks do.
     """
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     backend = default_backend(
-        layer.head_size, layer.dtype, layer.kv_cache_dtype, attn_type=layer.attn_type
+        layer.head_size,
+        layer.dtype,
+        layer.kv_cache_dtype,
+        attn_type=layer.attn_type,
+        has_sink=layer.has_sink,
     )
     old = layer.impl
+    extra = {} if old.sinks is None else {"sinks": old.sinks}
     layer.attn_backend = backend
     layer.backend = AttentionBackendEnum[backend.get_name()]
     layer.impl = backend.get_impl_cls()(
         *(old.num_heads, old.head_size, old.scale, old.num_kv_heads),
-        *(None, None, layer.kv_cache_dtype, None, layer.attn_type, None),
+        *(None, None, layer.kv_cache_dtype, old.logits_soft_cap or None, layer.attn_type, None),
+        **extra,
     )

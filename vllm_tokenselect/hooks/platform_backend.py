@@ -114,8 +114,6 @@ def _in_words(reason: str, layer: Any, backend: Any, capability: Any) -> str:
         "kv_cache_dtype not supported": f"--kv-cache-dtype {layer.kv_cache_dtype} is none of "
         + ", ".join(backend.supported_kv_cache_dtypes),
         "block_size not supported": f"--block-size {layer.block_size} is not a multiple of 16",
-        "attention sinks not supported": "its layers have attention sinks (a learned weight in every "
-        "softmax), which TOKENSELECT does not compute",
         "partial multimodal token full attention not supported": "its images are attended in both "
         "directions (--language-model-only serves its text alone)",
         "per-head quant scales not supported": "its KV cache is quantized with a scale for each head",
