@@ -190,3 +190,15 @@ def test_padding_is_foreseen_as_vllm_decides_it(others):
     unified = unify_kv_cache_spec_page_size(specs)["layer 0"]
     padded = unified.page_size_padded is not None
     assert gpu_attention.pages_may_be_padded(engine, layers["layer 0"]) == padded
+
+
+def test_a_quantised_cache_is_read_with_the_scales_of_the_layer_that_wrote_it(hopper):
+    """A layer that reads the keys of another comes without scales of its own: they are 1."""
+    module, _ = hopper
+    impl = object.__new__(module.GpuTokenSelectImpl)
+    impl.head_size, impl.fp8_dtype, impl.selections = HEAD_SIZE, torch.float8_e4m3fn, None
+    kv_cache = torch.zeros(2, HEADS[1], BLOCK_SIZE, 2 * HEAD_SIZE, dtype=torch.uint8)
+    own, writer = (SimpleNamespace(_k_scale=scale, _v_scale=2 * scale) for scale in (1, 7))
+    for impl.writer, scales in ((None, (1, 2)), (writer, (7, 14))):
+        cache = impl._cache(own, kv_cache, None)
+        assert (cache.key_scale, cache.value_scale) == scales

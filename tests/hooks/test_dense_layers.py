@@ -29,6 +29,21 @@ def test_a_layer_that_selects_though_it_is_to_be_dense_stops_the_server():
         dense_layers.refuse_selecting(NAMES[1:], FIRST_TWO)
 
 
+def test_a_layer_that_selects_cannot_read_the_keys_of_a_dense_one():
+    """The last two of four layers read what the second one has written."""
+    targets = (None, None, NAMES[1], NAMES[1])
+    layers = {
+        name: SimpleNamespace(kv_sharing_target_layer_name=target)
+        for name, target in zip(NAMES, targets, strict=True)
+    }
+    dense_layers.refuse_to_part(layers, TokenSelectConfig(dense_layers=1))
+    with pytest.raises(
+        SettingsError, match=r"layer [23] selects .* layer 1.* Set it to at most 1\."
+    ):
+        dense_layers.refuse_to_part(layers, FIRST_TWO)
+    dense_layers.refuse_to_part(layers, TokenSelectConfig(dense_layers=4))
+
+
 @pytest.fixture
 def configure(make_vllm_config):
     def run(**settings: int) -> None:

@@ -98,6 +98,9 @@ REFUSED = {
         config, "kv_transfer_config", SimpleNamespace()
     ),
     "diffusion models": lambda config: setattr(config, "diffusion_config", SimpleNamespace()),
+    "prefill that skips layers which share the cache of others (--kv-sharing-fast-prefill)": (
+        lambda config: setattr(config.cache_config, "kv_sharing_fast_prefill", True)
+    ),
     "decode context parallelism": lambda config: setattr(
         config.parallel_config, "decode_context_parallel_size", 2
     ),

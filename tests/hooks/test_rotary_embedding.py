@@ -1,5 +1,7 @@
 """What a layer rotates in the model's stead is what the model's rotary embedding would have."""
 
+import copy
+
 import pytest
 
 pytest.importorskip("vllm")
@@ -10,7 +12,12 @@ from vllm.config import set_current_vllm_config
 from vllm.model_executor.layers.rotary_embedding import get_rope
 
 from vllm_tokenselect.backend.cpu_impl import CpuTokenSelectImpl
-from vllm_tokenselect.hooks.rotary_embedding import AttentionLayer, Unrotated, _extend_table
+from vllm_tokenselect.hooks.rotary_embedding import (
+    AttentionLayer,
+    Unrotated,
+    _extend_table,
+    _rotate_alike,
+)
 from vllm_tokenselect.kernels.rotate.reference import rotate
 from vllm_tokenselect.kernels.rotate.rotation import Rotation
 from vllm_tokenselect.method import SettingsError
@@ -77,6 +84,22 @@ def test_a_query_that_votes_stands_n_local_tokens_behind_every_key(make_rope, ki
     rotated = [rope.forward_native(p, x, None)[0] for p, x in zip(at, flat, strict=True)]
     voting = rotate(query, rotation.vote[None])
     torch.testing.assert_close(products(voting, key), products(*rotated), rtol=1e-4, atol=1e-3)
+
+
+def test_queries_that_come_without_keys_are_left_unrotated_too(make_rope):
+    """As of a layer that reads the keys of another one."""
+    rope, query = make_rope("default", False), vectors(3)
+    alone, no_key = Unrotated(rope)(torch.zeros(TOKENS), query, None)
+    assert no_key is None
+    assert torch.equal(alone, Unrotated(rope)(torch.zeros(TOKENS), query, vectors(2))[0])
+
+
+def test_layers_rotate_alike_only_with_equal_tables_and_pairs(make_rope):
+    """A layer may reassign positions of another's keys only if it rotates as that one does."""
+    rope = make_rope("yarn", True)
+    assert _rotate_alike(rope, copy.deepcopy(rope))
+    for other in (make_rope("default", True), make_rope("yarn", False), None):
+        assert not _rotate_alike(rope, other)
 
 
 def test_a_table_shorter_than_what_is_attended_is_told():

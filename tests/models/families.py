@@ -166,8 +166,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 REFUSED = {
     "gpt-oss": "its layers have attention sinks",
     "Granite-SWA": "its layers have attention sinks",
-    "Gemma 3n": "its attention has KV sharing between layers",
-    "Gemma 4 E": "its attention has KV sharing between layers",
     "Gemma 2": "its attention has a logits soft cap",
     "BLOOM": "its attention has ALiBi",
     "DeepSeek V3": "multi-head latent attention (MLA)",

@@ -22,8 +22,18 @@ COVERED = {
         "tokenselect": {"top_k": 316, "n_init": 4, "n_local": 16, "query_chunk": 32}
     },
 }
+SELECTING = {
+    **COVERED,
+    "additional_config": {
+        "tokenselect": {**COVERED["additional_config"]["tokenselect"], "top_k": 32}
+    },
+}
 FULL = {"attention_backend": "CPU_ATTN"}
 CHUNKED = "Llama 4"  # in chunks of 64 tokens
+SHARING = "Gemma 4 E"  # layer 3 reads the keys of layer 1, whose attention has no effect
+SHARED = {**FAMILIES[SHARING][1], "tie_word_embeddings": False, "mute_layer": 1}
+# A prompt of several steps, and once more, which then begins in the prefix cache.
+TWICE = {"lengths": [300, 40, 300]}
 
 
 @pytest.fixture(scope="module")
@@ -32,12 +42,14 @@ def outcomes(request, tmp_path_factory) -> Answers:
     chosen = chosen_names(request)
     jobs = [(name, way) for name in FAMILIES if name in chosen for way in (DOCTOR, SERVER)]
     jobs += [(CHUNKED, way) for way in (FULL, COVERED)]
+    jobs += [(SHARING, {**way, **TWICE}) for way in (FULL, COVERED, SELECTING)]
     folder = tmp_path_factory.mktemp("families")
 
     def path(name: str, way: dict[str, Any]) -> Path:
         if "ask" in way:
             return save_config(folder / name.replace("/", "-"), *FAMILIES[name])
-        return save(folder / "with weights", *FAMILIES[name])
+        family, options = FAMILIES[name]
+        return save(folder / f"{name} with weights", family, SHARED if name == SHARING else options)
 
     return ask(jobs, [path(*job) for job in jobs], folder / "jobs.json")
 
@@ -72,3 +84,13 @@ def test_layers_that_attend_within_their_chunk_are_left_alone(outcomes):
     full = outcomes(CHUNKED, FULL)
     assert_same(outcomes(CHUNKED, COVERED), full)
     assert len({tuple(tokens) for tokens, _ in full}) == len(full), "prompts should matter"
+
+
+def test_a_layer_that_reads_the_keys_of_another_selects_among_them_by_itself(outcomes):
+    full, covered, selecting = (
+        outcomes(SHARING, {**way, **TWICE}) for way in (FULL, COVERED, SELECTING)
+    )
+    assert_same(covered, full)
+    assert covered[0] == covered[2], "a prefix out of the cache should not matter"
+    assert selecting[0] == selecting[2]
+    assert abs(selecting[0][1] - full[0][1]) > 0.01, "no other layer can make a difference"

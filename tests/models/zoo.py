@@ -26,7 +26,8 @@ def rope(kind: str, **options: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **options}}
 
 
-# Family of transformers, and what differs from COMMON (`silent_layer` is ours). Head size 32.
+# Family of transformers, and what differs from COMMON (`silent_layer` and `mute_layer`, whose attention
+# has no effect, are ours). Head size 32.
 SERVED: dict[str, tuple[str, dict[str, Any]]] = {
     "default": ("Llama", {}),
     "linear": ("Llama", rope("linear", factor=2.0)),
@@ -64,6 +65,20 @@ SERVED: dict[str, tuple[str, dict[str, Any]]] = {
             "head_dim": 32,
             "sliding_window": 64,
             "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
+    ),
+    "Gemma 4, with layers that read the keys of others": (
+        "Gemma4Text",
+        {
+            "head_dim": 32,
+            "global_head_dim": 32,
+            "sliding_window": 64,
+            "num_hidden_layers": 4,
+            "num_kv_shared_layers": 2,
+            "hidden_size_per_layer_input": 32,
+            "vocab_size_per_layer_input": 256,
+            "tie_word_embeddings": False,
             "layer_types": ["sliding_attention", "full_attention"] * 2,
         },
     ),
@@ -124,7 +139,7 @@ def save(folder: Path, family: str, options: dict[str, Any]) -> Path:
     if (folder / "config.json").exists():
         return folder
     options = dict(options)
-    silent_layer = options.pop("silent_layer", None)
+    silent_layer, mute_layer = options.pop("silent_layer", None), options.pop("mute_layer", None)
     config = getattr(transformers, f"{family}Config")(**{**COMMON, **options})
     torch.manual_seed(0)
     names = (f"{family}ForCausalLM", f"{family.removesuffix('Text')}ForCausalLM")
@@ -135,5 +150,7 @@ def save(folder: Path, family: str, options: dict[str, Any]) -> Path:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
     if silent_layer is not None:
         torch.nn.init.zeros_(made.model.layers[silent_layer].input_layernorm.weight)
+    if mute_layer is not None:
+        torch.nn.init.zeros_(made.model.layers[mute_layer].self_attn.o_proj.weight)
     made.save_pretrained(folder)
     return folder

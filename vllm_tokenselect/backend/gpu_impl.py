@@ -144,7 +144,8 @@ class GpuTokenSelectImpl(TokenSelectImpl[GpuTokenSelectMetadata]):
         keys_and_values = kv_cache.unfold(-1, self.head_size, self.head_size)
         pages, scales = keys_and_values.movedim(3, 2), (None, None)
         if self.fp8_dtype is not None:
-            pages, scales = pages.view(self.fp8_dtype), (layer._k_scale, layer._v_scale)
+            writer = self.writer or layer  # a layer that shares a cache may come without scales
+            pages, scales = pages.view(self.fp8_dtype), (writer._k_scale, writer._v_scale)
         return LayerCache(pages, *scales, self.selections, rotation)
 
 

@@ -56,7 +56,6 @@ class TokenSelectImpl(AttentionImpl[M]):
             "ALiBi": alibi_slopes,
             "a logits soft cap": None if self.computes_sinks_and_caps else logits_soft_cap or None,
             "a sliding window": sliding_window,
-            "KV sharing between layers": kv_sharing_target_layer_name,
             **{f"the attention option {name}": value for name, value in unknown.items()},
         }
         asked = [name for name, value in refused.items() if value is not None]
@@ -76,6 +75,7 @@ class TokenSelectImpl(AttentionImpl[M]):
         self.config = TokenSelectConfig.from_additional_config(vllm_config.additional_config)
         self.dtype: torch.dtype = vllm_config.model_config.dtype
         self.heads = heads_that_vote_together(vllm_config, self.num_kv_heads)
+        self.writer = _layer_that_writes(vllm_config, kv_sharing_target_layer_name, kv_cache_dtype)
         # Whether the layer rotates its queries and keys in the model's stead.
         self.reassigns_positions = self.config.method.reassigns_positions
         self.rotation: Rotation | None = None
@@ -125,6 +125,23 @@ class TokenSelectImpl(AttentionImpl[M]):
             self.dtype,
             device,
         )
+
+
+def _layer_that_writes(vllm_config: VllmConfig, target: str | None, kv_cache_dtype: str) -> Any:
+    """The earlier layer whose keys and values a layer reads in place of its own; None without one.
+
+    Raises:
+        SettingsError: where that layer caches them in another way.
+    """
+    if target is None:
+        return None
+    layer: Any = vllm_config.compilation_config.static_forward_context[target]
+    if not isinstance(layer.impl, TokenSelectImpl) or layer.kv_cache_dtype != kv_cache_dtype:
+        refuse_model(
+            f"a layer reads the keys and values of {target}, which caches them as "
+            f"{layer.attn_backend.get_name()} with --kv-cache-dtype {layer.kv_cache_dtype} does"
+        )
+    return layer
 
 
 @cache

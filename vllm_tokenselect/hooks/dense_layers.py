@@ -8,7 +8,7 @@ that the setting `dense_layers` counts are put on the platform's default backend
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -28,9 +28,30 @@ def leave_dense(model: nn.Module) -> None:
 
     vllm_config = get_current_vllm_config()
     config = TokenSelectConfig.from_additional_config(vllm_config.additional_config)
-    for name, layer in _selecting_layers(model):
+    layers = dict(_selecting_layers(model))
+    refuse_to_part(layers, config)
+    for name, layer in layers.items():
         if is_dense(name, config):
             _put_on_default_backend(layer)
+
+
+def refuse_to_part(layers: Mapping[str, Any], config: TokenSelectConfig) -> None:
+    """Check that no layer that selects reads the cache of a dense one, which packs keys in its own way."""
+    from vllm.model_executor.models.utils import extract_layer_index
+
+    targets = {name: layer.kv_sharing_target_layer_name for name, layer in layers.items()}
+    readers = {
+        target: name for name, target in targets.items() if target and not is_dense(name, config)
+    }
+    parted = [target for target in readers if is_dense(target, config)]
+    if parted:
+        target = min(parted, key=extract_layer_index)
+        raise SettingsError(
+            f"tokenselect dense_layers={config.dense_layers} cannot be used with this model: layer "
+            f"{extract_layer_index(readers[target])} selects among the keys and values of layer "
+            f"{extract_layer_index(target)}, which would be dense. Set it to at most "
+            f"{extract_layer_index(target)}."
+        )
 
 
 def is_dense(layer_name: str, config: TokenSelectConfig) -> bool:
@@ -109,6 +130,7 @@ def _put_on_default_backend(layer: Any) -> None:
     layer.backend = AttentionBackendEnum[backend.get_name()]
     layer.impl = backend.get_impl_cls()(
         *(old.num_heads, old.head_size, old.scale, old.num_kv_heads),
-        *(None, None, layer.kv_cache_dtype, old.logits_soft_cap or None, layer.attn_type, None),
+        *(None, None, layer.kv_cache_dtype, old.logits_soft_cap or None, layer.attn_type),
+        layer.kv_sharing_target_layer_name,
         **extra,
     )

@@ -134,6 +134,9 @@ def refuse_features(vllm_config: VllmConfig, device: str) -> None:
         and model.enforce_eager,
         # The halves of a step would be handed the same slots.
         "dual-batch overlap and microbatches (--enable-dbo, --ubatch-size)": parallel.use_ubatching,
+        "prefill that skips layers which share the cache of others (--kv-sharing-fast-prefill)": (
+            vllm_config.cache_config.kv_sharing_fast_prefill
+        ),
         "decode context parallelism": parallel.decode_context_parallel_size > 1,
         "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
         "pooling models (--runner pooling)": model is not None and model.runner_type == "pooling",

@@ -12,7 +12,7 @@ Wraps `process_weights_after_loading` as `BaseModelLoader.load_model` calls it.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -67,10 +67,13 @@ class Unrotated(nn.Module):
         self.register_buffer("order", order, persistent=False)
 
     def forward(
-        self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`query` and `key` [..., heads * D] or [..., heads, D], as the embedding takes them."""
-        return self._ordered(query), self._ordered(key)
+        self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`query` and `key` [..., heads * D] or [..., heads, D], as the embedding takes them.
+
+        A layer that reads the keys of another one has none.
+        """
+        return self._ordered(query), None if key is None else self._ordered(key)
 
     def _ordered(self, vectors: torch.Tensor) -> torch.Tensor:
         if self.order is None:
@@ -128,6 +131,7 @@ def _take_each(
     """Take the rotation of layers that have a rotary embedding of vLLM beside each."""
     problems: dict[str, list[str]] = {}  # what is wrong, and with which layers
     replaced: dict[str, Unrotated] = {}
+    taken: dict[Any, Any] = {}
     for layer in layers:
         found = layer.embeddings()
         problem = _unusable(found)
@@ -137,6 +141,11 @@ def _take_each(
                 layer.attention.impl.take_rotation(embedding.cos_sin_cache)
             except ValueError as error:  # its table is too short
                 problem = str(error)
+            taken[layer.attention] = embedding
+            # Keys are rotated where they are attended, by the layer that reads them.
+            writer = layer.attention.impl.writer
+            if writer is not None and not _rotate_alike(embedding, taken.get(writer)):
+                problem = f"other positions than in {writer.layer_name}, whose keys are read"
         if problem is not None:
             problems.setdefault(problem, []).append(layer.name)
             continue
@@ -145,11 +154,13 @@ def _take_each(
     _refuse(model, problems)
     given: dict[str, Inputs] = {}
 
-    def give_numbers(name: str, output: Inputs) -> Inputs:
+    def give_numbers(name: str, output: tuple[torch.Tensor | None, ...]) -> Any:
         """Numbers in place of queries and keys, which could be zero where nothing has been attended."""
-        numbers = tuple(_numbers(x, size) for size, x in zip((1, 2), output, strict=True))
-        given[name] = numbers[0].flatten().clone(), numbers[1].flatten().clone()
-        return numbers[0], numbers[1]
+        numbers = [
+            None if x is None else _numbers(x, size) for size, x in zip((1, 2), output, strict=True)
+        ]
+        given[name] = _flat_copies(numbers)
+        return tuple(numbers)
 
     hooks = [
         unrotated.register_forward_hook(
@@ -229,6 +240,14 @@ def _unusable(embeddings: list[tuple[str, Any]]) -> str | None:
     return None
 
 
+def _rotate_alike(embedding: Any, other: Any) -> bool:
+    return embedding is other or (
+        other is not None
+        and embedding.is_neox_style == other.is_neox_style
+        and torch.equal(embedding.cos_sin_cache, other.cos_sin_cache)
+    )
+
+
 def _run_some_tokens(
     model: nn.Module, vllm_config: VllmConfig, device: torch.device, layers: list[AttentionLayer]
 ) -> dict[str, Inputs]:
@@ -237,8 +256,8 @@ def _run_some_tokens(
     Tokens from all over the vocabulary: the embedding of some, such as padding, may be zero.
 
     Returns:
-        the queries and the keys that each layer attends with, flat; without layers where they are zero,
-        which would tell nothing.
+        the queries and the keys that each layer attends with, flat, or the queries alone of one that
+        reads the keys of another; without layers where they are zero, which would tell nothing.
     """
     from vllm.forward_context import set_forward_context
 
@@ -246,7 +265,7 @@ def _run_some_tokens(
 
     def note(layer: AttentionLayer, forward: Any, *args: Any, **kwargs: Any) -> Any:
         query, key = [*args, kwargs.get("query"), kwargs.get("key")][:2]
-        attended[layer.name] = query.flatten().clone(), key.flatten().clone()
+        attended[layer.name] = _flat_copies([query, key])
         return forward(*args, **kwargs)
 
     last = vllm_config.model_config.get_vocab_size() - 1
@@ -268,6 +287,10 @@ def _run_some_tokens(
         for layer in layers:
             del layer.attention.forward
     return {name: inputs for name, inputs in attended.items() if all(x.any() for x in inputs)}
+
+
+def _flat_copies(inputs: Sequence[torch.Tensor | None]) -> Inputs:
+    return tuple(x.flatten().clone() for x in inputs if x is not None)
 
 
 def _earlier_stage(

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 # What a layer attends with: its queries and its keys.
-Inputs = tuple[torch.Tensor, torch.Tensor]
+Inputs = tuple[torch.Tensor, ...]
 
 
 class ZeroAngles(nn.Module):
