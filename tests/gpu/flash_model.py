@@ -43,15 +43,19 @@ class FlashAttentionModel:
         max_seqlen_k,
         seqused_k,
         softmax_scale,
-        causal,
-        block_table,
-        out,
+        softcap=0.0,
+        causal=False,
+        block_table=None,
+        return_softmax_lse=False,
+        out=None,
         num_splits=0,
         fa_version=2,
+        s_aux=None,
     ):
         require(fa_version == self.version, f"FlashAttention {fa_version} is not built")
         require(causal, "the rows' masks are causal, aligned to the lower right")
         self._check(q, k, v, cu_seqlens_q, seqused_k, block_table, out)
+        self._check_sinks(q, s_aux)
         batch, group = len(seqused_k), q.shape[1] // k.shape[2]
         starts = cu_seqlens_q.tolist()
         if self.version == 2:
@@ -64,15 +68,30 @@ class FlashAttentionModel:
         require(starts == sorted(starts) and starts[0] >= 0, "starts must ascend")
         require(starts[-1] <= len(q), "queries lie behind the last")
         self._allocate(q, k, batch, max_seqlen_q, max_seqlen_k, num_splits)
+        # Of queries of no row it is whatever lies there.
+        lse = torch.full((q.shape[1], len(q)), float("nan"), device=q.device)
         for line, length in enumerate(seqused_k.tolist()):
             queries = slice(*starts[line : line + 2])
             require(queries.stop - queries.start <= max_seqlen_q, "more queries than max_seqlen_q")
             require(length <= max_seqlen_k, "more keys than max_seqlen_k")
             require(length <= block_table.shape[1] * k.shape[1], "more keys than pages")
             if self.attends and queries.stop > queries.start:
-                out[queries] = self._attend(
-                    q[queries], k, v, block_table[line], length, softmax_scale
+                out[queries], lse[:, queries] = self._attend(
+                    *(q[queries], k, v, block_table[line], length, softmax_scale),
+                    *(softcap, s_aux),
                 )
+        return (out, lse) if return_softmax_lse else out
+
+    def _check_sinks(self, q, sinks) -> None:
+        if sinks is None:
+            return
+        require(self.version > 2, "FA2 does not support s_aux")
+        require(sinks.shape == (q.shape[1],), "s_aux must have shape (num_heads)")
+        require(sinks.device == q.device and sinks.is_contiguous(), "s_aux must be contiguous")
+        if self.version == 3:
+            require(sinks.dtype == torch.bfloat16, "We only support bf16 dtype for S aux.")
+            require(q.shape[1] <= 64, "We only support query heads <= 64 with S aux")
+        require(sinks.dtype.is_floating_point, "learnable_sink must be a float")
 
     def _check(self, q, k, v, cu_seqlens_q, seqused_k, block_table, out) -> None:
         batch = len(cu_seqlens_q) - 1
@@ -114,8 +133,11 @@ class FlashAttentionModel:
             num_bytes = 4 * num_splits * num_heads * num_queries * (head_size + 1)
             self.most_bytes = max(self.most_bytes, num_bytes)
 
-    def _attend(self, q, k, v, pages, length, scale):
-        """One row. What is hidden has a weight of 0, by which it is multiplied where tiles are copied."""
+    def _attend(self, q, k, v, pages, length, scale, softcap, sinks):
+        """One row's outputs, and the logarithms of its denominators [Hq, n].
+
+        What is hidden has a weight of 0, by which it is multiplied where tiles are copied.
+        """
         page, group = k.shape[1], q.shape[1] // k.shape[2]
         # Pages of whole tiles are copied by TMA, behind the last token too. Versions that copy tokens
         # write zeros there.
@@ -124,10 +146,16 @@ class FlashAttentionModel:
         place = pages[position // page].long(), position % page
         keys, values = (x[place].repeat_interleave(group, 1) for x in (k, v))
         logits = torch.einsum("nhd,mhd->hnm", q, keys) * scale
+        if softcap > 0:
+            logits = softcap * torch.tanh(logits / softcap)
         seen = torch.arange(len(q), device=q.device)[:, None] + length - len(q)
         logits = logits.masked_fill(position > seen, float("-inf"))
         largest = logits.amax(-1, keepdim=True) if copied else logits.sum(-1, keepdim=True)
-        weights = (logits - largest.masked_fill(largest.isinf(), 0)).exp()
+        largest = largest.masked_fill(largest.isinf(), 0)
+        weights = (logits - largest).exp()
         total = weights.sum(-1, keepdim=True)
+        if sinks is not None:
+            total = total + (sinks.float()[:, None, None] - largest).exp()
         weights = weights / total.masked_fill(total == 0, 1)
-        return torch.einsum("hnm,mhd->nhd", weights, values)
+        lse = (largest + total.log()).masked_fill(total == 0, float("inf"))[..., 0]
+        return torch.einsum("hnm,mhd->nhd", weights, values), lse

@@ -9,12 +9,17 @@ pytest.importorskip("vllm")
 
 from vllm.platforms import current_platform
 from vllm.platforms.interface import DeviceCapability
+from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends import fa_utils
+from vllm.v1.attention.selector import AttentionSelectorConfig
 
 from tests.gpu.flash_model import FlashAttentionModel
+from tests.gpu.test_layouts import GPUS, on_gpu
 from tests.kernels_gpu.cases import DEVICE
 from vllm_tokenselect.backend import TokenSelectBackend, gpu_attention
 from vllm_tokenselect.gpu.flash_attention import GatheredFlashAttention, PagedFlashAttention
+from vllm_tokenselect.gpu.plain_attention import PlainAttention
+from vllm_tokenselect.method import SettingsError
 
 
 @pytest.mark.parametrize(
@@ -42,6 +47,45 @@ def test_only_keys_that_are_attended_as_they_are_cached_are_read_in_place(
     assert type(attention) is kind
     name, scratch = "FlashAttention 3", "up to 64 MiB of partial outputs"
     assert lines == [f"TOKENSELECT attends with {name}, {said}, {scratch}"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "reason"),
+    [({"has_sinks": True}, "has no attention sinks"), ({"soft_cap": 50.0}, "no logits soft cap")],
+)
+def test_sinks_and_soft_caps_keep_xformers_away(asked, reason, monkeypatch):
+    monkeypatch.setattr(gpu_attention, "get_flash_attn_version", lambda head_size: None)
+    monkeypatch.setattr(gpu_attention, "find_spec", lambda name: name)
+    kind = (64, torch.bfloat16)
+    assert gpu_attention.choose_library("auto", *kind) == "xformers"
+    assert gpu_attention.choose_library("auto", *kind, **asked) == "sdpa"
+    with pytest.raises(
+        SettingsError, match=f"attention='xformers' cannot be used: xformers .*{reason}"
+    ):
+        gpu_attention.choose_library("xformers", *kind, **asked)
+
+
+@pytest.mark.parametrize("asked", [{"has_sinks": True}, {"soft_cap": 50.0}])
+def test_what_sdpa_does_not_have_is_attended_by_plain_operations(asked, monkeypatch):
+    lines: list[str] = []
+    log = SimpleNamespace(info=lambda line, *values: lines.append(line % values))
+    monkeypatch.setattr(gpu_attention, "get_logger", lambda name: log)
+    attention = gpu_attention.make_attention(
+        *("sdpa", 2, 64, torch.float32, False, False, 128, torch.device(DEVICE)), **asked
+    )
+    assert isinstance(attention, PlainAttention)
+    assert "PyTorch's plain operations, over gathered tokens: " in lines[0]
+
+
+@pytest.mark.parametrize("capability", GPUS, ids=lambda c: f"sm_{c[0]}{c[1]}")
+def test_vllm_may_choose_tokenselect_for_layers_with_sinks(capability, monkeypatch):
+    on_gpu(capability, monkeypatch)
+    asked = {"head_size": 64, "dtype": torch.bfloat16, "kv_cache_dtype": "auto", "has_sink": True}
+    kind = asked | {"block_size": 16, "use_mla": False, "attn_type": AttentionType.DECODER}
+    layer = AttentionSelectorConfig(**kind)
+    gpu = DeviceCapability(*capability)
+    found = TokenSelectBackend.validate_configuration(device_capability=gpu, **layer._asdict())
+    assert found == []
 
 
 def test_a_head_size_that_no_library_has_is_refused_by_name(monkeypatch):

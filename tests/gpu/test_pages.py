@@ -79,17 +79,19 @@ def hopper(monkeypatch: pytest.MonkeyPatch):
     return module, lines
 
 
-def impl_of(module, layer: Layer, vllm_config):
+def impl_of(module, layer: Layer, vllm_config, soft_cap: float = 0.0):
     """A layer as it is after loading, on FlashAttention 3."""
     impl = object.__new__(module.GpuTokenSelectImpl)
     device = torch.device(DEVICE)
     impl.shape = module.LayerShape(
-        *(layer.limits, "flash", HEAD_SIZE, torch.float32, None, BLOCK_SIZE, device, None)
+        *(layer.limits, "flash", HEAD_SIZE, torch.float32, None, BLOCK_SIZE, device, None),
+        has_sinks=layer.sinks is not None,
+        soft_cap=soft_cap,
     )
     impl.workspace, impl.attention = module._shared(impl.shape)
     impl.vllm_config, impl.scale, impl.head_size = vllm_config, SCALE, HEAD_SIZE
     impl.fp8_dtype, impl.selections, impl.rotation = None, None, None
-    impl.reassigns_positions = False
+    impl.reassigns_positions, impl.sinks = False, layer.cache.sinks
     return impl
 
 
@@ -134,6 +136,18 @@ def test_padded_pages_are_gathered_and_the_log_says_so(hopper):
     torch.testing.assert_close(out.cpu(), layer.expected(requests), rtol=2e-4, atol=2e-5)
     assert isinstance(impl.attention, GatheredFlashAttention)
     assert "over gathered tokens, since pages of the KV cache are padded: 256 MiB" in lines[-1]
+
+
+def test_a_layers_sinks_are_read_as_it_attends_and_its_soft_cap_is_its_shapes(hopper):
+    module, _ = hopper
+    requests = REQUESTS["decode"]
+    layer = Layer(requests, HEADS, sinks=torch.full((HEADS[0],), float("-inf")))
+    impl = impl_of(module, layer, None, soft_cap=0.5)
+    for sinks in (layer.sinks, impl.sinks):  # the weights are loaded
+        sinks.copy_(torch.linspace(-2, 4, HEADS[0]).bfloat16())
+    for spec in (SPEC, PADDED):  # in place, and gathered
+        out = run(impl, layer, kv_cache_of(layer, spec, KVCacheLayout.LBNHC), requests)
+        torch.testing.assert_close(out.cpu(), layer.expected(requests, 0.5), rtol=2e-4, atol=2e-5)
 
 
 class Allocations(TorchDispatchMode):

@@ -41,12 +41,17 @@ class Layer:
         dtype: torch.dtype = torch.float32,
         workspace_bytes: int = 1 << 20,
         method: Method = CONFIG,
+        sinks: torch.Tensor | None = None,
     ) -> None:
-        self.method = method
+        self.method, self.sinks = method, sinks
         self.query, self.kv_cache, self.block_table = paged_step(requests, *heads, dtype)
         # As vLLM lays it out on GPUs: all heads of a token together.
         pages = self.kv_cache.permute(0, 3, 1, 2, 4).contiguous().permute(0, 2, 3, 1, 4)
-        self.cache = LayerCache(pages.to(DEVICE), rotation=rotation_of(method))
+        self.cache = LayerCache(
+            pages.to(DEVICE),
+            rotation=rotation_of(method),
+            sinks=None if sinks is None else sinks.to(DEVICE),
+        )
         self.limits = StepLimits(method, *heads, MAX_LEN, workspace_bytes, max_tokens=MAX_TOKENS)
         self.workspace = Workspace(self.limits, HEAD_SIZE, torch.device(DEVICE), dtype=dtype)
         self.attention = SdpaAttention(
@@ -60,9 +65,10 @@ class Layer:
         )
         return out.cpu()
 
-    def expected(self, requests: list[Request]) -> torch.Tensor:
+    def expected(self, requests: list[Request], soft_cap: float = 0.0) -> torch.Tensor:
+        tensors = (self.query, self.kv_cache, self.block_table)
         reassigned = self.method.reassigns_positions
-        return expected_attention(requests, self.query, self.kv_cache, self.block_table, reassigned)
+        return expected_attention(requests, *tensors, reassigned, self.sinks, soft_cap)
 
 
 def rotation_of(method: Method) -> Rotation | None:

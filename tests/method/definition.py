@@ -36,10 +36,13 @@ def best(votes, top_k):
     return sorted(sorted(range(len(keys)), key=lambda i: (-keys[i], i))[:top_k])
 
 
-def defined_attention(query, keys, values, position, chunk, mean_query, reassigned=False):
+def defined_attention(
+    query, keys, values, position, chunk, mean_query, reassigned=False, sinks=None, soft_cap=0.0
+):
     """Output of one query.
 
     query, mean_query [Hq, D]; keys, values [n, Hkv, D]; not rotated yet if positions are reassigned.
+    Votes know neither sinks [Hq] nor the soft cap of the logits.
     """
     start = chunk[0]
     group = len(query) // keys.shape[1]
@@ -59,7 +62,12 @@ def defined_attention(query, keys, values, position, chunk, mean_query, reassign
     if reassigned:
         seen = turned(seen, range(len(index)))
         query = turned(query[None], [len(index) - 1])[0]
-    weights = (torch.einsum("hd,nhd->hn", query, seen) * SCALE).softmax(-1)
+    logits = torch.einsum("hd,nhd->hn", query, seen) * SCALE
+    if soft_cap:
+        logits = soft_cap * torch.tanh(logits / soft_cap)
+    weights = logits.exp()
+    total = weights.sum(-1, keepdim=True)
+    weights = weights / (total if sinks is None else total + sinks.float().exp()[:, None])
     return torch.einsum("hn,nhd->hd", weights, v[index])
 
 
@@ -79,7 +87,9 @@ def paged_step(requests, num_heads, num_kv_heads, dtype, seed=0):
     return query, kv_cache, block_table
 
 
-def expected_attention(requests, query, kv_cache, block_table, reassigned=False):
+def expected_attention(
+    requests, query, kv_cache, block_table, reassigned=False, sinks=None, soft_cap=0.0
+):
     outputs, first_query = [], 0
     for row, (first, end, prompt) in enumerate(requests):
         pages = kv_cache[block_table[row].long()].float()  # [W, Hkv, 2, block, D]
@@ -101,6 +111,8 @@ def expected_attention(requests, query, kv_cache, block_table, reassigned=False)
                         (start, stop),
                         chunk.mean(0),
                         reassigned,
+                        sinks,
+                        soft_cap,
                     )
                 )
         first_query += end - first

@@ -18,16 +18,25 @@ from vllm_tokenselect.gpu.flash_attention import (
     PagedFlashAttention,
     reads_in_place,
 )
+from vllm_tokenselect.gpu.plain_attention import PlainAttention
 from vllm_tokenselect.hooks.log import get_logger
 from vllm_tokenselect.method import SettingsError
 
 Library = Literal["flash", "xformers", "sdpa"]
 
 
-def why_not(library: Library, head_size: int, dtype: torch.dtype) -> str:
+def why_not(
+    library: Library,
+    head_size: int,
+    dtype: torch.dtype,
+    has_sinks: bool = False,
+    soft_cap: float = 0.0,
+) -> str:
     """Why a library cannot attend here; empty if it can."""
     if library == "sdpa":
         return ""
+    if library == "xformers" and (has_sinks or soft_cap):
+        return "xformers has no " + ("attention sinks" if has_sinks else "logits soft cap")
     if dtype == torch.float32:
         return f"{library} has no kernels for float32"
     if library == "xformers":
@@ -37,15 +46,24 @@ def why_not(library: Library, head_size: int, dtype: torch.dtype) -> str:
     return ""
 
 
-def choose_library(setting: str, head_size: int, dtype: torch.dtype) -> Library:
+def choose_library(
+    setting: str,
+    head_size: int,
+    dtype: torch.dtype,
+    has_sinks: bool = False,
+    soft_cap: float = 0.0,
+) -> Library:
     """The library that the setting `attention` asks for, or the best that can attend.
+
+    Whether a layer has sinks or a soft cap only decides between xformers and SDPA. What asks before layers
+    are made does not know, and may take the first, which promises no CUDA graphs, for the second.
 
     Raises:
         SettingsError: when the one asked for cannot.
     """
     libraries: tuple[Library, ...] = ("flash", "xformers", "sdpa")
     for library in libraries:
-        reason = why_not(library, head_size, dtype)
+        reason = why_not(library, head_size, dtype, has_sinks, soft_cap)
         if setting == library and reason:
             raise SettingsError(
                 f"tokenselect attention={setting!r} cannot be used: {reason}. Set it to 'auto'."
@@ -126,6 +144,8 @@ def make_attention(
     width: int,
     device: torch.device,
     padded: bool = False,
+    has_sinks: bool = False,
+    soft_cap: float = 0.0,
 ) -> RowAttention:
     """The library's attention; it may hold scratch, so layers of a shape should share one.
 
@@ -135,20 +155,24 @@ def make_attention(
         reassigned: whether positions are.
         width: most tokens of a row.
         padded: whether pages of the KV cache are larger than their tokens.
+        has_sinks: whether layers come with sinks.
+        soft_cap: of their logits; 0 for none.
     """
     version = _flash_version(library, head_size)
     in_place = reads_in_place(version, as_cached=not (quantised or reassigned or padded))
-    attention = _attention(
-        library, version, in_place, num_kv_heads, head_size, dtype, width, device
-    )
+    buffer = None if in_place else GatherBuffer(num_kv_heads, head_size, dtype, width, device)
+    attention = _attention(library, version, buffer, has_sinks, soft_cap)
     get_logger(__name__).info(
-        "TOKENSELECT attends with %s, %s%s%s: %d MiB of buffers, up to %d MiB of partial outputs",
-        library_name(library, version),
+        "TOKENSELECT attends with %s, %s%s%s: %d MiB of buffers, up to %d MiB of %s",
+        "PyTorch's plain operations"
+        if isinstance(attention, PlainAttention)
+        else library_name(library, version),
         "through the sparse block table" if in_place else "over gathered tokens",
         ", positions reassigned" if reassigned else "",
         ", since pages of the KV cache are padded" if padded else "",
         attention.buffer_bytes >> 20,
         attention.scratch_bytes >> 20,
+        "logits" if isinstance(attention, PlainAttention) else "partial outputs",
     )
     return attention
 
@@ -156,23 +180,22 @@ def make_attention(
 def _attention(
     library: Library,
     version: int | None,
-    in_place: bool,
-    num_kv_heads: int,
-    head_size: int,
-    dtype: torch.dtype,
-    width: int,
-    device: torch.device,
+    buffer: GatherBuffer | None,
+    has_sinks: bool,
+    soft_cap: float,
 ) -> RowAttention:
+    """The library's attention, over gathered tokens where there is a buffer for them."""
     if version is not None:
         from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
 
-        if in_place:
-            return PagedFlashAttention(flash_attn_varlen_func)
-    buffer = GatherBuffer(num_kv_heads, head_size, dtype, width, device)
-    if version is not None:
-        return GatheredFlashAttention(flash_attn_varlen_func, version, buffer)
+        if buffer is None:
+            return PagedFlashAttention(flash_attn_varlen_func, soft_cap)
+        return GatheredFlashAttention(flash_attn_varlen_func, version, buffer, soft_cap)
+    assert buffer is not None  # only FlashAttention reads in place
     if library == "xformers":
         from vllm_tokenselect.gpu.xformers import XformersAttention
 
         return XformersAttention(buffer)
+    if has_sinks or soft_cap:
+        return PlainAttention(buffer, soft_cap)
     return SdpaAttention(buffer)

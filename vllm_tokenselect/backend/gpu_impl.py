@@ -42,6 +42,8 @@ class LayerShape:
         dtype: of the queries.
         fp8_dtype: of the KV cache, if it is quantised.
         heads: the ranks that vote together; None where a rank votes for itself.
+        has_sinks: whether heads have sinks.
+        soft_cap: of the logits; 0 for none.
     """
 
     limits: StepLimits
@@ -52,25 +54,35 @@ class LayerShape:
     block_size: int
     device: torch.device
     heads: HeadGroup | None
+    has_sinks: bool = False
+    soft_cap: float = 0.0
 
 
 class GpuTokenSelectImpl(TokenSelectImpl[GpuTokenSelectMetadata]):
     """Writes with vLLM's kernel, selects with Triton's, attends with a library."""
+
+    computes_sinks_and_caps = True
 
     def prepare(self, vllm_config: VllmConfig) -> None:
         """Allocate what the layers share, before vLLM measures the memory that is left."""
         device = torch.device("cuda", torch.cuda.current_device())
         self.fp8_dtype = FP8_DTYPES.get(self.kv_cache_dtype)
         self.selections = self.selection_cache(vllm_config, device)
+        has_sinks = self.sinks is not None
         self.shape = LayerShape(
             step_limits(vllm_config, self.num_heads, self.num_kv_heads),
-            choose_library(self.config.attention, self.head_size, self.dtype),
+            choose_library(
+                *(self.config.attention, self.head_size, self.dtype),
+                *(has_sinks, self.logits_soft_cap),
+            ),
             self.head_size,
             self.dtype,
             self.fp8_dtype,
             vllm_config.cache_config.block_size,
             device,
             self.heads,
+            has_sinks,
+            self.logits_soft_cap,
         )
         self.vllm_config = vllm_config
         self.workspace, self.attention = _shared(self.shape)
@@ -146,7 +158,7 @@ class GpuTokenSelectImpl(TokenSelectImpl[GpuTokenSelectMetadata]):
         if self.fp8_dtype is not None:
             writer = self.writer or layer  # a layer that shares a cache may come without scales
             pages, scales = pages.view(self.fp8_dtype), (writer._k_scale, writer._v_scale)
-        return LayerCache(pages, *scales, self.selections, rotation)
+        return LayerCache(pages, *scales, self.selections, rotation, self.sinks)
 
 
 @cache
@@ -178,6 +190,8 @@ def _attention(shape: LayerShape, padded: bool) -> RowAttention:
         shape.limits.table_width,
         shape.device,
         padded,
+        shape.has_sinks,
+        shape.soft_cap,
     )
 
 
@@ -207,7 +221,7 @@ def _compile_with(attention: RowAttention, shape: LayerShape, rotated: int | Non
         dtype=shape.dtype,
         device=device,
     )
-    scale, selections, rotation = None, None, None
+    scale, selections, rotation, sinks = None, None, None, None
     if shape.fp8_dtype is not None:
         # As vLLM's scales, whatever default dtype the model is built with.
         scale = torch.ones((), dtype=torch.float32, device=device)
@@ -220,8 +234,10 @@ def _compile_with(attention: RowAttention, shape: LayerShape, rotated: int | Non
     if rotated is not None:
         table = torch.zeros((limits.table_width, rotated), dtype=torch.float32, device=device)
         rotation = Rotation(table, table[0])
+    if shape.has_sinks:
+        sinks = torch.zeros(limits.num_heads, dtype=shape.dtype, device=device)
     pages = block.to(shape.fp8_dtype or shape.dtype).permute(0, 2, 3, 1, 4)
-    cache = LayerCache(pages, scale, scale, selections, rotation)
+    cache = LayerCache(pages, scale, scale, selections, rotation, sinks)
     logger.info("TOKENSELECT: compiling the Triton kernels")
     block_table_width = -(-limits.max_model_len // shape.block_size)
     compile_gpu_kernels(workspace, attention, cache, block_table_width, shape.dtype)

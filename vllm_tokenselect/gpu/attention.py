@@ -34,7 +34,7 @@ FP8_DTYPES = {
 
 @dataclass(frozen=True)
 class LayerCache:
-    """What a layer keeps of the requests.
+    """What a layer keeps: of the requests, and of its own that attention reads.
 
     Attributes:
         pages: fp32, bf16, fp16 or fp8 [num_blocks, Hkv, 2, block_size, D], any strides whose last is 1.
@@ -43,6 +43,8 @@ class LayerCache:
         selections: the Selection Cache; None for a layer without.
         rotation: of queries and keys to the positions that they are given anew; None for a layer whose
             cache holds keys that the model has rotated.
+        sinks: fp32, bf16 or fp16 [Hq], of each head a logit that adds to the denominator of its softmax,
+            whatever a query attends to; None for a layer without.
     """
 
     pages: torch.Tensor
@@ -50,6 +52,7 @@ class LayerCache:
     value_scale: torch.Tensor | None = None
     selections: SelectionCacheState | None = None
     rotation: Rotation | None = None
+    sinks: torch.Tensor | None = None
 
 
 class RowAttention(Protocol):
@@ -158,7 +161,7 @@ class GatherBuffer:
 
 
 class SdpaAttention:
-    """PyTorch's scaled_dot_product_attention; needs torch only.
+    """PyTorch's scaled_dot_product_attention; needs torch only. It has neither sinks nor soft caps.
 
     A CUDA graph may capture rows of one query; how long others are it asks the host. Of its kernels only
     the one that writes every logit down lets heads share keys, and it copies the keys for each of them:

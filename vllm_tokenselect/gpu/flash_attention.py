@@ -5,36 +5,12 @@ Its function comes from outside (vLLM builds its own), so that nothing here impo
 
 from __future__ import annotations
 
-from typing import Any, Protocol
-
 import torch
 
 from vllm_tokenselect.device_memory import make_lasting
 from vllm_tokenselect.gpu.attention import PAGE_TOKENS, GatherBuffer, LayerCache
+from vllm_tokenselect.gpu.flash_varlen import VarlenFunction, attend_with_sinks
 from vllm_tokenselect.gpu.rows import RowGroup
-
-
-class VarlenFunction(Protocol):
-    """What is handed to `flash_attn_varlen_func` of vLLM's `vllm_flash_attn`."""
-
-    def __call__(
-        self,
-        *,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        cu_seqlens_q: torch.Tensor,
-        max_seqlen_q: int,
-        seqused_k: torch.Tensor,
-        max_seqlen_k: int,
-        block_table: torch.Tensor,
-        softmax_scale: float,
-        causal: bool,
-        out: torch.Tensor,
-        num_splits: int,
-        fa_version: int,
-    ) -> Any: ...
-
 
 # What FlashAttention allocates at most for the partial outputs of the parts that it splits a row's tokens
 # into, to have work for every multiprocessor.
@@ -76,14 +52,16 @@ class PagedFlashAttention:
 
     Args:
         varlen: `flash_attn_varlen_func` of vLLM's `vllm_flash_attn`.
+        soft_cap: of the logits; 0 for none.
     """
 
     name = "flash"
     buffer_bytes = 0
     scratch_bytes = SPLIT_BYTES
 
-    def __init__(self, varlen: VarlenFunction) -> None:
+    def __init__(self, varlen: VarlenFunction, soft_cap: float = 0.0) -> None:
         self.varlen = varlen
+        self.soft_cap = soft_cap
 
     def takes(self, pages: torch.Tensor) -> bool:
         return lies_evenly(pages)
@@ -99,20 +77,22 @@ class PagedFlashAttention:
         out: torch.Tensor,
     ) -> None:
         keys, values = single_token_pages(cache.pages)
-        self.varlen(
+        attend_with_sinks(
+            self.varlen,
+            3,
+            cache.sinks,
+            out,
+            group.query_start_loc,
             q=query,
             k=keys,
             v=values,
-            cu_seqlens_q=group.query_start_loc,
             max_seqlen_q=group.max_query_len,
             seqused_k=lengths,
             max_seqlen_k=group.max_length,
             block_table=slots,
             softmax_scale=scale,
-            causal=True,
-            out=out,
+            softcap=self.soft_cap,
             num_splits=choose_splits(3, query, len(query)),
-            fa_version=3,
         )
 
 
@@ -123,14 +103,18 @@ class GatheredFlashAttention:
         varlen: `flash_attn_varlen_func` of vLLM's `vllm_flash_attn`.
         version: of FlashAttention.
         buffer: scratch, shared by layers.
+        soft_cap: of the logits; 0 for none.
     """
 
     name = "flash"
     scratch_bytes = SPLIT_BYTES
 
-    def __init__(self, varlen: VarlenFunction, version: int, buffer: GatherBuffer) -> None:
+    def __init__(
+        self, varlen: VarlenFunction, version: int, buffer: GatherBuffer, soft_cap: float = 0.0
+    ) -> None:
         self.varlen = varlen
         self.version = version
+        self.soft_cap = soft_cap
         self.buffer = buffer
         self.buffer_bytes = buffer.num_bytes
         # The buffer as a paged cache, so that lengths may lie on the device.
@@ -158,20 +142,22 @@ class GatheredFlashAttention:
         for first, last in self.buffer.gather(cache, slots, lengths, zeroed=PAGE_TOKENS):
             queries, starts = _queries_of(group, first, last)
             own = query[queries]
-            self.varlen(
+            attend_with_sinks(
+                self.varlen,
+                self.version,
+                cache.sinks,
+                out[queries],
+                starts,
                 q=own,
                 k=self.keys,
                 v=self.values,
-                cu_seqlens_q=starts,
                 max_seqlen_q=group.max_query_len,
                 seqused_k=lengths[first:last],
                 max_seqlen_k=self.buffer.keys.shape[1],
                 block_table=self.block_table[: last - first],
                 softmax_scale=scale,
-                causal=True,
-                out=out[queries],
+                softcap=self.soft_cap,
                 num_splits=choose_splits(self.version, own, (last - first) * group.max_query_len),
-                fa_version=self.version,
             )
 
 

@@ -63,10 +63,13 @@ def choose_backend(vllm_config: VllmConfig) -> None:
     from vllm.v1.attention.selector import get_attn_backend
 
     model = vllm_config.model_config
-    with set_current_vllm_config(vllm_config):
-        backend = get_attn_backend(model.get_head_size(), model.dtype, "auto")
-    if backend.get_name() != BACKEND_NAME:
-        _problems.append(f"vLLM chose {backend.get_name()} for a full-attention layer")
+    for kind, has_sink in (("full-attention layer", False), ("layer with sinks", True)):
+        with set_current_vllm_config(vllm_config):
+            backend = get_attn_backend(
+                model.get_head_size(), model.dtype, "auto", has_sink=has_sink
+            )
+        if backend.get_name() != BACKEND_NAME:
+            _problems.append(f"vLLM chose {backend.get_name()} for a {kind}")
     for made in (backend.get_impl_cls(), backend.get_builder_cls()):
         if missing := sorted(getattr(made, "__abstractmethods__", ())):
             _problems.append(f"{made.__name__} lacks {', '.join(missing)}, which vLLM calls")
