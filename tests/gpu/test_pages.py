@@ -210,7 +210,8 @@ def test_a_quantised_cache_is_read_with_the_scales_of_the_layer_that_wrote_it(ho
     """A layer that reads the keys of another comes without scales of its own: they are 1."""
     module, _ = hopper
     impl = object.__new__(module.GpuTokenSelectImpl)
-    impl.head_size, impl.fp8_dtype, impl.selections = HEAD_SIZE, torch.float8_e4m3fn, None
+    impl.head_size, impl.fp8_dtype = HEAD_SIZE, torch.float8_e4m3fn
+    impl.selections, impl.sinks = None, None
     kv_cache = torch.zeros(2, HEADS[1], BLOCK_SIZE, 2 * HEAD_SIZE, dtype=torch.uint8)
     own, writer = (SimpleNamespace(_k_scale=scale, _v_scale=2 * scale) for scale in (1, 7))
     for impl.writer, scales in ((None, (1, 2)), (writer, (7, 14))):
