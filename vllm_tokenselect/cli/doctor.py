@@ -16,7 +16,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vllm_tokenselect.cli.environment import CPU_DISTRIBUTION, find_problems
+from vllm_tokenselect.cli.environment import (
+    CPU_DISTRIBUTION,
+    NO_TORCHVISION,
+    find_problems,
+    lacks_torchvision,
+    torchvision_for_cpus,
+)
 
 State = Literal["ok", "note", "problem"]
 
@@ -52,6 +58,9 @@ def examine(model: str | None = None, settings: str = "{}") -> list[Row]:
         Row("environment", problem.name, "problem", problem.detail, problem.remedy)
         for problem in find_problems()
     ]
+    if lacks_torchvision():
+        remedy = f"tokenselect doctor --fix, or {torchvision_for_cpus()}"
+        rows.append(Row("environment", "torchvision", "note", NO_TORCHVISION, remedy))
     rows += _hooks()
     if model is not None:
         rows += _layers(model, settings)
@@ -201,15 +210,11 @@ def _verdict(model: str, verdict: dict[str, Any], log: str) -> list[Row]:
         rows.append(Row("model", "layers", "note", detail))
     rows += [Row("model", layers, "ok", runs_on) for layers, runs_on in verdict["layers"]]
     if verdict["refusal"]:
-        remedy = _torchvision() if "No module named 'torchvision'" in log else _NOT_SERVED
+        remedy = _NOT_SERVED
+        if "No module named 'torchvision'" in log:
+            remedy = f"vLLM's code of this model needs torchvision: {torchvision_for_cpus()}"
         rows.append(Row("model", model, "problem", verdict["refusal"], remedy))
     elif verdict["block_size"]:
         detail = f"{verdict['block_size']} tokens, which query_chunk fits"
         rows.append(Row("model", "KV cache block", "ok", detail))
     return rows
-
-
-def _torchvision() -> str:
-    from vllm_tokenselect.cli.environment import torchvision_for_cpus
-
-    return f"vLLM's code of this model needs torchvision: {torchvision_for_cpus()}"

