@@ -42,8 +42,8 @@ class TokenSelectConfig(BaseModel):
     query_chunk: int = Field(
         default=Method.query_chunk,
         ge=1,
-        description="queries of a prompt that select together; a multiple of the KV block size, or a "
-        "divisor",
+        description="most queries of a prompt that select together; fewer where the KV block size is "
+        "neither a divisor nor a multiple",
     )
     tail_queries: int = Field(
         default=Method.tail_queries,
@@ -179,32 +179,31 @@ class TokenSelectConfig(BaseModel):
         """Check the settings against the engine that is to use them.
 
         Args:
-            block_size: tokens of a KV block.
+            block_size: tokens of a KV block; 1 while vLLM may still choose another.
             max_num_batched_tokens: vLLM's option.
             max_num_seqs: most requests that run at once.
             max_num_scheduled_tokens: vLLM's option; None for as many as are batched.
             long_prefill_token_threshold: vLLM's option; 0 for none.
             num_drafts: most draft tokens of a request in a step.
-            steps_end_at_blocks: whether vLLM ends prefill steps at the ends of blocks, where it caches
-                states of a hybrid model (Mamba cache mode "align").
+            steps_end_at_blocks: whether vLLM ends prefill steps at the ends of blocks, since prefixes of
+                a hybrid model match inside of them (its option `prefix_match_unit`).
 
         Raises:
-            SettingsError: when blocks and chunks do not line up, or when a step could not hold a
-                whole chunk beside every running sequence (such a prompt would wait for ever).
+            SettingsError: when a step could not hold a whole chunk beside every running sequence: such a
+                prompt would wait for ever.
         """
-        self._check_blocks(block_size, steps_end_at_blocks)
-        if 0 < long_prefill_token_threshold < self.query_chunk:
+        chunk = self.method.for_blocks(block_size).query_chunk
+        if 0 < long_prefill_token_threshold < chunk:
             raise SettingsError(
                 f"long_prefill_token_threshold={long_prefill_token_threshold} would cut query "
-                f"chunks of {self.query_chunk} tokens. Set it to 0 or to at least "
-                f"{self.query_chunk}."
+                f"chunks of {chunk} tokens. Set it to 0 or to at least {chunk}."
             )
         option, tokens = "max_num_batched_tokens", max_num_batched_tokens
         if max_num_scheduled_tokens is not None and max_num_scheduled_tokens < tokens:
             option, tokens = "max_num_scheduled_tokens", max_num_scheduled_tokens
         whole, held, smaller = (
             "query chunk",
-            self.query_chunk,
+            chunk,
             " or the tokenselect setting query_chunk",
         )
         scheduled = max_num_scheduled_tokens or max_num_batched_tokens
@@ -220,28 +219,6 @@ class TokenSelectConfig(BaseModel):
                 f"max_num_seqs={max_num_seqs} running sequences{drafts}. Set "
                 f"--{option.replace('_', '-')} to at least {needed}, or lower --max-num-seqs{smaller}."
             )
-
-    def _check_blocks(self, block_size: int, steps_end_at_blocks: bool) -> None:
-        chunk = self.query_chunk
-        if block_size % chunk == 0 or (chunk % block_size == 0 and not steps_end_at_blocks):
-            return
-        divisor = next(n for n in range(min(chunk, block_size), 0, -1) if block_size % n == 0)
-        if steps_end_at_blocks:
-            no_cache = ", or leave out prefix caching (--no-enable-prefix-caching)"
-            raise SettingsError(
-                f"tokenselect query_chunk={chunk} does not divide {block_size}, the KV block size that "
-                "vLLM chose for this hybrid model. With prefix caching a prefill step has to end "
-                "where a block ends, so that prompts would wait for ever. Add "
-                f"--block-size {chunk}, which vLLM takes or multiplies, or set query_chunk to "
-                f"{divisor}{no_cache if chunk % block_size == 0 else ''}."
-            )
-        below = chunk // block_size * block_size
-        near = (below, below + block_size) if below else (divisor, block_size)
-        raise SettingsError(
-            f"tokenselect query_chunk={chunk} and the KV block size {block_size} do not line up: one "
-            f"has to be a multiple of the other. Set query_chunk to {near[0]} or {near[1]}, or choose "
-            "--block-size so that it divides query_chunk."
-        )
 
 
 def _describe(problem: Mapping[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 # The `top_k` of a request that attends to its whole context: more candidates than any context has.
@@ -70,6 +70,15 @@ class Method:
         generated = 1 + (self.refresh_interval if self.reuses_selections else 0)
         return self.n_init + self.top_k + self.n_local + max(self.query_chunk, generated)
 
+    def for_blocks(self, block_size: int) -> Method:
+        """The same method with query chunks that line up with the blocks of the KV cache.
+
+        Chunks are no longer than `query_chunk`: as many whole blocks as fit, or an equal part of a
+        block. Blocks of 128 tokens leave 512 as it is, 80 make 480 of it, and 528 make 264. Of a block of
+        16 to 8,192 tokens whose length is a multiple of 16, more than half of 512 is always left.
+        """
+        return replace(self, query_chunk=_largest_that_fits(self.query_chunk, block_size))
+
     def tail_start(self, num_prompt_tokens: int) -> int:
         """Position from which every query is a chunk of its own (`s` in the method)."""
         return max(num_prompt_tokens - self.tail_queries, 0)
@@ -93,3 +102,10 @@ class Method:
         this prompt ends.
         """
         return self.tail_start(num_prompt_tokens) // self.query_chunk * self.query_chunk
+
+
+def _largest_that_fits(chunk: int, block_size: int) -> int:
+    """The largest length up to `chunk` that is a multiple of the block, or else divides it."""
+    if block_size <= chunk:
+        return chunk // block_size * block_size
+    return next(n for n in range(chunk, 0, -1) if block_size % n == 0)

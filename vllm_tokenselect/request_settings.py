@@ -56,17 +56,20 @@ def requested_top_k(extra_args: Mapping[str, Any] | None, server_top_k: int) -> 
     return server_top_k if top_k is None else top_k
 
 
-def fingerprint(method: Method, top_k: int, tensor_parallel_size: int = 1) -> str:
+def fingerprint(
+    method: Method, top_k: int, tensor_parallel_size: int = 1, block_size: int = 1
+) -> str:
     """Every setting that the keys and values of a shared block depend on, readable and stable.
 
     The others do not count: `tail_queries`, the Selection Cache and what follows from them act on
     positions that are never shared.
 
     Args:
-        method: the server's settings.
+        method: the server's, with query chunks that line up with its blocks.
         top_k: of the request; `FULL_ATTENTION` depends on no other setting.
         tensor_parallel_size: processes that a layer's heads are divided among. How many of them select
             apart counts: none but one where they vote together.
+        block_size: tokens of a block, where query chunks are cut too.
     """
     if top_k == FULL_ATTENTION:
         return f"v{METHOD_VERSION}:off"
@@ -75,6 +78,7 @@ def fingerprint(method: Method, top_k: int, tensor_parallel_size: int = 1) -> st
         "n_init": method.n_init,
         "n_local": method.n_local,
         "query_chunk": method.query_chunk,
+        "block_size": block_size,
         "dense_layers": method.dense_layers,
         "positions": method.positions,
         "voters": tensor_parallel_size if method.vote == "local" else 1,

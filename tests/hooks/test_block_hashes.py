@@ -55,7 +55,9 @@ def hashes(vllm_utils):
             prompt_token_ids=PROMPT,
             sampling_params=SamplingParams(extra_args=extra_args),
             pooling_params=None,
-            block_hasher=SettingsHasher(hasher, TokenSelectConfig.from_mapping(settings)),
+            block_hasher=SettingsHasher(
+                hasher, TokenSelectConfig.from_mapping(settings), block_size=BLOCK_SIZE
+            ),
             **options,
         )
         assert len(request.block_hashes) == 4

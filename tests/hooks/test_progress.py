@@ -15,28 +15,39 @@ from hypothesis import strategies as st
 
 from tests.hooks.workload import Arrival, Engine, Workload, start_engine
 from vllm_tokenselect.config import SettingsError, TokenSelectConfig
+from vllm_tokenselect.method import Method
+
+
+def lined_up(engine: Engine) -> Method:
+    """The method with the chunks that the engine's blocks leave."""
+    config = TokenSelectConfig(query_chunk=engine.query_chunk, tail_queries=engine.tail_queries)
+    return config.method.for_blocks(engine.block_size)
 
 
 def most_steps(engine: Engine, arrivals: list[Arrival]) -> int:
     """Generous: no request shares a step with another, and each is preempted a few times."""
-    steps = 0
+    steps, chunk = 0, lined_up(engine).query_chunk
     for arrival in arrivals:
-        chunks = math.ceil(len(arrival.tokens) * (1 + arrival.continuations) / engine.query_chunk)
+        chunks = math.ceil(len(arrival.tokens) * (1 + arrival.continuations) / chunk)
         answers = arrival.max_tokens * (1 + arrival.continuations)
         steps += arrival.step + 4 * (chunks + answers + 4)
     return 20 + steps * engine.in_flight * engine.scheduler.get("prefill_schedule_interval", 1)
 
 
 def check_whole_chunks(engine: Engine, workload: Workload) -> None:
-    method = TokenSelectConfig(
-        query_chunk=engine.query_chunk, tail_queries=engine.tail_queries
-    ).method
+    method = lined_up(engine)
     for request, start, end, starts_here in workload.steps:
         if workload.arrivals[request.request_id].continuations:
             continue  # the prompt has grown since
         tail_start = method.tail_start(request.num_prompt_tokens)
-        assert end % engine.query_chunk == 0 or end >= tail_start, (start, end, tail_start)
-        assert not starts_here or start % engine.query_chunk == 0
+        assert end % method.query_chunk == 0 or end >= tail_start, (start, end, tail_start)
+        assert not starts_here or start % method.query_chunk == 0
+        if engine.states and engine.prefix_caching and start < request.num_prompt_tokens:
+            # What vLLM keeps for a block is the state behind its last token.
+            block = engine.block_size
+            next_block = (start // block + 1) * block
+            shared = next_block <= method.shareable_tokens(request.num_prompt_tokens)
+            assert start % block == 0 or end <= next_block or not shared, (start, end)
 
 
 @st.composite
@@ -68,7 +79,9 @@ def engines(draw) -> Engine:
     return Engine(
         query_chunk=chunk,
         tail_queries=draw(st.sampled_from([0, 1, 10, 40])),
-        block_size=draw(st.sampled_from([8, 16, 32, 64, 96, 128, 192])),
+        block_size=draw(
+            st.sampled_from([8, 16, 24, 32, 40, 64, 72, 88, 96, 128, 144, 176, 192, 208])
+        ),
         budget=budget,
         max_num_seqs=seqs,
         scheduler=options,

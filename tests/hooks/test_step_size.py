@@ -9,6 +9,7 @@ pytest.importorskip("vllm")
 
 from tests.hooks.workload import Arrival, Engine, Workload, start_engine
 from vllm_tokenselect.config import SettingsError
+from vllm_tokenselect.method import Method
 
 LARGE = Engine(query_chunk=512, tail_queries=64, block_size=128, budget=2048 + 8, max_num_seqs=8)
 
@@ -75,36 +76,56 @@ def test_requests_do_not_wait_for_each_others_images(serve):
     assert cache.num_freeable_slots == cache.cache_size
 
 
-HYBRID = replace(LARGE, states=True)
+HYBRID = replace(LARGE, states=True, max_model_len=8192, spare_blocks=200)
 
 
-def test_a_hybrid_model_whose_steps_end_inside_a_chunk_is_refused(serve):
-    with pytest.raises(SettingsError, match="--block-size 512.* query_chunk to 128, or leave out"):
-        serve(HYBRID, [])
+# What vLLM chooses for models that people serve, on a GPU or a CPU.
+BLOCKS = [16, 80, 128, 256, 528, 544, 640, 784, 896, 1056, 1152, 1568, 2096, 2176, 3200]
 
 
-@pytest.mark.parametrize(
-    "advice",
-    [{"block_size": 512}, {"block_size": 1024}, {"query_chunk": 128}, {"prefix_caching": False}],
-    ids=["block size 512", "1024, as vLLM multiplies it", "query_chunk 128", "no prefix caching"],
-)
-def test_what_the_refusal_of_a_hybrid_model_advises_works(serve, advice):
-    engine = replace(HYBRID, **advice)
-    for length in (200, 1000, 1400, 1470, 1500, 2000):
-        for shared in (700, 1000):
+@pytest.mark.parametrize("prefix_caching", [True, False])
+@pytest.mark.parametrize("block_size", BLOCKS)
+def test_a_hybrid_model_is_served_whatever_the_block_size(serve, block_size, prefix_caching):
+    engine = replace(HYBRID, block_size=block_size, prefix_caching=prefix_caching)
+    chunk = Method().for_blocks(block_size).query_chunk
+    assert 256 < chunk <= 512
+    for length in (200, 1000, 1400, 1470, 1500, 2000, 4700):
+        for shared in (700, 1000, 2400):
             prompts = [
                 Arrival(wait, [(1, min(shared, length)), (2 + wait, max(length - shared, 1))])
                 for wait in (0, 4, 8)
             ]
             workload = serve(engine, prompts)
             for request_id in workload.requests:
-                assert len(steps_of(workload, request_id)) <= 2 + math.ceil(length / 512)
+                assert len(steps_of(workload, request_id)) <= 3 + math.ceil(length / chunk)
+
+
+@pytest.mark.parametrize("block_size", BLOCKS)
+@pytest.mark.parametrize("length", [5000, 6700])
+def test_the_same_prompt_of_a_hybrid_model_hits_at_the_first_resend(serve, block_size, length):
+    """Where the last chunk that may be shared ends is a state, though vLLM would keep a later one."""
+    engine = replace(HYBRID, block_size=block_size)
+    workload = serve(engine, [Arrival(0, [(1, length)]), Arrival(20, [(1, length)])])
+    start, _ = steps_of(workload, "1")[0]
+    unit = math.lcm(Method().for_blocks(block_size).query_chunk, block_size)
+    assert start == (length - 64) // unit * unit
+
+
+def test_no_state_is_kept_for_tokens_that_it_has_not_seen(serve):
+    """vLLM keeps it for a whole block, so a step that begins inside one does not pass its end."""
+    for block_size in BLOCKS:
+        workload = serve(
+            replace(HYBRID, block_size=block_size, budget=600), [Arrival(0, [(1, 5000)])]
+        )
+        for start, end in steps_of(workload, "0"):
+            assert start % block_size == 0 or end <= (start // block_size + 1) * block_size
 
 
 def test_prefixes_of_a_hybrid_model_that_match_inside_a_chunk_are_refused(make_vllm_config):
     engine = replace(HYBRID, block_size=512, prefix_match_unit=256)
     with pytest.raises(SettingsError, match="prefix_match_unit=256 .* query_chunk to 256"):
         start_engine(engine, make_vllm_config())
+    start_engine(replace(engine, query_chunk=256), make_vllm_config())
 
 
 def test_a_request_without_a_step_still_counts_with_its_adapter(serve):

@@ -173,6 +173,7 @@ class Workload:
         self.continued: dict[str, int] = {}
         self.unanswered: deque[SchedulerOutput] = deque()
         self.steps: list[tuple[Request, int, int, bool]] = []
+        self.ends: dict[str, Any] = {}  # the last output of each request that ended
 
     def add(self, arrival: Arrival, request_id: str | None = None) -> Request:
         resumable = arrival.continuations > self.continued.get(request_id or "", 0)
@@ -231,7 +232,7 @@ class Workload:
     def answer(self) -> None:
         output = self.unanswered.popleft()
         ids = list(output.num_scheduled_tokens)
-        self.scheduler.update_from_output(
+        outputs = self.scheduler.update_from_output(
             output,
             ModelRunnerOutput(
                 req_ids=ids,
@@ -239,6 +240,8 @@ class Workload:
                 sampled_token_ids=[[7] if output.samples[id_] else [] for id_ in ids],  # type: ignore[attr-defined]
             ),
         )
+        for of_client in outputs.values():
+            self.ends |= {o.request_id: o for o in of_client.outputs if o.finish_reason is not None}
 
     def go_on_with_streams(self) -> None:
         for id_, request in self.requests.items():

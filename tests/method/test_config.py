@@ -4,8 +4,11 @@ import json
 import shlex
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from vllm_tokenselect.config import SettingsError, TokenSelectConfig
+from vllm_tokenselect.method import Method
 
 
 def refusal(settings) -> str:
@@ -99,12 +102,11 @@ def test_every_problem_is_reported_at_once():
 @pytest.mark.parametrize(
     ("engine", "hint"),
     [
-        ({"block_size": 100}, "Set query_chunk to 500 or 600"),
-        ({"block_size": 784}, "Set query_chunk to 392 or 784"),
         ({"max_num_batched_tokens": 512}, "--max-num-batched-tokens to at least 768"),
         ({"max_num_scheduled_tokens": 128}, "--max-num-scheduled-tokens to at least 768"),
         ({"num_drafts": 3}, "--max-num-batched-tokens to at least 1536"),
         ({"long_prefill_token_threshold": 511}, "Set it to 0 or to at least 512"),
+        ({"block_size": 80, "max_num_batched_tokens": 700}, "a query chunk of 480.*at least 736"),
     ],
 )
 def test_settings_that_the_engine_cannot_serve_are_refused_with_what_would_fit(engine, hint):
@@ -114,26 +116,26 @@ def test_settings_that_the_engine_cannot_serve_are_refused_with_what_would_fit(e
         TokenSelectConfig().check_engine(**{**served, **engine})
 
 
-@pytest.mark.parametrize("block_size", [16, 512, 1024])
-def test_a_chunk_may_be_several_blocks_or_a_block_several_chunks(block_size):
-    served = {"max_num_batched_tokens": 2048, "max_num_seqs": 256}
-    TokenSelectConfig().check_engine(block_size=block_size, **served)
-
-
 @pytest.mark.parametrize(
-    ("engine", "hint"),
-    [
-        ({"block_size": 128}, "--block-size 512.* or set query_chunk to 128, or .*--no-enable-pre"),
-        ({"block_size": 544}, "--block-size 512.* or set query_chunk to 272\\.$"),
-        ({"block_size": 1024, "max_num_batched_tokens": 1030}, "KV block of 1024.*at least 1040"),
-    ],
+    ("block_size", "chunk"),
+    [(16, 512), (48, 480), (512, 512), (528, 264), (1056, 352), (1152, 384), (2096, 262)],
 )
-def test_where_steps_end_with_blocks_chunks_must_too(engine, hint):
-    hybrid = {"steps_end_at_blocks": True, "max_num_batched_tokens": 2048, "max_num_seqs": 16}
-    for block_size in (512, 1024):
-        TokenSelectConfig().check_engine(block_size=block_size, **hybrid)
-    with pytest.raises(SettingsError, match=hint):
-        TokenSelectConfig().check_engine(**{**hybrid, **engine})
+def test_a_chunk_is_several_blocks_or_a_block_several_chunks(block_size, chunk):
+    assert Method().for_blocks(block_size).query_chunk == chunk
+
+
+@given(st.integers(1, 512).map(lambda sixteens: 16 * sixteens))
+def test_chunks_that_line_up_with_blocks_are_longer_than_half_of_what_is_asked_for(block_size):
+    chunk = Method().for_blocks(block_size).query_chunk
+    assert 256 < chunk <= 512
+    assert chunk % block_size == 0 or block_size % chunk == 0
+
+
+def test_where_steps_end_with_blocks_a_step_holds_one():
+    hybrid = {"steps_end_at_blocks": True, "block_size": 1024, "max_num_seqs": 16}
+    TokenSelectConfig().check_engine(max_num_batched_tokens=2048, **hybrid)
+    with pytest.raises(SettingsError, match=r"KV block of 1024.*at least 1040"):
+        TokenSelectConfig().check_engine(max_num_batched_tokens=1030, **hybrid)
 
 
 @pytest.mark.parametrize(

@@ -59,9 +59,10 @@ def test_what_cannot_be_used_is_named_with_what_can(extra_args, named):
 
 def test_a_fingerprint_can_be_read():
     settings = (
-        "top_k=1024,n_init=128,n_local=512,query_chunk=512,dense_layers=0,positions=native,voters=1"
+        "top_k=1024,n_init=128,n_local=512,query_chunk=512,block_size=16,dense_layers=0,"
+        "positions=native,voters=1"
     )
-    assert fingerprint(Method(), 1024) == f"v1:{settings}"
+    assert fingerprint(Method(), 1024, block_size=16) == f"v1:{settings}"
     assert fingerprint(Method(), FULL_ATTENTION) == "v1:off"
 
 
@@ -78,6 +79,10 @@ def test_a_fingerprint_tells_every_setting_that_a_shared_block_depends_on(name):
     ranks = 2
     same = fingerprint(changed, changed.top_k, ranks) == fingerprint(default, default.top_k, ranks)
     assert same == (name in UNSHARED)
+
+
+def test_a_fingerprint_tells_the_block_size():
+    assert fingerprint(Method(), 1024, 1, 528) != fingerprint(Method(), 1024, 1, 544)
 
 
 def test_ranks_that_vote_together_share_blocks_with_one_that_has_all_heads():

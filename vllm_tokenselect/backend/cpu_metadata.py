@@ -55,7 +55,7 @@ class CpuTokenSelectMetadataBuilder(TokenSelectMetadataBuilder[CpuTokenSelectMet
             common_attn_metadata.block_table_tensor,
             self.block_size,
             self.num_heads,
-            self.config.method,
+            self.method,
             self.operations,
             worker_counters(torch.device("cpu")),
             self.config.workspace_bytes("cpu"),

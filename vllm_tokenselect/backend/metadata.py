@@ -23,7 +23,7 @@ from vllm_tokenselect.hooks.log import get_logger
 from vllm_tokenselect.hooks.platform_backend import refuse_model
 from vllm_tokenselect.hooks.runner_v1 import current_requests
 from vllm_tokenselect.hooks.runner_v2 import request_table
-from vllm_tokenselect.hooks.step_size import check_steps, has_states_at_block_ends
+from vllm_tokenselect.hooks.step_size import check_steps, ends_steps_at_blocks
 from vllm_tokenselect.kernels.head_group import num_voting_heads
 from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
 from vllm_tokenselect.plan import SelectionPlan
@@ -46,8 +46,8 @@ def check_cache(
         kind = type(kv_cache_spec).__name__.removesuffix("Spec")
         refuse_model(f"{layer_name} caches keys for {kind}, not for full attention")
     config = TokenSelectConfig.from_additional_config(vllm_config.additional_config)
-    states = has_states_at_block_ends(vllm_config)
-    check_steps(config, vllm_config, kv_cache_spec.block_size, states)
+    block_size = vllm_config.cache_config.block_size
+    check_steps(config, vllm_config, block_size, ends_steps_at_blocks(vllm_config))
     return config
 
 
@@ -65,6 +65,9 @@ class TokenSelectMetadataBuilder(AttentionMetadataBuilder[M]):
         self.config = check_cache(kv_cache_spec, layer_names[0], vllm_config)
         refuse_selecting(layer_names, self.config)
         scheduler = vllm_config.scheduler_config
+        # As the scheduler has it: the block size is final once a model is loaded, and the same for both.
+        # That of the cache here may be a part of it, which every backend of the group's layers can read.
+        self.method = self.config.method.for_blocks(vllm_config.cache_config.block_size)
         self.block_size = kv_cache_spec.block_size
         self.num_kv_heads = kv_cache_spec.num_kv_heads
         self.head_size = kv_cache_spec.head_size
@@ -77,12 +80,12 @@ class TokenSelectMetadataBuilder(AttentionMetadataBuilder[M]):
         self._log_selection_cache(len(layer_names), scheduler.max_num_seqs)
 
     def _log_selection_cache(self, num_layers: int, num_requests: int) -> None:
-        if not self.config.method.reuses_selections:
+        if not self.method.reuses_selections:
             logger.info("TOKENSELECT: no Selection Cache; every generated token selects anew")
             return
         layer = SelectionCacheState.allocate(
             num_requests,
-            self.config.method.selection_size,
+            self.method.selection_size,
             num_voting_heads(self.num_heads, self.heads),
             self.head_size,
             self.dtype,
@@ -106,9 +109,8 @@ class TokenSelectMetadataBuilder(AttentionMetadataBuilder[M]):
         """
         query_start_loc = metadata.query_start_loc_cpu.numpy()
         requests = self._requests(metadata)
-        method = self.config.method
-        batch = BatchRequests.of_step(requests, seq_lens, method.top_k)
-        plan = SelectionPlan.build(query_start_loc, seq_lens, batch, method)
+        batch = BatchRequests.of_step(requests, seq_lens, self.method.top_k)
+        plan = SelectionPlan.build(query_start_loc, seq_lens, batch, self.method)
         if requests is not None and self.config.log_requests:
             self._record(requests, plan, batch.prompt_lens)
         return plan
@@ -122,7 +124,7 @@ class TokenSelectMetadataBuilder(AttentionMetadataBuilder[M]):
         return StepRequests(table, metadata.req_idx)
 
     def _record(self, requests: StepRequests, plan: SelectionPlan, prompt_lens: np.ndarray) -> None:
-        attended, context = plan.num_attended(self.config.method), plan.num_in_context()
+        attended, context = plan.num_attended(self.method), plan.num_in_context()
         prefill = plan.chunk_start < prompt_lens[plan.row_seq]
         for seq, request_id in enumerate(requests.table.ids_of(requests.slots)):
             if request_id is None:

@@ -63,6 +63,7 @@ class SettingsHasher:
     hasher: Callable[[Request], list[Any]]
     config: TokenSelectConfig
     tensor_parallel_size: int = 1
+    block_size: int = 1
 
     def __call__(self, request: Request) -> list[Any]:
         request._tokenselect_hasher = self
@@ -76,7 +77,9 @@ class SettingsHasher:
         """
         extra_args = getattr(request.sampling_params, "extra_args", None)
         top_k = requested_top_k(extra_args, self.config.top_k)
-        return ("tokenselect", fingerprint(self.config.method, top_k, self.tensor_parallel_size))
+        method = self.config.method.for_blocks(self.block_size)
+        size = self.tensor_parallel_size
+        return ("tokenselect", fingerprint(method, top_k, size, self.block_size))
 
 
 def extra_keys(request: Request, start_token_idx: int) -> list[tuple[str, str]]:
@@ -109,7 +112,8 @@ def check_and_bind(engine_core: EngineCore, request: EngineCoreRequest) -> None:
     requested_top_k(getattr(request.sampling_params, "extra_args", None), config.top_k)
     if hasher is not None and not isinstance(hasher, SettingsHasher):
         size = vllm_config.parallel_config.tensor_parallel_size
-        engine_core.request_block_hasher = SettingsHasher(hasher, config, size)
+        block_size = vllm_config.cache_config.block_size
+        engine_core.request_block_hasher = SettingsHasher(hasher, config, size, block_size)
 
 
 def install() -> None:

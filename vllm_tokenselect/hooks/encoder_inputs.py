@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.multimodal.utils import get_mm_features_in_window
 
-from vllm_tokenselect.config import TokenSelectConfig
+from vllm_tokenselect.method import Method
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.scheduler import Scheduler as _Scheduler
@@ -28,14 +28,14 @@ else:
 class EncodeWholeChunks(_Scheduler):
     """Room in the encoder cache for one request, to be put before vLLM's scheduler."""
 
-    tokenselect: TokenSelectConfig
+    chunks: Method
 
     def _make_encoder_room(self) -> None:
         cache = self.encoder_cache_manager
         self._encoder_limit = min(cache.cache_size, self.max_num_encoder_input_tokens)
         # An image may end in a chunk, others fill it, and another begin in it. vLLM refuses requests
         # with an image that is larger than the cache.
-        room = 2 * cache.cache_size + self.tokenselect.query_chunk
+        room = 2 * cache.cache_size + self.chunks.query_chunk
         self._past_limits: Request | None = None
         can_allocate = cache.can_allocate
 
@@ -70,7 +70,7 @@ class EncodeWholeChunks(_Scheduler):
             encoder_compute_budget,
             shift_computed_tokens,
         )
-        method, prompt_len = self.tokenselect.method, request.num_prompt_tokens
+        method, prompt_len = self.chunks, request.num_prompt_tokens
         if method.whole_chunks(
             prompt_len, num_computed_tokens, inputs[1]
         ) or not method.whole_chunks(prompt_len, num_computed_tokens, num_new_tokens):

@@ -9,11 +9,13 @@ prefix-cache hit is cut, and limits what a request puts into the prefix cache. N
    `query_chunk` before its tail, and a hit is cut at the reader's limit, at a multiple of
    `query_chunk`. What is shared was computed as whole chunks, and what follows starts with one.
    A streaming request whose input was continued shares nothing from then on.
+   `query_chunk` is what lines up with the KV blocks: `Method.for_blocks`.
 3. Layers that keep few blocks of a prompt in the prefix cache, as sliding windows do, keep those
    before the request's limit, where a hit ends, and not those before the prompt's end.
 
 `block_hashes` keeps what was computed by other settings apart, `preemption` chooses whom to preempt,
-`step_size` refuses what would make a step too small, `encoder_inputs` encodes all images of a chunk.
+`step_size` refuses what would make a step too small, `encoder_inputs` encodes all images of a chunk,
+`hybrid_steps` ends steps where states are kept, `watchdog` ends what would wait for ever.
 """
 
 from __future__ import annotations
@@ -27,16 +29,19 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm_tokenselect.config import TokenSelectConfig
 from vllm_tokenselect.hooks import block_hashes
 from vllm_tokenselect.hooks.encoder_inputs import EncodeWholeChunks
+from vllm_tokenselect.hooks.hybrid_steps import EndStepsWithStates
+from vllm_tokenselect.hooks.log import get_logger
 from vllm_tokenselect.hooks.preemption import PreemptFewestComputed
 from vllm_tokenselect.hooks.scheduler_seams import SEAMS
 from vllm_tokenselect.hooks.step_size import check_steps
+from vllm_tokenselect.hooks.watchdog import EndStuckRequests
 from vllm_tokenselect.method import SettingsError
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 
-class WholeChunks(EncodeWholeChunks):
+class WholeChunks(EndStuckRequests, EncodeWholeChunks, EndStepsWithStates):
     """The rules, to be put before vLLM's scheduler among the bases of a class."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -46,25 +51,31 @@ class WholeChunks(EncodeWholeChunks):
         self.tokenselect = TokenSelectConfig.from_additional_config(
             self.vllm_config.additional_config
         )
+        self.chunks = self.tokenselect.method.for_blocks(self.cache_config.block_size)
         self._check_steps()
         self._hit_limit: int | None = None
         # Where both a chunk and a block of every group end.
-        self._alignment = math.lcm(self.tokenselect.query_chunk, self.block_size)
+        self._alignment = math.lcm(self.chunks.query_chunk, self.block_size)
         self._limit_prefix_cache()
         self._make_encoder_room()
         block_hashes.install()  # in the process where requests are hashed, and before any is
 
     def _check_steps(self) -> None:
         """Check again with the block size that vLLM chose after the model was loaded."""
-        aligned = self.need_mamba_block_aligned_split
         block_size = self.cache_config.block_size
-        check_steps(self.tokenselect, self.vllm_config, block_size, aligned)
-        chunk, unit = self.tokenselect.query_chunk, self.hash_block_size
+        check_steps(self.tokenselect, self.vllm_config, block_size, self.mamba_partial_cache_hit)
+        chunk, unit = self.chunks.query_chunk, self.hash_block_size
+        if chunk != self.tokenselect.query_chunk:
+            get_logger(__name__).info(
+                "TOKENSELECT: %d queries of a prompt select together, which lines up with KV blocks of %d "
+                "tokens (query_chunk %d does not)",
+                *(chunk, block_size, self.tokenselect.query_chunk),
+            )
         if self.mamba_partial_cache_hit and unit % chunk:
             raise SettingsError(
-                f"prefix_match_unit={unit} is not a multiple of the tokenselect setting query_chunk="
-                f"{chunk}: with it a prefill step of this hybrid model has to end inside a query chunk. "
-                f"Leave out --prefix-match-unit, or set query_chunk to {unit}."
+                f"prefix_match_unit={unit} is not a multiple of the {chunk} queries that select together "
+                "(tokenselect setting query_chunk): with it a prefill step of this hybrid model has to end "
+                f"inside a query chunk. Leave out --prefix-match-unit, or set query_chunk to {unit}."
             )
 
     def _limit_prefix_cache(self) -> None:
@@ -87,7 +98,7 @@ class WholeChunks(EncodeWholeChunks):
 
     def _keep_blocks_below_limit(self, cache_blocks: Any) -> Any:
         def cache_where_hits_end(request: Request, *args: Any, **kwargs: Any) -> None:
-            end = self._shareable_tokens(request) // self._alignment * self._alignment
+            end = self._last_hit(request)
             cache_blocks(request, *args, **{**kwargs, "replay_boundaries": (end,)})
 
         return cache_where_hits_end
@@ -95,7 +106,13 @@ class WholeChunks(EncodeWholeChunks):
     def _shareable_tokens(self, request: Request) -> int:
         if hasattr(request, "_tokenselect_continued"):
             return 0
-        return self.tokenselect.method.shareable_tokens(request.num_prompt_tokens)
+        return self.chunks.shareable_tokens(request.num_prompt_tokens)
+
+    def _last_hit(self, request: Request) -> int:
+        end = self._shareable_tokens(request) // self._alignment * self._alignment
+        if self.use_eagle_block_drop:  # the last block of a hit is dropped
+            end = max(end - self._alignment, 0)
+        return end
 
     def _update_request_as_session(self, session: Request, update: Any) -> None:
         super()._update_request_as_session(session, update)
@@ -104,7 +121,7 @@ class WholeChunks(EncodeWholeChunks):
         session._tokenselect_continued = True
 
     def _get_local_prefix_cache_hit(self, request: Request, *args: Any, **kwargs: Any) -> Any:
-        chunk = self.tokenselect.query_chunk
+        chunk = self.chunks.query_chunk
         self._hit_limit = self._shareable_tokens(request)
         try:
             while True:
@@ -131,7 +148,7 @@ class WholeChunks(EncodeWholeChunks):
         num_new_tokens = super()._reserve_prefill_lookahead(
             request, num_computed_tokens, num_new_tokens
         )
-        return self.tokenselect.method.whole_chunks(
+        return self.chunks.whole_chunks(
             request.num_prompt_tokens, num_computed_tokens, num_new_tokens
         )
 

@@ -92,10 +92,24 @@ SEAMS = (
         qualname="Scheduler._mamba_block_aligned_split",
         parameters=("self", "request", "num_new_tokens"),
         contains=(
-            "block_size <= max_prefill_tokens",
-            "if self.mamba_partial_cache_hit and not use_internal_checkpoint",
+            "if start >= prefill_end: return num_new_tokens",
+            "block_size = self.cache_config.block_size",
+            "junction = request.shared_prefix_boundary",
+            "if start % block_size != 0 and not use_internal_checkpoint",
         ),
-        why="ends prefill steps of hybrid models, all of them at multiples of the block",
+        why="ends prefill steps of hybrid models where states are kept, inside of query chunks too",
+    ),
+    Seam(
+        name="scheduler",
+        module="vllm.v1.core.sched.scheduler",
+        qualname="Scheduler.update_from_output",
+        parameters=("self", "scheduler_output", "model_runner_output"),
+        contains=(
+            "self.processed_step_seq += 1",
+            "finish_reason=request.get_finished_reason(),",
+            "EngineCoreOutputs(outputs=outs)",
+        ),
+        why="ends a request with an error that could never be scheduled",
     ),
     Seam(
         name="scheduler",

@@ -58,8 +58,9 @@ def check_steps(
         )
 
 
-def has_states_at_block_ends(vllm_config: VllmConfig) -> bool:
-    """Whether this is a hybrid model whose states vLLM caches at the ends of blocks."""
-    mode: str = vllm_config.cache_config.mamba_cache_mode
-    hybrid: bool = vllm_config.model_config.is_hybrid
-    return hybrid and mode == "align"
+def ends_steps_at_blocks(vllm_config: VllmConfig) -> bool:
+    """Whether vLLM ends prefill steps with blocks: prefixes of a hybrid model match inside of them."""
+    cache, hybrid = vllm_config.cache_config, vllm_config.model_config.is_hybrid
+    return bool(
+        hybrid and cache.mamba_cache_mode == "align" and cache.prefix_match_unit is not None
+    )
