@@ -49,4 +49,6 @@ def test_a_request_that_waits_for_something_is_left_alone(workload):
     for _ in range(60 + watchdog.MOST_ATTEMPTS):
         workload.step()
     assert workload.unfinished()
-    assert [end.finish_reason.name for end in workload.ends.values()] == ["LENGTH"], "of a first part"
+    assert [end.finish_reason.name for end in workload.ends.values()] == ["LENGTH"], (
+        "of a first part"
+    )
