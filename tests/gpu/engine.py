@@ -57,7 +57,9 @@ def serve_gpu_path_on_cpu() -> None:
     served = backend.TokenSelectBackend
     served.get_impl_cls = staticmethod(lambda: gpu_impl.GpuTokenSelectImpl)
     served.get_builder_cls = staticmethod(lambda: gpu_metadata.GpuTokenSelectMetadataBuilder)
-    served.supported_kv_cache_layouts = classmethod(lambda cls: (KVCacheLayout.LBNHC,))
+    # The second only where vLLM's own layers, which are the CPU's here, know no other.
+    layouts = (KVCacheLayout.LBNHC, KVCacheLayout.LBHNC)
+    served.supported_kv_cache_layouts = classmethod(lambda cls: layouts)
 
 
 def load_models_into(pool: Any) -> None:

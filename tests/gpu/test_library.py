@@ -91,8 +91,22 @@ def test_vllm_may_choose_tokenselect_for_layers_with_sinks(capability, monkeypat
 def test_a_head_size_that_no_library_has_is_refused_by_name(monkeypatch):
     monkeypatch.setattr(current_platform, "is_cuda", lambda: True)
     backend = (torch.bfloat16, "auto", 16, False, False, False, False, DeviceCapability(9, 0))
-    assert "heads have 512 elements" in TokenSelectBackend.supports_combination(512, *backend)
-    assert TokenSelectBackend.supports_combination(256, *backend) is None
+    assert "heads have 576 elements" in TokenSelectBackend.supports_combination(576, *backend)
+    for size in (256, 512):
+        assert TokenSelectBackend.supports_combination(size, *backend) is None
+
+
+@pytest.mark.parametrize(
+    ("version", "library"), [(2, "sdpa"), (3, "sdpa"), (4, "flash"), (None, "sdpa")]
+)
+def test_large_heads_go_to_a_library_that_takes_them(version, library, monkeypatch):
+    """FlashAttention 2, of GPUs before Hopper and of Blackwell's large heads, ends at 256."""
+    monkeypatch.setattr(gpu_attention, "get_flash_attn_version", lambda head_size: version)
+    monkeypatch.setattr(gpu_attention, "find_spec", lambda name: "xformers is installed")
+    assert gpu_attention.choose_library("auto", 512, torch.bfloat16) == library
+    for asked in {"flash", "xformers"} - {library}:
+        with pytest.raises(SettingsError, match=f"attention='{asked}' cannot be used"):
+            gpu_attention.choose_library(asked, 512, torch.bfloat16)
 
 
 def test_full_attention_is_not_served_at_reassigned_positions():

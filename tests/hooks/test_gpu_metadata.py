@@ -8,11 +8,13 @@ import pytest
 pytest.importorskip("vllm")
 
 import torch
+from vllm.config import ModelConfig
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from tests.hooks.conftest import BLOCK_SIZE, MAX_NUM_SEQS
 from tests.kernels_gpu.cases import DEVICE
+from tests.models.families import FAMILIES, save_config
 from vllm_tokenselect.backend import gpu_attention, gpu_metadata
 from vllm_tokenselect.backend.gpu_attention import choose_library, serves_full_attention
 from vllm_tokenselect.backend.gpu_metadata import GpuTokenSelectMetadataBuilder
@@ -144,6 +146,23 @@ def test_full_attention_is_served_where_the_cache_is_read_in_place(
     limits = gpu_metadata.step_limits(config, 2, 1)
     longest = config.model_config.max_model_len
     assert (limits.table_width == longest) == (reason is None)
+
+
+@pytest.mark.parametrize(("large", "served"), [(256, True), (512, False)])
+def test_full_attention_is_served_only_where_the_largest_heads_are_read_in_place(
+    large, served, make_vllm_config, tmp_path, monkeypatch
+):
+    """Gemma 4: heads of 256 elements in its sliding-window layers, of 512 in those that select."""
+    family, options = FAMILIES["Gemma 4"]
+    model = save_config(tmp_path, family, {**options, "head_dim": 256, "global_head_dim": large})
+    config = make_vllm_config()
+    config.model_config = ModelConfig(model=str(model), skip_tokenizer_init=True, dtype="bfloat16")
+    monkeypatch.setattr(
+        gpu_attention, "get_flash_attn_version", lambda head_size: 3 if head_size <= 256 else 4
+    )
+    answer = serves_full_attention(config)
+    assert (answer is None) == served
+    assert served or "heads of up to 256" in answer
 
 
 def test_requests_carry_their_top_k_slot_and_owner_to_the_rows(builder):

@@ -34,8 +34,12 @@ KV_DTYPES = {
     90: [torch.bfloat16, torch.float8_e4m3fn],
     100: [torch.bfloat16, torch.float8_e4m3fn],
 }
-# Query heads, KV heads, head size: no grouping, SmolLM2, a rank of Gemma, Qwen2-7B, Qwen3-32B, Llama-405B.
-SHAPES = [(8, 8, 80), (9, 3, 64), (8, 2, 256), (28, 4, 128), (64, 8, 128), (128, 8, 128)]
+# Query heads, KV heads, head size: no grouping, SmolLM2, a rank of Gemma, Qwen2-7B, Qwen3-32B, Llama-405B,
+# Gemma 4 E4B.
+SHAPES = [
+    *((8, 8, 80), (9, 3, 64), (8, 2, 256), (28, 4, 128), (64, 8, 128), (128, 8, 128)),
+    (8, 2, 512),
+]
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,7 @@ def launches(architecture: int) -> Iterator[tuple[str, Callable[[], object]]]:
         )
 
     rows, width, tokens, scale = 64, 4096, 512, torch.ones(1)
-    for head_size in (64, 80, 128, 256):
+    for head_size in (64, 80, 128, 256, 512):
         query = torch.zeros(64, 4, head_size, dtype=torch.bfloat16)
         means = torch.zeros(rows, 4, head_size)
         name = f"D{head_size}"

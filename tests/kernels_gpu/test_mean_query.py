@@ -8,7 +8,7 @@ from vllm_tokenselect.kernels.mean_query import gpu, reference
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("head_size", [64, 80])
+@pytest.mark.parametrize("head_size", [64, 80, 512])
 def test_means_are_those_of_the_definition(dtype: torch.dtype, head_size: int):
     query = torch.randn(200, 3, head_size, device=DEVICE).to(dtype)
     start, length = int32(0, 70, 71, 72, 140, 0), int32(70, 1, 1, 68, 31, 0)  # the last is padding

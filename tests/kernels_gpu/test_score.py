@@ -65,11 +65,17 @@ def test_decoding_rows_score_as_the_definition_says(case: Case, layout: str):
     assert_same_scores_and_votes(query, kv_cache, block_table, row_seq, tiles, 19, ends, 0.1)
 
 
-@pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (6, 2), (7, 1), (8, 1)])
-def test_rows_of_a_request_share_a_tile_and_each_ends_at_its_own_candidate(heads, kv_heads):
-    case = Case(2, 400, heads, kv_heads, 64, 32, "fp16")
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size"),
+    [
+        *((3, 3, 64), (6, 2, 64), (7, 1, 64), (8, 1, 64)),
+        (20, 1, 512),  # two programs share the 100 lines of a tile
+    ],
+)
+def test_rows_of_a_request_share_a_tile_and_each_ends_at_its_own_candidate(heads, kv_heads, size):
+    case = Case(2, 400, heads, kv_heads, size, 32, "fp16")
     kv_cache, block_table = device_cache(case)
-    query = torch.randn(12, heads, 64, device=DEVICE)
+    query = torch.randn(12, heads, size, device=DEVICE)
     row_seq = int32(*[1] * 5, *[0] * 7)
     tiles = int32(1, 0, 5, 0, 5, 4, 0, 9, 3).view(3, 3)
     ends = int32(300, 301, 302, 390, 399, *range(200, 207))

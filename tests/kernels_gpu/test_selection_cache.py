@@ -206,7 +206,7 @@ def decisions(outcome: Outcome) -> list[bool]:
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize(
-    ("heads", "head_size"), [(1, 64), (3, 37), (8, 128), (9, 64), (28, 128)], ids=str
+    ("heads", "head_size"), [(1, 64), (3, 37), (8, 128), (9, 64), (28, 128), (8, 512)], ids=str
 )
 def test_chains_of_one_reuse_what_resembles(heads: int, head_size: int, dtype: str):
     query = queries([0, 1, 2, 3], heads, head_size, DTYPES[dtype])

@@ -61,10 +61,9 @@ class TokenSelectBackend(AttentionBackend):
 
     @classmethod
     def get_supported_head_sizes(cls) -> list[int]:
-        # What vLLM's CPU attention, which attends the gathered tokens, is built for; FlashAttention
-        # takes them up to 256.
-        sizes = [32, 64, 80, 96, 112, 128, 160, 192, 224, 256]
-        return sizes if current_platform.is_cuda() else [*sizes, 512]
+        # What vLLM's CPU attention, which attends the gathered tokens, is built for. On GPUs SDPA takes
+        # all of them, FlashAttention most.
+        return [32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512]
 
     @classmethod
     def supports_sink(cls) -> bool:

@@ -23,6 +23,8 @@ from vllm_tokenselect.hooks.log import get_logger
 from vllm_tokenselect.method import SettingsError
 
 Library = Literal["flash", "xformers", "sdpa"]
+# Most elements of a head that FlashAttention 2 and 3 take; Gemma 4 has heads of 512.
+LARGEST_HEAD = 256
 
 
 def why_not(
@@ -39,10 +41,21 @@ def why_not(
         return "xformers has no " + ("attention sinks" if has_sinks else "logits soft cap")
     if dtype == torch.float32:
         return f"{library} has no kernels for float32"
+    name: str = library
     if library == "xformers":
-        return "" if find_spec("xformers") else "xformers is not installed (extra `xformers`)"
-    if get_flash_attn_version(head_size=head_size) is None:
-        return "this vLLM has no FlashAttention for this GPU"
+        if not find_spec("xformers"):
+            return "xformers is not installed (extra `xformers`)"
+    else:
+        version = get_flash_attn_version(head_size=head_size)
+        if version is None:
+            return "this vLLM has no FlashAttention for this GPU"
+        if version > 3:
+            return ""
+        name = f"FlashAttention {version}"
+    if head_size > LARGEST_HEAD:
+        return (
+            f"{name} takes heads of up to {LARGEST_HEAD} elements, and some here have {head_size}"
+        )
     return ""
 
 
@@ -92,16 +105,24 @@ def serves_full_attention(vllm_config: VllmConfig) -> str | None:
     cache_dtype = vllm_config.cache_config.cache_dtype
     if is_quantized_kv_cache(cache_dtype):
         return f"a KV cache of {cache_dtype} is read token by token; it takes --kv-cache-dtype auto"
-    head_size, dtype = vllm_config.model_config.get_head_size(), vllm_config.model_config.dtype
-    with set_current_vllm_config(vllm_config):  # which may name the version
-        library = choose_library(settings.attention, head_size, dtype)
-        version = _flash_version(library, head_size)
-    if reads_in_place(version, as_cached=True):
-        return None
-    return (
-        f"{library_name(library, version)} attends over gathered tokens here; it takes FlashAttention 3, "
-        "which is for Hopper GPUs (H100, H200)"
-    )
+    for head_size in _head_sizes(vllm_config):
+        with set_current_vllm_config(vllm_config):  # which may name the version
+            library = choose_library(settings.attention, head_size, vllm_config.model_config.dtype)
+            version = _flash_version(library, head_size)
+        if not reads_in_place(version, as_cached=True):
+            return (
+                f"{library_name(library, version)} attends over gathered tokens here; it takes "
+                "FlashAttention 3, which is for Hopper GPUs (H100, H200) and heads of up to "
+                f"{LARGEST_HEAD} elements"
+            )
+    return None
+
+
+def _head_sizes(vllm_config: VllmConfig) -> set[int]:
+    """Of all layers, some of which may be larger than the model's configuration says of all."""
+    model = vllm_config.model_config.model_arch_config
+    sizes = {model[layer].head_size for layer in range(model.total_num_hidden_layers)}
+    return sizes or {model.head_size}
 
 
 def library_name(library: Library, version: int | None) -> str:

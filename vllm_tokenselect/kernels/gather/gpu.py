@@ -11,6 +11,8 @@ import triton.language as tl
 from vllm_tokenselect.kernels.gpu_launch import is_fp8
 
 TOKENS_PER_PROGRAM = 32
+# Elements of keys that a program holds; more would not fit its registers.
+ELEMENTS_PER_PROGRAM = 32 * 256
 
 
 def gather_rows(
@@ -35,7 +37,9 @@ def gather_rows(
     if not num_rows or not width:
         return
     rotated = 0 if cos_sin is None else cos_sin.shape[1]
-    _gather[(num_kv_heads, triton.cdiv(width, TOKENS_PER_PROGRAM), num_rows)](
+    padded_size = triton.next_power_of_2(head_size)
+    tokens = min(TOKENS_PER_PROGRAM, ELEMENTS_PER_PROGRAM // padded_size)
+    _gather[(num_kv_heads, triton.cdiv(width, tokens), num_rows)](
         kv_cache,
         slots,
         lengths,
@@ -52,11 +56,11 @@ def gather_rows(
         kv_cache.stride(2),
         kv_cache.stride(3),
         HEAD_SIZE=head_size,
-        PADDED_SIZE=triton.next_power_of_2(head_size),
+        PADDED_SIZE=padded_size,
         ROTATED=rotated,
         ZEROED=zeroed,
         BLOCK_SIZE=block_size,
-        TOKENS=TOKENS_PER_PROGRAM,
+        TOKENS=tokens,
         QUANTISED=is_fp8(kv_cache.dtype),
         num_warps=4,
     )

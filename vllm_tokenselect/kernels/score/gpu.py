@@ -27,6 +27,9 @@ from vllm_tokenselect.kernels.gpu_launch import (
 # that what is added up in which order depends on the tile alone.
 NUM_PARTS = 64
 TOKENS_PER_TILE = 64
+# Of a program's queries and of a step's keys at most; more would not fit its shared memory.
+QUERY_BYTES = 64 << 10
+KEY_BYTES = 32 << 10
 
 
 @dataclass(frozen=True)
@@ -98,11 +101,16 @@ def score_paged_keys(
     group = num_heads // num_kv_heads
     if programs is None:
         programs = choose_programs(len(tiles), num_kv_heads, logits.shape[2])
-    lines = max(triton.next_power_of_2(rows_per_tile * group), SMALLEST_PRODUCT)
+    padded_size = max(triton.next_power_of_2(head_size), 16)
+    line_bytes = padded_size * (4 if kv_cache.dtype == torch.float32 else 2)  # fp8 is widened
+    needed = max(triton.next_power_of_2(rows_per_tile * group), SMALLEST_PRODUCT)
+    lines = min(needed, QUERY_BYTES // line_bytes)
+    splits = needed // lines  # of a tile, whose lines programs share
+    many = lines > 64 or lines * line_bytes == QUERY_BYTES
     scores = Scores(logits, maxima, sums, start, ends)
     if not len(tiles):
         return scores
-    _score[(num_kv_heads, programs, len(tiles))](
+    _score[(num_kv_heads, programs, splits * len(tiles))](
         query,
         kv_cache,
         block_table,
@@ -122,17 +130,18 @@ def score_paged_keys(
         kv_cache.stride(3),
         GROUP=group,
         HEAD_SIZE=head_size,
-        PADDED_SIZE=max(triton.next_power_of_2(head_size), 16),
+        PADDED_SIZE=padded_size,
         BLOCK_SIZE=block_size,
         LINES=lines,
-        TOKENS=TOKENS_PER_TILE,
+        SPLITS=splits,
+        TOKENS=min(TOKENS_PER_TILE, KEY_BYTES // line_bytes),
         PARTS=NUM_PARTS,
         # Triton's interpreter multiplies bf16 bits as if they were integers.
         WIDEN=INTERPRETED or kv_cache.dtype == torch.float32,
         QUANTISED=is_fp8(kv_cache.dtype),
-        num_warps=8 if lines > 64 else 4,
+        num_warps=8 if many or padded_size > 256 else 4,
         # fp8 is widened in registers, and many lines fill them: no room for a third stage.
-        num_stages=2 if is_fp8(kv_cache.dtype) or lines > 64 else 3,
+        num_stages=2 if is_fp8(kv_cache.dtype) or many else 3,
     )
     return scores
 
@@ -164,19 +173,20 @@ def _score(
     PADDED_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     LINES: tl.constexpr,
+    SPLITS: tl.constexpr,
     TOKENS: tl.constexpr,
     PARTS: tl.constexpr,
     WIDEN: tl.constexpr,
     QUANTISED: tl.constexpr,
 ):
     # KV heads vary fastest: the keys that they read lie beside each other.
-    kv_head, share, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    kv_head, share, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2) // SPLITS
     seq = tl.load(tiles + tile * 3).to(tl.int64)
     first_row = tl.load(tiles + tile * 3 + 1)
     num_rows = tl.load(tiles + tile * 3 + 2)
 
     # A line is one query head of one row.
-    line = tl.arange(0, LINES)
+    line = tl.program_id(2) % SPLITS * LINES + tl.arange(0, LINES)
     row, head = first_row + line // GROUP, kv_head * GROUP + line % GROUP
     in_tile = line < num_rows * GROUP
     end = tl.load(ends + row, in_tile, start)
