@@ -53,7 +53,7 @@ def check_whole_chunks(engine: Engine, workload: Workload) -> None:
 @st.composite
 def engines(draw) -> Engine:
     chunk = draw(st.sampled_from([32, 64, 96]))
-    kind = draw(st.sampled_from(["full", "sliding", "states"]))
+    kind = draw(st.sampled_from(["full", "sliding", "chunks", "states"]))
     seqs = draw(st.integers(1, 6))
     drafts = draw(st.sampled_from([0, 0, 1, 3, 8]))
     needed = chunk + seqs * (1 + drafts)
@@ -76,12 +76,12 @@ def engines(draw) -> Engine:
     if kind != "states" and draw(st.integers(0, 9)) == 0:
         options["enable_chunked_prefill"] = False
         budget = 8000
+    blocks = [8, 16, 24, 32, 40, 64, 72, 88, 96, 128, 144, 176, 192, 208]
+    block = draw(st.sampled_from(blocks))
     return Engine(
         query_chunk=chunk,
         tail_queries=draw(st.sampled_from([0, 1, 10, 40])),
-        block_size=draw(
-            st.sampled_from([8, 16, 24, 32, 40, 64, 72, 88, 96, 128, 144, 176, 192, 208])
-        ),
+        block_size=block,
         budget=budget,
         max_num_seqs=seqs,
         scheduler=options,
@@ -90,6 +90,8 @@ def engines(draw) -> Engine:
         prefix_caching=draw(st.integers(0, 3)) > 0,
         spare_blocks=draw(st.sampled_from([0, 20, 200])),
         window=draw(st.sampled_from([40, 100])) if kind == "sliding" else 0,
+        # vLLM's own layers of this kind take whole blocks.
+        local_chunk=block * draw(st.integers(1, 4)) if kind == "chunks" else 0,
         states=kind == "states",
         drafts=drafts,
         max_loras=draw(st.sampled_from([0, 0, 1, 2])),

@@ -20,6 +20,7 @@ from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
     FullAttentionSpec,
     KVCacheConfig,
     KVCacheGroupSpec,
@@ -50,6 +51,7 @@ class Engine:
     spare_blocks: int = 0  # beside those that one request of the greatest length needs
     prefix_match_unit: int = 0  # as long as a block, if 0
     window: int = 0  # of a second group of layers
+    local_chunk: int = 0  # a second group of layers attends within chunks of so many tokens
     states: bool = False  # a second group of layers keeps states
     drafts: int = 0
     max_loras: int = 0
@@ -101,6 +103,9 @@ class Engine:
             specs.append(
                 SlidingWindowSpec(block_size=self.block_size, sliding_window=self.window, **heads)
             )
+        if self.local_chunk:
+            local = {"attention_chunk_size": self.local_chunk, **heads}
+            specs.append(ChunkedLocalAttentionSpec(block_size=self.block_size, **local))
         if self.states:
             specs.append(
                 MambaSpec(
