@@ -26,6 +26,16 @@ def rope(kind: str, **options: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **options}}
 
 
+LONGROPE = {
+    "original_max_position_embeddings": TRAINED,
+    **rope(
+        "longrope",
+        short_factor=[1.0 + i / 8 for i in range(16)],
+        long_factor=[2.0 + i / 4 for i in range(16)],
+        original_max_position_embeddings=TRAINED,
+    ),
+}
+
 # Family of transformers, and what differs from COMMON (`silent_layer` and `mute_layer`, whose attention
 # has no effect, are ours). Head size 32.
 SERVED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -82,42 +92,57 @@ SERVED: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": ["sliding_attention", "full_attention"] * 2,
         },
     ),
+    "layers without positions": (
+        "Cohere2",
+        {"logit_scale": 1.0, "sliding_window": 64,
+         "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "layers without positions, biases, gates": (
+        "Afmoe",
+        {"head_dim": 32, "sliding_window": 64, "num_dense_layers": 2, "n_group": 1, "topk_group": 1,
+         "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "layers without positions, q/k norm": (
+        "Exaone4",
+        {"head_dim": 32, "sliding_window": 64, "sliding_window_pattern": None,
+         "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "transformers' code, layers without positions": ("SmolLM3", {"no_rope_layers": [1, 0]}),
+    "LongRoPE": ("Phi3", {**LONGROPE, "max_position_embeddings": 4 * TRAINED}),
+    "dropout until the weights are loaded": (
+        "SeedOss",
+        {"head_dim": 32, "attention_dropout": 0.1, "residual_dropout": 0.1},
+    ),
+    "queries that are scaled past the longest context": (
+        "Ministral3",
+        {"head_dim": 32,
+         "llama_4_scaling": {"original_max_position_embeddings": TRAINED, "beta": 0.5}},
+    ),
 }  # fmt: skip
 
-NOT_DIRECTLY = "the model does not rotate queries and keys directly before it attends"
+CHANGED = "queries or keys are changed after their rotation (as by a norm)"
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "learned positions": (
         "OPT",
         {"ffn_dim": 96, "word_embed_proj_dim": 128},
-        "OPTForCausalLM: no rotary embedding beside the attention layer",
+        "OPTForCausalLM: positions are added to the hidden states (learned or sinusoidal ones) (model.",
     ),
-    "layers without positions": (
-        "Cohere2",
-        {"logit_scale": 1.0, "sliding_window": 64,
-         "layer_types": ["sliding_attention", "full_attention"]},
-        f"CohereForCausalLM: {NOT_DIRECTLY} (model.layers.1.self_attn.attn)",
-    ),
-    "LongRoPE": (
-        "Phi3",
-        {"original_max_position_embeddings": TRAINED, **rope("longrope", short_factor=[1.0] * 16,
-         long_factor=[2.0] * 16, original_max_position_embeddings=TRAINED)},
-        "Phi3ForCausalLM: Phi3LongRoPEScaledRotaryEmbedding rotates in a way of its own",
-    ),
-    "transformers' code, layers without positions": (
-        "SmolLM3",
-        {"no_rope_layers": [1, 0]},
-        f"TransformersForCausalLM: {NOT_DIRECTLY} (model.layers.1.self_attn.attn)",
+    "queries scaled by their position": (
+        "Ministral3",
+        {"head_dim": 32,
+         "llama_4_scaling": {"original_max_position_embeddings": TRAINED // 2, "beta": 0.5}},
+        "MistralForCausalLM: queries are scaled by their position in the text, unless --max-model-len",
     ),
     "transformers' code, a norm after the rotation": (
         "HunYuanDenseV1",
         {"head_dim": 32},
-        f"TransformersForCausalLM: {NOT_DIRECTLY} (model.layers.0.self_attn.attn, model.layers.1",
+        f"TransformersForCausalLM: {CHANGED} (model.layers.0.self_attn.attn, model.layers.1",
     ),
     "transformers' code, interleaved": (
         "Glm",
         {"head_dim": 32},
-        f"TransformersForCausalLM: {NOT_DIRECTLY} (model.layers.0.self_attn.attn, model.layers.1",
+        "TransformersForCausalLM: transformers' code rotates neighbouring elements of a head, not halves",
     ),
 }  # fmt: skip
 

@@ -89,10 +89,10 @@ class GpuTokenSelectImpl(TokenSelectImpl[GpuTokenSelectMetadata]):
         if not self.reassigns_positions:
             _compile(self.shape, None)
 
-    def take_rotation(self, table: torch.Tensor) -> None:
+    def take_rotation(self, table: torch.Tensor | None) -> None:
         super().take_rotation(table)
         # Not earlier: how many elements of a head are rotated is compiled in.
-        _compile(self.shape, table.shape[1])
+        _compile(self.shape, None if table is None else table.shape[1])
 
     def do_kv_cache_update(
         self,

@@ -79,6 +79,7 @@ class TokenSelectImpl(AttentionImpl[M]):
         # Whether the layer rotates its queries and keys in the model's stead.
         self.reassigns_positions = self.config.method.reassigns_positions
         self.rotation: Rotation | None = None
+        self.took_rotation = False
         if self.reassigns_positions:
             rotary_embedding.install()
         if torch.get_default_device().type != "meta":  # where a model is only looked at
@@ -88,22 +89,25 @@ class TokenSelectImpl(AttentionImpl[M]):
     def prepare(self, vllm_config: VllmConfig) -> None:
         """Allocate and compile what the layer needs, before vLLM measures the memory that is left."""
 
-    def take_rotation(self, table: torch.Tensor) -> None:
+    def take_rotation(self, table: torch.Tensor | None) -> None:
         """Take over the rotation of this layer's queries and keys, which come without from now on.
 
         Args:
-            table: [positions, rotated] of the rotary embedding, on the layer's device.
+            table: [positions, rotated] of the rotary embedding, on the layer's device; None for a layer
+                without positions, which rotates nothing.
         """
         method = self.config.method
-        self.rotation = _rotation(table, method.max_attended, method.n_local)
+        if table is not None:
+            self.rotation = _rotation(table, method.max_attended, method.n_local)
+        self.took_rotation = True
 
     def layer_rotation(self) -> Rotation | None:
-        """The layer's rotation; None where positions are native.
+        """The layer's rotation; None where positions are native, or where the layer has none.
 
         Raises:
-            SettingsError: when nothing handed one to the layer.
+            SettingsError: when nobody took the rotation over for the layer.
         """
-        if self.reassigns_positions and self.rotation is None:
+        if self.reassigns_positions and not self.took_rotation:
             raise SettingsError(
                 "tokenselect positions='reassigned' cannot be used with this --load-format, which does "
                 "not load models as vLLM's other loaders do. Use another one, or leave positions out."

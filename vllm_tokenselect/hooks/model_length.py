@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_tokenselect.config import TokenSelectConfig
 from vllm_tokenselect.hooks.log import get_logger
 from vllm_tokenselect.hooks.registration import BACKEND_NAME, is_selected
+from vllm_tokenselect.hooks.rotary_kinds import reads_only_text
 from vllm_tokenselect.hooks.seam import Seam
 from vllm_tokenselect.method import SettingsError
 
@@ -68,10 +69,11 @@ def check_trained_length(model_config: ModelConfig, config: TokenSelectConfig) -
     method = config.method
     if not method.reassigns_positions:
         return
-    if model_config.uses_mrope:
+    if model_config.uses_mrope and not reads_only_text(model_config):
         raise SettingsError(
-            f"tokenselect positions='reassigned' cannot serve {model_config.model}, whose positions have "
-            "several dimensions (M-RoPE): an order of tokens does not give them. Leave positions out."
+            f"tokenselect positions='reassigned' cannot serve {model_config.model} with images, whose "
+            "positions have several dimensions (M-RoPE): an order of tokens does not give them. Start the "
+            "server with --language-model-only, which takes text alone, or leave positions out."
         )
     trained = model_config.get_and_verify_max_len(None)
     if method.max_attended > trained:

@@ -1,25 +1,29 @@
 """The rotation of a model that vLLM runs in transformers' own code, where positions are reassigned.
 
 Such a model has one rotary embedding, which gives all layers the cosines and sines of their angles. Here it
-is replaced by one whose angles are zero. Two runs with a few tokens then tell that every layer rotates
-directly before it attends, and in pairs that are half of the rotated part apart: under angles of 90 degrees
-its queries and keys must be those of angles of zero, with the halves exchanged.
+is replaced by one whose angles are zero. With angles of 90 degrees instead, a few tokens tell what a layer
+does with them: if it rotates directly before it attends, and in pairs that are half of the rotated part
+apart, its queries and keys are those of angles of zero with the halves exchanged. A layer whose queries and
+keys are the same has no positions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-# What a layer attends with: its queries and its keys.
-Inputs = tuple[torch.Tensor, ...]
+from vllm_tokenselect.hooks.rotary_probe import Inputs
+
+CHANGED = "queries or keys are changed after their rotation (as by a norm)"
+INTERLEAVED = "transformers' code rotates neighbouring elements of a head, not halves"
 
 
-class ZeroAngles(nn.Module):
-    """Stands where a rotary embedding of transformers was.
+class FixedAngles(nn.Module):
+    """Stands where a rotary embedding of transformers was: all angles are zero.
 
     Args:
         width: cosines that it gives each token.
@@ -35,6 +39,15 @@ class ZeroAngles(nn.Module):
         """Cosines and sines, [..., tokens, width] of the dtype of `hidden`."""
         shape = (*position_ids.shape, self.width)
         return hidden.new_ones(shape), hidden.new_zeros(shape)
+
+    @contextmanager
+    def turned(self) -> Iterator[None]:
+        """For the time being, all angles are 90 degrees."""
+        hook = self.register_forward_hook(lambda module, args, output: output[::-1])
+        try:
+            yield
+        finally:
+            hook.remove()
 
 
 def find(model: nn.Module) -> tuple[str, Any] | None:
@@ -62,46 +75,32 @@ def table_of(embedding: Any, num_positions: int, dtype: torch.dtype) -> torch.Te
     return (table * float(embedding.attention_scaling)).to(dtype)
 
 
-def take_over(
-    model: nn.Module,
-    name: str,
-    embedding: Any,
-    head_sizes: dict[str, int],
-    run: Callable[[], dict[str, Inputs]],
-) -> list[str]:
-    """Replace the embedding, and try it.
+def problem_with(unrotated: Inputs, turned: Inputs, head_size: int, rotated: int) -> str | None:
+    """What a layer does to queries and keys beside rotating them in pairs that are a half apart.
 
     Args:
-        name: of the embedding in the model.
-        head_sizes: of the layers, by name.
-        run: sends a few tokens through the model; gives what each layer attends with.
-
-    Returns:
-        the layers that do not rotate directly before they attend, or in other pairs.
+        unrotated, turned: what it attends with under angles of zero, and of 90 degrees.
+        rotated: elements of a head that are rotated.
     """
-    rotated = 2 * len(embedding.inv_freq)
-    parent, _, attribute = name.rpartition(".")
-    zero_angles = ZeroAngles(rotated)
-    setattr(model.get_submodule(parent), attribute, zero_angles)
-    unrotated = run()
-    hook = zero_angles.register_forward_hook(lambda module, args, output: output[::-1])
-    try:
-        turned = run()
-    finally:
-        hook.remove()
-    return [
-        layer
-        for layer, head_size in head_sizes.items()
-        if layer not in unrotated
-        or layer not in turned
-        or not all(
-            torch.equal(_turn(x.reshape(-1, head_size), rotated), y.reshape(-1, head_size))
-            for x, y in zip(unrotated[layer], turned[layer], strict=True)
-        )
+    pairs = [
+        (before.reshape(-1, head_size), after.reshape(-1, head_size))
+        for before, after in zip(unrotated, turned, strict=True)
+        if before is not None and after is not None
     ]
+    if all(torch.equal(_turn(x, rotated), y) for x, y in pairs):
+        return None
+    if all(torch.equal(_turn_neighbours(x, rotated), y) for x, y in pairs):
+        return INTERLEAVED
+    return CHANGED
 
 
 def _turn(heads: torch.Tensor, rotated: int) -> torch.Tensor:
     """Heads [n, D] under angles of 90 degrees."""
     first, second = heads[:, :rotated].chunk(2, dim=1)
     return torch.cat([-second, first, heads[:, rotated:]], dim=1)
+
+
+def _turn_neighbours(heads: torch.Tensor, rotated: int) -> torch.Tensor:
+    """Heads [n, D] whose neighbouring elements are pairs, under angles of 90 degrees."""
+    first, second = heads[:, :rotated:2], heads[:, 1:rotated:2]
+    return torch.cat([torch.stack([-second, first], dim=2).flatten(1), heads[:, rotated:]], dim=1)

@@ -1,0 +1,118 @@
+"""What stands in for a model's rotary embedding where positions are reassigned, and the table it had."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, VllmConfig
+
+
+class Unrotated(nn.Module):
+    """Stands where a model's rotary embedding was; the layer rotates what it attends to.
+
+    Args:
+        embedding: what it stands for. Where that pairs neighbouring elements, a head's elements are put
+            in the order in which pairs are half of the rotated part apart; products of queries and
+            keys stay as they are.
+    """
+
+    order: torch.Tensor | None
+
+    def __init__(self, embedding: Any) -> None:
+        super().__init__()
+        self.head_size: int = getattr(embedding, "head_size", 0)
+        order = None
+        if not getattr(embedding, "is_neox_style", True):
+            rotated = torch.arange(embedding.rotary_dim)
+            rest = torch.arange(embedding.rotary_dim, embedding.head_size)
+            order = torch.cat([rotated[0::2], rotated[1::2], rest])
+            order = order.to(embedding.cos_sin_cache.device)
+        self.register_buffer("order", order, persistent=False)
+
+    def forward(
+        self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`query` and `key` [..., heads * D] or [..., heads, D], as the embedding takes them.
+
+        A layer that reads another's keys has none of its own.
+        """
+        return self._ordered(query), None if key is None else self._ordered(key)
+
+    def _ordered(self, vectors: torch.Tensor) -> torch.Tensor:
+        if self.order is None:
+            return vectors
+        return vectors.reshape(-1, self.head_size)[:, self.order].view(vectors.shape)
+
+
+def is_rotary_embedding(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("vllm.model_executor.layers.rotary_embedding")
+
+
+def unusable(embedding: Any, model_config: ModelConfig) -> str | None:
+    """Why a layer cannot rotate in the place of an embedding; None if it can."""
+    from vllm.model_executor.layers import rotary_embedding as kinds
+
+    if isinstance(embedding, kinds.Phi3LongRoPEScaledRotaryEmbedding):
+        return None
+    forward = getattr(type(embedding), "forward_native", None)
+    if forward is kinds.MRotaryEmbedding.forward_native:
+        return None if reads_only_text(model_config) else NOT_ONLY_TEXT
+    if forward is not kinds.RotaryEmbedding.forward_native:
+        return f"{type(embedding).__name__} rotates in a way of its own"
+    return None
+
+
+NOT_ONLY_TEXT = (
+    "positions have several dimensions (M-RoPE), and the order of an image's tokens does not give "
+    "them; with --language-model-only, which takes text alone, it is served"
+)
+
+
+def reads_only_text(model_config: ModelConfig) -> bool:
+    """Whether no prompt can hold an image: then the dimensions of a position are all the same."""
+    multimodal = model_config.multimodal_config
+    return multimodal is None or multimodal.language_model_only
+
+
+def table_of(embedding: Any, vllm_config: VllmConfig, max_attended: int) -> torch.Tensor:
+    """Cosines and sines [positions, rotated] that an embedding rotates with.
+
+    LongRoPE has two tables. vLLM takes the short one where no position passes the original context;
+    so is it here, where positions are those of attended tokens. Lines of the long one that then follow
+    are never read.
+    """
+    table: torch.Tensor
+    if not hasattr(embedding, "long_short_cos_sin_cache"):
+        table = embedding.cos_sin_cache
+        return table
+    original = embedding.original_max_position_embeddings
+    longest = min(max_attended, vllm_config.model_config.max_model_len)
+    table = embedding.long_short_cos_sin_cache
+    return table if longest <= original else table[original:]
+
+
+def num_positions(embedding: Any) -> int:
+    """Positions that an embedding, left in its place, can rotate to."""
+    if hasattr(embedding, "long_short_cos_sin_cache"):
+        original: int = embedding.original_max_position_embeddings
+        longest: int = embedding.max_position_embeddings
+        return longest if embedding.use_long_rope else original
+    return len(embedding.cos_sin_cache)
+
+
+def rotate_alike(embedding: Any, other: Any) -> bool:
+    """Whether two embeddings, or none in the place of one, rotate in the same way."""
+    if embedding is None or other is None:
+        return embedding is other
+    name = "long_short_cos_sin_cache"
+    if not hasattr(embedding, name):
+        name = "cos_sin_cache"
+    return embedding is other or (
+        hasattr(other, name)
+        and getattr(embedding, "is_neox_style", True) == getattr(other, "is_neox_style", True)
+        and torch.equal(getattr(embedding, name), getattr(other, name))
+    )
