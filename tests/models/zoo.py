@@ -149,10 +149,10 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
 
 # The others are for `make endurance`: each engine takes seconds to start.
 EVERY_RUN = {
-    "partial interleaved",
     "transformers' code, partial, yarn",
     "Gemma 3, with sliding windows",
     "layers without positions",
+    "queries scaled by their position",
 }
 
 
