@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.models.families import FAMILIES, save_config
 from tests.sizing.sized import tiny_folder, tiny_model
 from vllm_tokenselect.sizing.models import read_model
 
@@ -54,6 +55,21 @@ REFUSED = {
 def test_a_model_that_is_not_served_is_refused_by_name(tmp_path, reason):
     with pytest.raises(ValueError, match=f"has {reason}: TOKENSELECT does not serve it"):
         tiny_model(tmp_path, **REFUSED[reason])
+
+
+UNEVEN = {
+    "layers that read the keys of others": {"num_kv_shared_layers": 2, "global_head_dim": 32},
+    "layers whose heads differ": {"num_kv_shared_layers": 0, "global_head_dim": 64},
+}
+
+
+@pytest.mark.parametrize("reason", UNEVEN)
+def test_a_model_whose_caches_differ_by_layer_is_not_counted_wrongly(tmp_path, reason):
+    """Gemma 4."""
+    family, options = FAMILIES["Gemma 4"]
+    folder = save_config(tmp_path, family, options | UNEVEN[reason])
+    with pytest.raises(ValueError, match=f"has {reason}: TOKENSELECT serves it, but the plan"):
+        read_model(str(folder))
 
 
 def test_quantised_weights_need_their_size_said(tmp_path):

@@ -79,7 +79,8 @@ def read_model(name: str, quantised_ok: bool = False) -> ModelShape:
         quantised_ok: whether the bytes of a weight are known from elsewhere.
 
     Raises:
-        ValueError: for a model that TOKENSELECT does not serve, or whose weights have unknown sizes.
+        ValueError: for a model that TOKENSELECT does not serve, whose layers cache keys of different
+            sizes, or whose weights have unknown sizes.
         OSError: when there is no such model.
     """
     from transformers import AutoConfig
@@ -111,6 +112,22 @@ def _refuse(name: str, config: Any) -> None:
     found = [reason for reason, present in reasons.items() if present]
     if found:
         raise ValueError(f"{name} has {' and '.join(found)}: TOKENSELECT does not serve it")
+    uneven = {
+        "layers that read the keys of others": bool(getattr(config, "num_kv_shared_layers", 0)),
+        "layers whose heads differ": _heads_differ(config),
+    }
+    found = [reason for reason, present in uneven.items() if present]
+    if found:
+        raise ValueError(
+            f"{name} has {' and '.join(found)}: TOKENSELECT serves it, but the plan knows "
+            "layers with caches of one size only. Start a server, whose log says what it allocates."
+        )
+
+
+def _heads_differ(config: Any) -> bool:
+    names = ("head_dim", "num_attention_heads", "num_key_value_heads")
+    layers = getattr(config, "per_layer_config", None) or ()
+    return len({tuple(getattr(layer, name, None) for name in names) for layer in layers}) > 1
 
 
 def _shape(name: str, config: Any) -> ModelShape:
