@@ -153,14 +153,6 @@ def test_a_kind_of_model_that_is_not_served_is_refused_by_name(selected, kind):
         configure(selected, "cpu")
 
 
-def test_chunks_that_do_not_line_up_with_blocks_are_refused(selected):
-    selected.cache_config.block_size = 48
-    with pytest.raises(
-        SettingsError, match=r"query_chunk=64 and the KV block size 48 do not line up"
-    ):
-        configure(selected, "cpu")
-
-
 def test_a_step_that_cannot_hold_a_chunk_beside_every_sequence_is_refused(selected):
     selected.scheduler_config.max_num_batched_tokens = 67
     with pytest.raises(SettingsError, match="at least 68"):
