@@ -85,6 +85,7 @@ def serve(
     drafts: int = 0,
     max_model_len: int = 512,
     sleep: bool = False,
+    rounds: int = 2,
 ) -> None:
     from tests.gpu.sleeping import WeightsPool
 
@@ -127,9 +128,9 @@ def serve(
     sampling = SamplingParams(
         temperature=0, max_tokens=5, logprobs=1, detokenize=False, ignore_eos=True
     )
-    rounds = []
-    for number in range(3 if sleep else 2):  # the second finds the first in the prefix cache
-        if number == 2:
+    said = []
+    for number in range(rounds + sleep):  # the second finds the first in the prefix cache
+        if number == rounds:
             sleep_and_wake(engine, pool)
         outputs = engine.generate(
             [{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False
@@ -142,8 +143,8 @@ def serve(
             }
             for output in outputs
         ]
-        rounds.append(answers)
-    print(json.dumps(rounds), flush=True)
+        said.append(answers)
+    print(json.dumps(said), flush=True)
 
 
 def main(folder: str, jobs: str) -> None:

@@ -31,16 +31,18 @@ GEMMA_4_E = {
     "tie_word_embeddings": False,
 }
 SHARING = {"folder": "Gemma 4 E"}
+NO_CACHE = {"similarity_threshold": 1}
+REASSIGNED = {"positions": "reassigned"}
 JOBS = {
     "cpu": {"path": "cpu"},
     "gpu": {"path": "gpu", "sleep": True},
     "cpu, fitted length": {"path": "cpu", "max_model_len": -1},
     "gpu, fitted length": {"path": "gpu", "max_model_len": -1},
-    "cpu, no cache": {"path": "cpu", "settings": {"similarity_threshold": 1}},
-    "cpu, drafts": {"path": "cpu", "settings": {"similarity_threshold": 1}, "drafts": 3},
-    "gpu, drafts": {"path": "gpu", "settings": {"similarity_threshold": 1}, "drafts": 3},
-    "cpu, reassigned": {"path": "cpu", "settings": {"positions": "reassigned"}},
-    "gpu, reassigned": {"path": "gpu", "settings": {"positions": "reassigned"}},
+    "cpu, no cache": {"path": "cpu", "settings": NO_CACHE, "rounds": 1},
+    "cpu, drafts": {"path": "cpu", "settings": NO_CACHE, "drafts": 3, "rounds": 1},
+    "gpu, drafts": {"path": "gpu", "settings": NO_CACHE, "drafts": 3, "rounds": 1},
+    "cpu, reassigned": {"path": "cpu", "settings": REASSIGNED, "rounds": 1},
+    "gpu, reassigned": {"path": "gpu", "settings": REASSIGNED, "rounds": 1},
     "cpu, sharing": {"path": "cpu", **SHARING},
     "gpu, sharing": {"path": "gpu", **SHARING},
 }

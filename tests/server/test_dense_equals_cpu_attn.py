@@ -8,7 +8,8 @@ import pytest
 from tests.models.shortened import first_layers
 from tests.server.conftest import BLOCK_SIZE, FP32, serving
 
-pytestmark = pytest.mark.server
+# In every run: `tests/models`, without a server.
+pytestmark = [pytest.mark.server, pytest.mark.endurance]
 
 # 16 tokens short of a full block: each request needs one more block while it generates.
 LENGTHS = [BLOCK_SIZE * blocks - 16 for blocks in (2, 3, 4, 6, 9, 10, 12, 14)]

@@ -14,7 +14,7 @@ from tests.server.conftest import FP32, Client, serving
 
 pytestmark = pytest.mark.server
 
-LAYERS, RANK = 3, 8
+LAYERS, RANK = 2, 8
 COVERING = {"top_k": 4096}  # more than any prompt here has: full attention
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}
 CHOICES = ["north", "south"]

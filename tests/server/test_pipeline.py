@@ -20,7 +20,7 @@ pytestmark = pytest.mark.server
 def test_two_stages_say_what_one_process_says(smollm2, tokenizer, tmp_path, positions):
     from tests.oracle.prompts import prompt_tokens
 
-    model = first_layers(smollm2, tmp_path / "model", 4)
+    model = first_layers(smollm2, tmp_path / "model", 2)
     settings = {**asdict(CACHED_SETTINGS), "positions": positions}
     asked = [prompt_tokens(tokenizer, 1200 + i, 60 + 300 * i) for i in range(6)]
     said = []
