@@ -2,9 +2,9 @@
 
     python -m tests.models.hybrid_load FOLDER OPTIONS BUDGETS COUNT
 
-Each budget, `max_num_batched_tokens`, is an engine's. It answers COUNT beginnings of one text one by one, the
-same again, and all together. Prints for each engine a line of JSON: block size, tokens that came from the
-cache, and for each prompt its length and what was said each time.
+Each budget, `max_num_batched_tokens`, is an engine's. It answers COUNT beginnings of one text one by one,
+the same again, and all together. Prints for each engine a line of JSON: block size, tokens that came from
+the cache, and for each prompt its length and what was said each time.
 """
 
 from __future__ import annotations
