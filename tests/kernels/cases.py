@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -69,6 +70,22 @@ def make_rotation(case: Case, share: float = 1.0, num_positions: int | None = No
     angles = torch.outer(positions.float(), frequencies)
     table = torch.cat([angles.cos(), angles.sin()], dim=1) * 1.1
     return Rotation.from_table(table, len(table), n_local=9)
+
+
+# What may change a softmax; the cap bites where scores are a few times as large.
+SOFTMAX: dict[str, tuple[bool, float]] = {
+    "sinks": (True, 0.0),
+    "cap": (False, 2.0),
+    "sinks and a cap": (True, 2.0),
+}
+
+
+def make_softmax(case: Case, name: str) -> dict[str, Any]:
+    """The arguments `sinks` and `soft_cap` of attention; sinks are about as large as all scores (times 0.3) together."""
+    has_sinks, soft_cap = SOFTMAX[name]
+    generator = torch.Generator().manual_seed(case.num_heads)
+    sinks = torch.randn(case.num_heads, generator=generator) * 3 + 0.045 * case.head_size + 6
+    return {"sinks": sinks if has_sinks else None, "soft_cap": soft_cap}
 
 
 def int32(*values: int) -> torch.Tensor:

@@ -90,8 +90,15 @@ class CpuAttention:
         out: torch.Tensor,
         row: CpuAttentionRow,
         scale: float,
+        sinks: torch.Tensor | None = None,
+        soft_cap: float = 0.0,
     ) -> None:
-        """Attend `query` [n, Hq, D] to `keys`, `values` [m, Hkv, D]; writes `out` [n, Hq, D]."""
+        """Attend `query` [n, Hq, D] to `keys`, `values` [m, Hkv, D]; writes `out` [n, Hq, D].
+
+        Args:
+            sinks: fp32 [Hq], a logit of each head in the softmax's denominator.
+            soft_cap: of the scores; 0 for none.
+        """
         key_pages, value_pages = self.pages.chunk(2, dim=2)
         self._write(keys, values, 0)
         # The operation multiplies what it masks by zero, in whole tiles; what another request left
@@ -110,9 +117,9 @@ class CpuAttention:
             alibi_slopes=None,
             sliding_window=-1,
             block_table=self.block_table,
-            softcap=0.0,
+            softcap=soft_cap,
             scheduler_metadata=row.scheduler_metadata,
-            s_aux=None,
+            s_aux=sinks,
         )
 
     def _write(self, keys: torch.Tensor, values: torch.Tensor, first: int) -> None:

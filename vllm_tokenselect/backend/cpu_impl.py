@@ -24,6 +24,8 @@ logger = get_logger(__name__)
 class CpuTokenSelectImpl(TokenSelectImpl[CpuTokenSelectMetadata]):
     """Writes keys and values into its own plain layout, selects, attends."""
 
+    computes_sinks_and_caps = True
+
     def prepare(self, vllm_config: VllmConfig) -> None:
         _compile_kernels(
             self.dtype,
@@ -76,20 +78,43 @@ class CpuTokenSelectImpl(TokenSelectImpl[CpuTokenSelectMetadata]):
         queries, out = query[:num_tokens], output[:num_tokens]
         pages = self._pages(kv_cache)
         step.select(queries, pages, self.scale, rotation)
-        library = partial(self._attend_row, attn_metadata)
-        attend(queries, pages, step, self.state, self.scale, library, self.scratch, out, rotation)
+        sinks = None if self.sinks is None else self.sinks.detach().float()
+        library = partial(self._attend_row, attn_metadata, sinks)
+        attend(
+            queries,
+            pages,
+            step,
+            self.state,
+            self.scale,
+            library,
+            self.scratch,
+            out,
+            rotation,
+            sinks,
+            self.logits_soft_cap,
+        )
         return output
 
     def _attend_row(
         self,
         metadata: CpuTokenSelectMetadata,
+        sinks: torch.Tensor | None,
         row: int,
         query: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
-        self.library.attend(query, keys, values, out, metadata.library_rows[row], self.scale)
+        self.library.attend(
+            query,
+            keys,
+            values,
+            out,
+            metadata.library_rows[row],
+            self.scale,
+            sinks,
+            self.logits_soft_cap,
+        )
 
     def _pages(self, kv_cache: torch.Tensor) -> torch.Tensor:
         """[num_blocks, Hkv, 2, block_size, D]: a head's keys of a block, then its values."""

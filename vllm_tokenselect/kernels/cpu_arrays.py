@@ -50,6 +50,13 @@ def token_elements(tokens: torch.Tensor) -> tuple[np.ndarray, int]:
     return tokens.as_strided((span,), (1,)).view(_BITS[tokens.dtype]).numpy(), distance
 
 
+def sink_logits(sinks: torch.Tensor | None) -> np.ndarray:
+    """fp32 [Hq]; of no element where there are no sinks."""
+    if sinks is None:
+        return np.zeros(0, np.float32)
+    return sinks.detach().float().contiguous().numpy()
+
+
 def rotation_table(cos_sin: torch.Tensor | None) -> np.ndarray:
     """fp32 [positions, rotated]; of width 0 where nothing is rotated."""
     return np.zeros((0, 0), np.float32) if cos_sin is None else cos_sin.numpy()

@@ -207,3 +207,47 @@ def _exponentials(typingctx, numbers, count, highest):
 def exponentials(numbers, highest):
     """Make exp(number - highest) of contiguous fp32 numbers, none higher; returns their sum."""
     return _exponentials(numbers, len(numbers), highest)
+
+
+# tanh(z) / z for |z| < _SMALL, in powers of z * z, error below 5e-8; from there on by exponentials, which
+# would cancel each other's digits near zero.
+_SMALL = 0.3
+_TANH = (1.0, -1 / 3, 2 / 15, -17 / 315, 62 / 2835)
+
+
+def _hyperbolic_tangent(builder, z):
+    kind = z.type
+    magnitude = builder.select(builder.fcmp_ordered("<", z, constant(kind, 0.0)), builder.fneg(z), z)
+    square = builder.fmul(z, z)
+    series = constant(kind, _TANH[-1])
+    for coefficient in reversed(_TANH[:-1]):
+        series = fused(builder, series, square, constant(kind, coefficient))
+    power = _exponential(builder, builder.fmul(magnitude, constant(kind, -2.0)))
+    one = constant(kind, 1.0)
+    large = builder.fdiv(builder.fsub(one, power), builder.fadd(one, power))
+    negative = builder.fcmp_ordered("<", z, constant(kind, 0.0))
+    large = builder.select(negative, builder.fneg(large), large)
+    small = builder.fcmp_ordered("<", magnitude, constant(kind, _SMALL))
+    return builder.select(small, builder.fmul(z, series), large)
+
+
+@intrinsic
+def _cap_scores(typingctx, numbers, count, soft_cap):
+    def codegen(context, builder, sig, args):
+        numbers, count, soft_cap = args
+        cap = repeat(builder, soft_cap)
+        with cgutils.for_range(builder, builder.sdiv(count, count.type(LANES))) as loop:
+            index = builder.mul(loop.index, count.type(LANES))
+            pointer = vector_pointer(context, builder, sig.args[0], numbers, index)
+            number = builder.load(pointer, align=4)
+            capped = _hyperbolic_tangent(builder, builder.fdiv(number, cap))
+            builder.store(builder.fmul(cap, capped), pointer, align=4)
+        return context.get_dummy_value()
+
+    return types.void(numbers, types.intp, types.float32), codegen
+
+
+@njit
+def cap_scores(numbers, soft_cap):
+    """Make cap * tanh(number / cap) of contiguous fp32 numbers, a multiple of `LANES`, in place."""
+    _cap_scores(numbers, len(numbers), soft_cap)

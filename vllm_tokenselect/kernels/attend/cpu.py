@@ -15,7 +15,7 @@ from numba import njit, prange
 from vllm_tokenselect.kernels.cpu_cache import compile_once
 from vllm_tokenselect.kernels.cpu_numbers import narrow, rotate_run
 from vllm_tokenselect.kernels.cpu_tiles import TILE_TOKENS, add_tile, dot_tile, prefetch_run, widen
-from vllm_tokenselect.kernels.cpu_vectors import LANES, exponential, exponentials, largest
+from vllm_tokenselect.kernels.cpu_vectors import LANES, cap_scores, exponential, exponentials, largest
 
 MAX_SPLIT_TOKENS = 512
 
@@ -34,6 +34,8 @@ def attend_rows(
     block_size,
     head_size,
     cos_sin,
+    sinks,
+    soft_cap,
     out,
 ):
     """As `reference.attend_single_queries`, on arrays: see `single_queries.cpu`, which calls it."""
@@ -62,6 +64,7 @@ def attend_rows(
                 block_size,
                 head_size,
                 cos_sin,
+                soft_cap,
                 row,
                 work // num_splits % num_kv_heads,
                 split,
@@ -74,7 +77,7 @@ def attend_rows(
         size = _split_tokens(lengths[row])
         used = (lengths[row] + size - 1) // size
         target = (query_index[row] * num_heads + head) * head_size
-        _combine(maxima, totals, weighted, row, head, used, out, target, head_size)
+        _combine(maxima, totals, weighted, row, head, used, sinks, out, target, head_size)
 
 
 @njit
@@ -105,6 +108,7 @@ def _attend_split(
     block_size,
     head_size,
     cos_sin,
+    soft_cap,
     row,
     kv_head,
     split,
@@ -154,6 +158,8 @@ def _attend_split(
 
     for member in range(group):
         line = weights[member * MAX_SPLIT_TOKENS : member * MAX_SPLIT_TOKENS + padded]
+        if soft_cap > 0:
+            cap_scores(line, soft_cap)
         highest = largest(line[:num_tokens])
         total = exponentials(line[:num_tokens], highest)
         for token in range(num_tokens, padded):
@@ -186,12 +192,15 @@ def _widen_listed(elements, tokens, begin, count, shift, head_size, tile, stride
 
 
 @njit(error_model="numpy")  # a NaN among the scores is no error
-def _combine(maxima, totals, weighted, row, head, num_splits, out, target, head_size):
-    """Weigh the splits of one head against each other; no split at all gives zeros."""
+def _combine(maxima, totals, weighted, row, head, num_splits, sinks, out, target, head_size):
+    """Weigh the splits of one head against each other, and its sink; no split at all gives zeros."""
     combined = np.zeros(head_size, np.float32)
     if num_splits > 0:
         highest = largest(maxima[row, head, :num_splits])
         total = np.float32(0)
+        if len(sinks) > 0:
+            highest = max(highest, sinks[head])
+            total = exponential(sinks[head] - highest)
         for split in range(num_splits):
             total += totals[row, head, split] * exponential(maxima[row, head, split] - highest)
         for split in range(num_splits):

@@ -16,6 +16,8 @@ def attend(
     scale: float,
     out: torch.Tensor,
     cos_sin: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    soft_cap: float = 0.0,
 ) -> None:
     """Attend every row's queries to the tokens that its line of `slots` names.
 
@@ -32,6 +34,8 @@ def attend(
         out: [T, Hq, D] of the query's dtype, written; a query that sees no token gives zeros.
         cos_sin: fp32 [positions, rotated], as in `Rotation`: the tokens of a row are rotated to the
             positions `0 .. m - 1` in their order, its queries to the last of these.
+        sinks: [Hq], as in `attention_weights`.
+        soft_cap: as in `cap_scores`.
     """
     num_kv_heads, block_size = kv_cache.shape[1], kv_cache.shape[3]
     group = query.shape[1] // num_kv_heads
@@ -46,12 +50,38 @@ def attend(
         if cos_sin is not None:
             keys = rotate(keys, cos_sin[:length])
             asking = rotate(asking, cos_sin[length - num_queries : length])
-        logits = torch.einsum("nhd,mhd->hnm", asking, keys) * scale
+        logits = cap_scores(torch.einsum("nhd,mhd->hnm", asking, keys) * scale, soft_cap)
         visible = torch.ones(num_queries, length, dtype=torch.bool, device=query.device)
         visible = visible.tril(length - num_queries)
-        weights = logits.masked_fill(~visible, float("-inf")).softmax(dim=-1)
-        weights = weights.masked_fill(~visible, 0.0)  # a query without any token: zeros, not NaN
+        weights = attention_weights(logits, visible, sinks)
         out[queries] = torch.einsum("hnm,mhd->nhd", weights, values).to(out.dtype)
+
+
+def cap_scores(scores: torch.Tensor, soft_cap: float) -> torch.Tensor:
+    """`cap * tanh(score / cap)` of any scores; a cap of 0 is none."""
+    return soft_cap * torch.tanh(scores / soft_cap) if soft_cap else scores
+
+
+def attention_weights(
+    logits: torch.Tensor, visible: torch.Tensor, sinks: torch.Tensor | None
+) -> torch.Tensor:
+    """Softmax over what is visible, and over a sink that takes its share and gives nothing.
+
+    Args:
+        logits: fp32 [Hq, n, m].
+        visible: bool [n, m].
+        sinks: [Hq], a logit of each head; None for none.
+
+    Returns:
+        fp32 [Hq, n, m]; a query that sees no token gets zeros.
+    """
+    num_heads, num_queries, num_tokens = logits.shape
+    logits = logits.masked_fill(~visible, float("-inf"))
+    if sinks is not None:
+        column = sinks.float()[:, None, None].expand(num_heads, num_queries, 1)
+        logits = torch.cat([logits, column], dim=-1)
+    weights = logits.softmax(dim=-1)[..., :num_tokens]
+    return weights.masked_fill(~visible, 0.0)  # a query without any token: zeros, not NaN
 
 
 def attend_single_queries(
@@ -63,6 +93,8 @@ def attend_single_queries(
     scale: float,
     out: torch.Tensor,
     cos_sin: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    soft_cap: float = 0.0,
 ) -> None:
     """`attend` for rows of one query each: row `r` is `query[query_index[r]]`.
 
@@ -72,5 +104,16 @@ def attend_single_queries(
     index = query_index.long()
     query_start_loc = torch.arange(len(index) + 1, dtype=torch.int32, device=query.device)
     attended = torch.empty((len(index), *out.shape[1:]), dtype=out.dtype, device=out.device)
-    attend(query[index], query_start_loc, kv_cache, slots, lengths, scale, attended, cos_sin)
+    attend(
+        query[index],
+        query_start_loc,
+        kv_cache,
+        slots,
+        lengths,
+        scale,
+        attended,
+        cos_sin,
+        sinks,
+        soft_cap,
+    )
     out[index] = attended

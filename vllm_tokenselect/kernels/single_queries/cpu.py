@@ -20,6 +20,7 @@ from vllm_tokenselect.kernels.cpu_arrays import (
     cache_elements,
     int32_array,
     rotation_table,
+    sink_logits,
     token_elements,
 )
 from vllm_tokenselect.kernels.cpu_cache import compile_once
@@ -65,6 +66,8 @@ def single_queries(rows: SingleQueryRows) -> Layer:
         out: torch.Tensor,
         state: SelectionCacheState | None,
         rotation: Rotation | None,
+        sinks: torch.Tensor | None = None,
+        soft_cap: float = 0.0,
     ) -> None:
         in_place = out.is_contiguous()
         attended = out if in_place else torch.empty_like(out, memory_format=torch.contiguous_format)
@@ -74,18 +77,19 @@ def single_queries(rows: SingleQueryRows) -> Layer:
         stored = _state_arrays(state, query)
         vote_turn = rotation_table(None if rotation is None else rotation.vote[None])
         cos_sin = rotation_table(None if rotation is None else rotation.cos_sin)
+        softmax = (sink_logits(sinks), np.float32(soft_cap))
         deciding = (*asking, query.shape[1] * kv_cache.shape[4], kv_cache.shape[1])
         if heads is not None and compares_all_heads:
             deciding = _of_all_heads(heads, query[index])
         before = (asking, deciding, cache, table, scoring, caching, stored, vote_turn)
         if heads is None:
-            _single_queries(rows.selects, *before, cos_sin, cache_elements(attended))
+            _single_queries(rows.selects, *before, cos_sin, softmax, cache_elements(attended))
         else:
             selecting, reused_end, votes = _vote(*before)
             if len(selecting):
                 votes = heads.sum_votes(torch.from_numpy(votes)).numpy()
             _select(selecting, reused_end, votes, table, caching, stored)
-            _attend(asking, cache, table, scoring, cos_sin, cache_elements(attended))
+            _attend(asking, cache, table, scoring, cos_sin, softmax, cache_elements(attended))
         if not in_place:
             out[index] = attended[index]
 
@@ -127,14 +131,14 @@ def _state_arrays(state: SelectionCacheState | None, query: torch.Tensor) -> tup
 
 @compile_once()
 def _single_queries(
-    selects, asking, deciding, cache, table, scoring, caching, stored, vote_turn, cos_sin, out
+    selects, asking, deciding, cache, table, scoring, caching, stored, vote_turn, cos_sin, softmax, out
 ):
     if selects:
         selecting, reused_end, votes = _vote(
             asking, deciding, cache, table, scoring, caching, stored, vote_turn
         )
         _select(selecting, reused_end, votes, table, caching, stored)
-    _attend(asking, cache, table, scoring, cos_sin, out)
+    _attend(asking, cache, table, scoring, cos_sin, softmax, out)
 
 
 @compile_once()
@@ -223,11 +227,12 @@ def _select(selecting, reused_end, votes, table, caching, stored):
 
 
 @compile_once()
-def _attend(asking, cache, table, scoring, cos_sin, out):
+def _attend(asking, cache, table, scoring, cos_sin, softmax, out):
     queries, query_distance, query_index = asking
     elements, num_kv_heads, head_size = cache
     _, _, _, _, _, _, block_size, slots, lengths = table
     num_heads, scale = scoring
+    sinks, soft_cap = softmax
     attend_rows(
         queries,
         query_distance,
@@ -241,5 +246,7 @@ def _attend(asking, cache, table, scoring, cos_sin, out):
         block_size,
         head_size,
         cos_sin,
+        sinks,
+        soft_cap,
         out,
     )

@@ -16,12 +16,7 @@ from vllm_tokenselect.kernels.vote.reference import soft_vote
 
 
 def single_queries(rows: SingleQueryRows) -> Layer:
-    """Prepare rows of one query for all layers of a step.
-
-    Returns:
-        `layer(query, kv_cache, scale, out, state, rotation)`: fills the rows' lines of the table for
-        this layer if they select, each anew or out of the Selection Cache, and attends.
-    """
+    """Prepare rows of one query for all layers of a step."""
 
     def layer(
         query: torch.Tensor,
@@ -30,6 +25,8 @@ def single_queries(rows: SingleQueryRows) -> Layer:
         out: torch.Tensor,
         state: SelectionCacheState | None,
         rotation: Rotation | None,
+        sinks: torch.Tensor | None = None,
+        soft_cap: float = 0.0,
     ) -> None:
         caching = rows.caching
         if rows.selects and caching is not None and state is not None:
@@ -38,7 +35,16 @@ def single_queries(rows: SingleQueryRows) -> Layer:
             _select(rows, torch.arange(len(rows.query_index)), query, kv_cache, scale, rotation)
         cos_sin = None if rotation is None else rotation.cos_sin
         attend_single_queries(
-            query, rows.query_index, kv_cache, rows.slots, rows.lengths, scale, out, cos_sin
+            query,
+            rows.query_index,
+            kv_cache,
+            rows.slots,
+            rows.lengths,
+            scale,
+            out,
+            cos_sin,
+            sinks,
+            soft_cap,
         )
 
     return layer

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -60,15 +60,29 @@ class CachingRows:
     counts: torch.Tensor
 
 
-# query [T, Hq, D], kv_cache, scale, out [T, Hq, D], the layer's state, its rotation.
-Layer = Callable[
-    [
-        torch.Tensor,
-        torch.Tensor,
-        float,
-        torch.Tensor,
-        SelectionCacheState | None,
-        Rotation | None,
-    ],
-    None,
-]
+class Layer(Protocol):
+    """The work of a layer for such rows."""
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        scale: float,
+        out: torch.Tensor,
+        state: SelectionCacheState | None,
+        rotation: Rotation | None,
+        sinks: torch.Tensor | None = None,
+        soft_cap: float = 0.0,
+    ) -> None:
+        """Fill the rows' lines of the table if they select, each anew or out of the cache, and attend.
+
+        Args:
+            query: [T, Hq, D].
+            kv_cache: [num_blocks, Hkv, 2, block_size, D].
+            scale: of q . k.
+            out: [T, Hq, D], written where the rows are.
+            state: the layer's part of the Selection Cache, if there is one.
+            rotation: the layer's, if positions are reassigned.
+            sinks: [Hq], a logit of each head in the softmax's denominator; votes have none.
+            soft_cap: of the attention's scores, `cap * tanh(score / cap)`, 0 for none; votes have none.
+        """
