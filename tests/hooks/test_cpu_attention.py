@@ -5,12 +5,13 @@ import torch
 
 pytest.importorskip("vllm")
 
+from vllm_tokenselect.attention import SdpaAttention
 from vllm_tokenselect.backend.cpu_attention import CpuAttention, plan_cpu_attention
 
 HEADS, KV_HEADS, MOST = 4, 2, 768
 
 
-def attend(library: CpuAttention, dtype: torch.dtype, head_size: int, num_keys: int):
+def attend(library: CpuAttention, dtype: torch.dtype, head_size: int, num_keys: int, **softmax):
     generator = torch.Generator().manual_seed(num_keys)
     num_queries = min(num_keys, 33)
 
@@ -26,8 +27,9 @@ def attend(library: CpuAttention, dtype: torch.dtype, head_size: int, num_keys: 
         head_size=head_size,
         dtype=dtype,
     )
-    library.attend(query, random(num_keys, KV_HEADS), random(num_keys, KV_HEADS), out, row, 0.2)
-    return out
+    keys, values = random(num_keys, KV_HEADS), random(num_keys, KV_HEADS)
+    library.attend(query, keys, values, out, row, 0.2, **softmax)
+    return out, (query, keys, values)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -37,7 +39,28 @@ def test_what_the_pages_held_before_changes_no_bit(dtype, head_size, number):
     library = CpuAttention(KV_HEADS, head_size, dtype, MOST)
     for num_keys in (2, 40, 127, 128, 129, 300, 420, 513, 700, MOST):
         library.pages.zero_()
-        clean = attend(library, dtype, head_size, num_keys)
+        clean, _ = attend(library, dtype, head_size, num_keys)
         library.pages.fill_(number)
-        assert torch.equal(attend(library, dtype, head_size, num_keys), clean), num_keys
+        assert torch.equal(attend(library, dtype, head_size, num_keys)[0], clean), num_keys
         assert not clean.isnan().any()
+
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("head_size", [32, 80])
+@pytest.mark.parametrize("soft_cap", [0.0, 1.0])
+@pytest.mark.parametrize("has_sinks", [False, True])
+def test_vllms_operation_takes_sinks_and_caps_as_they_are_defined(
+    dtype, head_size, soft_cap, has_sinks
+):
+    library = CpuAttention(KV_HEADS, head_size, dtype, MOST)
+    sinks = torch.tensor([-2.0, 1.0, 4.0, 7.0]) if has_sinks else None
+    for num_keys in (2, 40, 129, 700):
+        softmax = {"sinks": sinks, "soft_cap": soft_cap}
+        out, asked = attend(library, dtype, head_size, num_keys, **softmax)
+        defined = torch.empty_like(out)
+        SdpaAttention(0.2, sinks, soft_cap)(0, *asked, defined)
+        tolerance = TOLERANCE[dtype]
+        torch.testing.assert_close(out, defined, rtol=tolerance, atol=tolerance)

@@ -22,7 +22,15 @@ from vllm_tokenselect.selection import StepSelection
 
 
 def served_attention(
-    requests, query, kv_cache, block_table, operations, workspace_bytes=32 << 20, turn=None
+    requests,
+    query,
+    kv_cache,
+    block_table,
+    operations,
+    workspace_bytes=32 << 20,
+    turn=None,
+    sinks=None,
+    soft_cap=0.0,
 ):
     lens = [end - first for first, end, _ in requests]
     plan = SelectionPlan.build(
@@ -40,7 +48,8 @@ def served_attention(
     step.select(query, kv_cache, SCALE, turn)
     out = torch.full_like(query, float("nan"))
     scratch = kv_cache.new_empty(2, CONFIG.max_attended, kv_cache.shape[1], HEAD_SIZE)
-    attend(query, kv_cache, step, None, SCALE, SdpaAttention(SCALE), scratch, out, turn)
+    library = SdpaAttention(SCALE, sinks, soft_cap)
+    attend(query, kv_cache, step, None, SCALE, library, scratch, out, turn, sinks, soft_cap)
     assert not counts.any(), "these requests are nobody's"
     return out
 
@@ -64,6 +73,19 @@ def test_reassigned_positions_are_those_of_the_definition(name, heads, operation
     served = served_attention(requests, *tensors, operations(), turn=rotation())
     expected = expected_attention(requests, *tensors, reassigned=True)
     torch.testing.assert_close(served, expected, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (8, 1)], ids=lambda h: f"H{h[0]}/{h[1]}")
+@pytest.mark.parametrize("reassigned", [False, True])
+def test_sinks_and_caps_are_those_of_the_definition(heads, reassigned):
+    requests = REQUESTS["mixed"]
+    tensors = paged_step(requests, *heads, torch.float32)
+    softmax = {"sinks": torch.linspace(-2, 6, heads[0]), "soft_cap": 1.5}
+    turn = rotation() if reassigned else None
+    expected = expected_attention(requests, *tensors, reassigned, **softmax)
+    for operations in (reference_operations(), cpu_operations()):
+        served = served_attention(requests, *tensors, operations, turn=turn, **softmax)
+        torch.testing.assert_close(served, expected, rtol=2e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

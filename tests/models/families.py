@@ -128,7 +128,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Gemma 4 E": ("Gemma4Text", {**WINDOWS, **HEAD, "global_head_dim": 32,
                   "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 32,
                   "vocab_size_per_layer_input": 256}),
-    "Gemma 2": ("Gemma2", {**WINDOWS, **HEAD}),
+    "Gemma 2": ("Gemma2", {**WINDOWS, **HEAD, "attn_logit_softcapping": 5.0}),
     "BLOOM": ("Bloom", {"n_layer": 2, "n_head": 4}),
     "DeepSeek V3": ("DeepseekV3", LATENT),
     "GLM-4.7-Flash": ("Glm4MoeLite", LATENT),
@@ -164,9 +164,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 # What a server says of those that it does not serve.
 REFUSED = {
-    "gpt-oss": "its layers have attention sinks",
-    "Granite-SWA": "its layers have attention sinks",
-    "Gemma 2": "its attention has a logits soft cap",
     "BLOOM": "its attention has ALiBi",
     "DeepSeek V3": "multi-head latent attention (MLA)",
     "DeepSeek V3.2": "multi-head latent attention (MLA)",

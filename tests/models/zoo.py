@@ -170,8 +170,10 @@ def save(folder: Path, family: str, options: dict[str, Any]) -> Path:
     names = (f"{family}ForCausalLM", f"{family.removesuffix('Text')}ForCausalLM")
     model = next(getattr(transformers, n) for n in names if hasattr(transformers, n))
     made = model(config).float()
-    for parameter in made.parameters():
-        if parameter.dim() == 1:  # the weights of norms would all be 1
+    for name, parameter in made.named_parameters():
+        if name.endswith(".sinks"):  # about as large as the scores of a whole prompt
+            torch.nn.init.uniform_(parameter, 0, 5)
+        elif parameter.dim() == 1:  # the weights of norms would all be 1
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
     if silent_layer is not None:
         torch.nn.init.zeros_(made.model.layers[silent_layer].input_layernorm.weight)

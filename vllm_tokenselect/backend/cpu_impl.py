@@ -24,8 +24,6 @@ logger = get_logger(__name__)
 class CpuTokenSelectImpl(TokenSelectImpl[CpuTokenSelectMetadata]):
     """Writes keys and values into its own plain layout, selects, attends."""
 
-    computes_sinks_and_caps = True
-
     def prepare(self, vllm_config: VllmConfig) -> None:
         _compile_kernels(
             self.dtype,

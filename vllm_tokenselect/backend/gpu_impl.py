@@ -61,8 +61,6 @@ class LayerShape:
 class GpuTokenSelectImpl(TokenSelectImpl[GpuTokenSelectMetadata]):
     """Writes with vLLM's kernel, selects with Triton's, attends with a library."""
 
-    computes_sinks_and_caps = True
-
     def prepare(self, vllm_config: VllmConfig) -> None:
         """Allocate what the layers share, before vLLM measures the memory that is left."""
         device = torch.device("cuda", torch.cuda.current_device())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from functools import cache
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from vllm.config import VllmConfig, get_current_vllm_config
@@ -33,8 +33,6 @@ class TokenSelectImpl(AttentionImpl[M]):
             attention; 0 for no cap.
     """
 
-    computes_sinks_and_caps: ClassVar[bool] = False
-
     def __init__(
         self,
         num_heads: int,
@@ -50,11 +48,8 @@ class TokenSelectImpl(AttentionImpl[M]):
         sinks: torch.Tensor | None = None,
         **unknown: Any,
     ) -> None:
-        if sinks is not None and not self.computes_sinks_and_caps:
-            refuse_model("its layers have attention sinks, which TOKENSELECT does not compute here")
         refused = {
             "ALiBi": alibi_slopes,
-            "a logits soft cap": None if self.computes_sinks_and_caps else logits_soft_cap or None,
             "a sliding window": sliding_window,
             **{f"the attention option {name}": value for name, value in unknown.items()},
         }
