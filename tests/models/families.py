@@ -128,7 +128,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Gemma 4 E": ("Gemma4Text", {**WINDOWS, **HEAD, "global_head_dim": 32,
                   "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 32,
                   "vocab_size_per_layer_input": 256}),
-    "Gemma 2": ("Gemma2", {**WINDOWS, **HEAD, "attn_logit_softcapping": 5.0}),
+    "Gemma 2": ("Gemma2", {**WINDOWS, **HEAD, "initializer_range": 0.05, "query_pre_attn_scalar": 1,
+                "attn_logit_softcapping": 5.0}),
     "BLOOM": ("Bloom", {"n_layer": 2, "n_head": 4}),
     "DeepSeek V3": ("DeepseekV3", LATENT),
     "GLM-4.7-Flash": ("Glm4MoeLite", LATENT),
@@ -179,7 +180,7 @@ REFUSED = {
 NOT_BY_VLLM = {"Qwen3.5", "Qwen3.5 MoE"}
 
 # The others are for `make endurance`: each takes seconds.
-EVERY_RUN = {"Gemma 3", "Llama 4", "gpt-oss", "MiMo-V2", "Phi-3-4k"}
+EVERY_RUN = {"Gemma 2", "Gemma 3", "Llama 4", "gpt-oss", "MiMo-V2", "Phi-3-4k"}
 
 
 def save_config(folder: Path, family: str, options: dict[str, Any]) -> Path:

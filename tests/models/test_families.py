@@ -32,6 +32,14 @@ FULL = {"attention_backend": "CPU_ATTN"}
 CHUNKED = "Llama 4"  # in chunks of 64 tokens
 SHARING = "Gemma 4 E"  # layer 3 reads the keys of layer 1, whose attention has no effect
 SHARED = {**FAMILIES[SHARING][1], "tie_word_embeddings": False, "mute_layer": 1}
+# With sinks or a soft cap in their attention.
+SOFTMAX = ("gpt-oss", "Granite-SWA", "Gemma 2")
+REASSIGNED = {
+    **COVERED,
+    "additional_config": {
+        "tokenselect": {**COVERED["additional_config"]["tokenselect"], "positions": "reassigned"}
+    },
+}
 # A prompt of several steps, and once more, which then begins in the prefix cache.
 TWICE = {"lengths": [300, 40, 300]}
 
@@ -43,6 +51,8 @@ def outcomes(request, tmp_path_factory) -> Answers:
     jobs = [(name, way) for name in FAMILIES if name in chosen for way in (DOCTOR, SERVER)]
     jobs += [(CHUNKED, way) for way in (FULL, COVERED)]
     jobs += [(SHARING, {**way, **TWICE}) for way in (FULL, COVERED, SELECTING)]
+    jobs += [(name, way) for name in SOFTMAX if name in chosen for way in (FULL, COVERED)]
+    jobs += [("gpt-oss", REASSIGNED)]
     folder = tmp_path_factory.mktemp("families")
 
     def path(name: str, way: dict[str, Any]) -> Path:
@@ -94,3 +104,12 @@ def test_a_layer_that_reads_the_keys_of_another_selects_among_them_by_itself(out
     assert covered[0] == covered[2], "a prefix out of the cache should not matter"
     assert selecting[0] == selecting[2]
     assert abs(selecting[0][1] - full[0][1]) > 0.01, "no other layer can make a difference"
+
+
+@pytest.mark.parametrize("name", parametrized(SOFTMAX, EVERY_RUN))
+def test_sinks_and_soft_caps_are_those_of_vllms_own_attention(outcomes, name):
+    full = outcomes(name, FULL)
+    assert_same(outcomes(name, COVERED), full)
+    if name == "gpt-oss":
+        assert_same(outcomes(name, REASSIGNED), full)
+    assert len({tuple(tokens) for tokens, _ in full}) == len(full), "prompts should matter"
