@@ -10,7 +10,7 @@ import hashlib
 import numba
 import torch
 
-from tests.kernels.cases import SHAPES, make_rotation, paged_cache
+from tests.kernels.cases import SHAPES, make_rotation, make_softmax, paged_cache
 from vllm_tokenselect.kernels.operations import cpu_operations
 from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
 from vllm_tokenselect.kernels.single_queries.rows import CachingRows, SingleQueryRows
@@ -71,6 +71,11 @@ def main() -> None:
                 rows = SingleQueryRows(row_seq, *table, slots, lengths, selects)
                 operations.single_queries(rows)(query, kv_cache, 0.2, out, None, turned)
                 show(f"{case} {'selects' if selects else 'attends'} {turned is not None}", out)
+        out = torch.zeros_like(query)
+        rows = SingleQueryRows(row_seq, *table, slots, lengths, False)
+        softmax = make_softmax(case, "sinks and a cap")
+        operations.single_queries(rows)(query, kv_cache, 0.2, out, None, None, **softmax)
+        show(f"{case} attends with sinks and a cap", out)
         for step in range(4):
             query += torch.randn(shape, generator=generator) * 0.4
             rows = SingleQueryRows(row_seq, *table, slots, lengths, True, caching)

@@ -7,7 +7,7 @@ import numba
 import pytest
 import torch
 
-from tests.kernels.cases import SHAPES, Case, int32, paged_cache
+from tests.kernels.cases import SHAPES, Case, int32, make_softmax, paged_cache
 from vllm_tokenselect.kernels import warmup
 from vllm_tokenselect.kernels.attend import cpu as attend
 from vllm_tokenselect.kernels.block_table import cpu as block_table
@@ -69,6 +69,8 @@ def test_no_kernel_is_compiled_after_the_warm_up(case: Case):
             rows = SingleQueryRows(row_seq, *table_rows, selects, part if selects else None)
             layer = operations.single_queries(rows)
             layer(query.to(case.torch_dtype), kv_cache, 0.1, out, kept, None)
+            softmax = make_softmax(case, "sinks and a cap")
+            layer(query.to(case.torch_dtype), kv_cache, 0.1, out, kept, None, **softmax)
     write.write_tokens(keys, keys, kv_cache, slots[0, :16].long())
     operations.gather_tokens(kv_cache, slots[0, :16], keys, keys.clone())
 

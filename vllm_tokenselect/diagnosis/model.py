@@ -30,7 +30,7 @@ model is to attend as it is used to.
 
 
 class UnsupportedModel(ValueError):
-    """The model attends in a way that TOKENSELECT does not serve. The message says which."""
+    """The model attends in a way that is not computed here. The message says which."""
 
 
 class DiagnosedModel:
@@ -75,7 +75,7 @@ class DiagnosedModel:
             logits fp32 [count, vocabulary] of the last tokens.
 
         Raises:
-            UnsupportedModel: when a layer attends in a way that cannot be served.
+            UnsupportedModel: when a layer attends in a way that is not computed here.
         """
         have = 0 if beginning is None else beginning.get_seq_length()
         with _attending(attention):
@@ -130,8 +130,8 @@ def _forward(
     ]
     if unsupported:
         raise UnsupportedModel(
-            f"{type(module).__name__} attends with {' and '.join(unsupported)}, which TOKENSELECT "
-            "does not serve."
+            f"{type(module).__name__} attends with {' and '.join(unsupported)}, which is not computed "
+            "here. A server may do so: ask `tokenselect doctor --model`."
         )
     # Layers with a sliding window stay as they are, here as in the server.
     if _attention is not None and kwargs.get("sliding_window") is None:
