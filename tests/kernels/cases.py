@@ -81,7 +81,7 @@ SOFTMAX: dict[str, tuple[bool, float]] = {
 
 
 def make_softmax(case: Case, name: str) -> dict[str, Any]:
-    """The arguments `sinks` and `soft_cap` of attention; sinks are about as large as all scores (times 0.3) together."""
+    """Arguments of attention; a sink is about as large as all scores (times 0.3) together."""
     has_sinks, soft_cap = SOFTMAX[name]
     generator = torch.Generator().manual_seed(case.num_heads)
     sinks = torch.randn(case.num_heads, generator=generator) * 3 + 0.045 * case.head_size + 6

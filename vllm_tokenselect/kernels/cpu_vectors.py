@@ -217,7 +217,9 @@ _TANH = (1.0, -1 / 3, 2 / 15, -17 / 315, 62 / 2835)
 
 def _hyperbolic_tangent(builder, z):
     kind = z.type
-    magnitude = builder.select(builder.fcmp_ordered("<", z, constant(kind, 0.0)), builder.fneg(z), z)
+    magnitude = builder.select(
+        builder.fcmp_ordered("<", z, constant(kind, 0.0)), builder.fneg(z), z
+    )
     square = builder.fmul(z, z)
     series = constant(kind, _TANH[-1])
     for coefficient in reversed(_TANH[:-1]):

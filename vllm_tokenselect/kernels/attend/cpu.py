@@ -15,7 +15,13 @@ from numba import njit, prange
 from vllm_tokenselect.kernels.cpu_cache import compile_once
 from vllm_tokenselect.kernels.cpu_numbers import narrow, rotate_run
 from vllm_tokenselect.kernels.cpu_tiles import TILE_TOKENS, add_tile, dot_tile, prefetch_run, widen
-from vllm_tokenselect.kernels.cpu_vectors import LANES, cap_scores, exponential, exponentials, largest
+from vllm_tokenselect.kernels.cpu_vectors import (
+    LANES,
+    cap_scores,
+    exponential,
+    exponentials,
+    largest,
+)
 
 MAX_SPLIT_TOKENS = 512
 

@@ -131,7 +131,18 @@ def _state_arrays(state: SelectionCacheState | None, query: torch.Tensor) -> tup
 
 @compile_once()
 def _single_queries(
-    selects, asking, deciding, cache, table, scoring, caching, stored, vote_turn, cos_sin, softmax, out
+    selects,
+    asking,
+    deciding,
+    cache,
+    table,
+    scoring,
+    caching,
+    stored,
+    vote_turn,
+    cos_sin,
+    softmax,
+    out,
 ):
     if selects:
         selecting, reused_end, votes = _vote(
