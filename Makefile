@@ -11,7 +11,7 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup constraints newest demo test lint types pytest check-vllm bench gpu-check endurance scaling clean
+.PHONY: help setup constraints newest demo test lint types pytest check-vllm bench gpu-check endurance models scaling clean
 
 help:
 	@echo "make demo                        a real model answers about a document, with and without TOKENSELECT"
@@ -23,6 +23,7 @@ help:
 	@echo "make check-vllm VERSION=0.33.0   check every hook against a vLLM release"
 	@echo "make gpu-check                   every check and benchmark that wants a GPU, in ten minutes"
 	@echo "make endurance                   an hour and more of random load on real servers"
+	@echo "make models                      ask small models of every family, and write docs/models.md"
 	@echo "make bench ARGS='--help'         speed against vLLM's own attention"
 	@echo "make scaling                     write the tables of deploy/SCALING.md anew"
 
@@ -75,9 +76,14 @@ bench: setup
 endurance: setup
 	@$(BIN)/python -m tests.endurance.invariance --json benchmarks/results/invariance.json $(ARGS)
 	@$(BIN)/python -m tests.endurance.soak --json benchmarks/results/soak.json
+	@$(BIN)/python -m tests.models.table --write docs/models.md
 	@$(BIN)/python -m pytest -q -m endurance
 	@$(BIN)/python -m pytest -q --hypothesis-profile endurance \
 	    tests/hooks/test_request_table.py tests/method/test_selection_cache_machine.py
+
+# Goes on where it was stopped with ARGS='--keep FOLDER'.
+models: setup
+	@$(BIN)/python -m tests.models.table --write docs/models.md $(ARGS)
 
 # With the Python that has torch and Triton for the GPU, and vLLM if it is to be checked too: an
 # installation of its own would be for CPUs.

@@ -72,7 +72,7 @@ CONVOLUTION = {"conv_dim": 128, "layer_types": ["conv", "full_attention"]}
 # Family of transformers, and what differs from COMMON.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama": ("Llama", {}),
-    "Qwen2, YaRN": ("Qwen2", rope("yarn", factor=4.0, original_max_position_embeddings=128)),
+    "Qwen2, YaRN": ("Qwen2", rope("yarn", factor=4.0, original_max_position_embeddings=1024)),
     "Qwen2-MoE": ("Qwen2Moe", EXPERTS),
     "Qwen3": ("Qwen3", HEAD),
     "Qwen3-MoE": ("Qwen3Moe", {**EXPERTS, **HEAD}),
@@ -160,6 +160,55 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
                       "index_n_heads": 4}),
     "GLM-5": ("GlmMoeDsa", {**LATENT, "index_topk": 64, "index_head_dim": 32,
               "index_n_heads": 4}),
+    # Older ones, and rarer.
+    "Phi-4-mini": ("Phi3", rope("longrope", short_factor=[1.0] * 16, long_factor=[2.0] * 16,
+                   original_max_position_embeddings=512)),
+    "Gemma": ("Gemma", HEAD),
+    "GLM": ("Glm", HEAD),
+    "OLMo": ("Olmo", {}),
+    "OLMo 2": ("Olmo2", {}),
+    "OLMoE": ("Olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
+    "FlexOLMo": ("FlexOlmo", {"num_experts": 4, "num_experts_per_tok": 2}),
+    "Phi-2": ("Phi", {}),
+    "StableLM": ("StableLm", {}),
+    "GPT-J": ("GPTJ", {"rotary_dim": 16}),
+    "GPT-NeoX": ("GPTNeoX", {}),
+    "Falcon": ("Falcon", {"new_decoder_architecture": False, "alibi": False}),
+    "Persimmon": ("Persimmon", {}),
+    "OPT": ("OPT", {"ffn_dim": 96, "word_embed_proj_dim": 128}),
+    "GPT-BigCode": ("GPTBigCode", {"n_embd": 128, "n_head": 4, "n_layer": 2, "n_positions": 4096,
+                    "n_inner": 96}),
+    "MPT": ("Mpt", {"d_model": 128, "n_heads": 4, "n_layers": 2, "max_seq_len": 4096,
+            "expansion_ratio": 1}),
+    "Dots 1": ("Dots1", {**EXPERTS, **HEAD}),
+    "Granite MoE, shared": ("GraniteMoeShared", {**EXPERTS, "shared_intermediate_size": 64}),
+    "Granite MoE-SWA": ("GraniteMoeSWA", {**EXPERTS, **WINDOWS}),
+    "CWM": ("Cwm", {**WINDOWS, **HEAD}),
+    "EXAONE MoE": ("ExaoneMoe", {**EXPERTS, **WINDOWS, **HEAD}),
+    "Jais 2": ("Jais2", HEAD),
+    "HyperCLOVA X": ("HyperCLOVAX", HEAD),
+    "VaultGemma": ("VaultGemma", {**WINDOWS, **HEAD}),
+    "NanoChat": ("NanoChat", HEAD),
+    "Helium": ("Helium", HEAD),
+    "Jamba": ("Jamba", {**EXPERTS, "num_hidden_layers": 4, "attn_layer_period": 2,
+              "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1,
+              "mamba_d_state": 16, "mamba_expand": 2, "mamba_dt_rank": 8,
+              "use_mamba_kernels": False}),
+    "Bamba": ("Bamba", {**MAMBA, "attn_layer_indices": [1]}),
+    "OLMo hybrid": ("OlmoHybrid", LINEAR),
+    "MiniMax": ("MiniMax", {**EXPERTS, **HEAD,
+                "layer_types": ["linear_attention", "full_attention"]}),
+    "Kimi Linear": ("KimiLinear", LATENT),
+    "Mamba": ("Mamba", {"state_size": 16}),
+    "Falcon-Mamba": ("FalconMamba", {"state_size": 16}),
+    "DeepSeek V2": ("DeepseekV2", LATENT),
+    "Mistral 4": ("Mistral4", LATENT),
+    "MiniCPM 3": ("MiniCPM3", LATENT),
+    "AX-K1": ("AXK1", LATENT),
+    "HRM": ("HrmText", HEAD),
+    "Youtu": ("Youtu", LATENT),
+    "HY4": ("HYV4", {**EXPERTS, **HEAD}),
+    "BitNet": ("BitNet", {}),
 }  # fmt: skip
 
 
@@ -179,8 +228,11 @@ REFUSED = {
 # Not made by vLLM's CPU build, or not to be looked at without torchvision, whatever the backend.
 NOT_BY_VLLM = {"Qwen3.5", "Qwen3.5 MoE"}
 
-# The others are for `make endurance`: each takes seconds.
-EVERY_RUN = {"Gemma 2", "Gemma 3", "Llama 4", "gpt-oss", "MiMo-V2", "Phi-3-4k"}
+# One of each kind. The others are for `make endurance`: each takes seconds.
+EVERY_RUN = {
+    "Gemma 3", "Llama 4", "Qwen3-Next", "gpt-oss", "Gemma 2", "Gemma 3n", "DeepSeek V3", "BLOOM",
+    "MiMo-V2", "Phi-3-4k",
+}  # fmt: skip
 
 
 def save_config(folder: Path, family: str, options: dict[str, Any]) -> Path:

@@ -4,7 +4,8 @@
 
 A job is a folder and arguments of `vllm.LLM`. Prints a line of JSON for each: tokens and the sum of their
 log-probabilities for every prompt, or the error that stopped the engine. With `"ask": "start"` in place of
-prompts, what its layers run on; with `"ask": "doctor"`, what `tokenselect doctor` says that it would do.
+prompts, what its layers run on; with `"ask": "doctor"`, what `tokenselect doctor` says that it would do;
+with `"ask": "rounds"`, what it answers in each of the ways of `tests.models.rounds`.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ import json
 import os
 import random
 import sys
+import traceback
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from tests.forks import run_in_forks
+from tests.models.rounds import ask_in_rounds
 from vllm_tokenselect.hooks.layers import examine_model
 
 ENVIRONMENT = {
@@ -60,7 +63,6 @@ def layers(folder: str, options: dict[str, Any]) -> dict[str, Any]:
 
     engine = LLM(
         model=folder,
-        load_format="dummy",
         skip_tokenizer_init=True,
         enforce_eager=True,
         distributed_executor_backend="uni",
@@ -70,23 +72,36 @@ def layers(folder: str, options: dict[str, Any]) -> dict[str, Any]:
     return {
         "layers": group_layers(describe_layers(config)),
         "block_size": config.cache_config.block_size,
+        "query_chunk": engine.llm_engine.engine_core.engine_core.scheduler.chunks.query_chunk,
     }
 
 
-def answer(folder: str, options: dict[str, Any]) -> None:
+def answer(folder: str, options: dict[str, Any], log: str | None = None) -> Any:
+    """What is asked of a model, in a process of its own, whose output a file may take."""
+    if log is not None:
+        with Path(log).open("w") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+    options = dict(options)
     lengths = options.pop("lengths", [40, 200, 131])
-    ask = options.pop("ask", "answers")
+    kind = options.pop("ask", "answers")
     try:
-        if ask == "doctor":
-            said: Any = asdict(examine_model(folder, {}))
-        elif ask == "start":
-            said = layers(folder, options)
-        else:
-            said = answers(folder, options, lengths)
+        if kind == "doctor":
+            return doctor(folder, options)
+        if kind == "start":
+            return layers(folder, options)
+        if kind == "rounds":
+            return ask_in_rounds(folder, options)
+        return answers(folder, options, lengths)
     except Exception as error:  # any reason to refuse is for the test to read
-        said = {"error": f"{type(error).__name__}: {error}"}
-    print(json.dumps(said), flush=True)
-    os._exit(0)  # an engine that was refused half-way may not end by itself
+        traceback.print_exc()
+        return {"error": f"{type(error).__name__}: {error}"}
+
+
+def doctor(folder: str, options: dict[str, Any]) -> dict[str, Any]:
+    options.pop("attention_backend", None)
+    settings = options.pop("additional_config", {}).get("tokenselect", {})
+    return asdict(examine_model(folder, settings, options))
 
 
 def main(jobs: str) -> None:

@@ -215,6 +215,7 @@ def _verdict(model: str, verdict: dict[str, Any], log: str) -> list[Row]:
             remedy = f"vLLM's code of this model needs torchvision: {torchvision_for_cpus()}"
         rows.append(Row("model", model, "problem", verdict["refusal"], remedy))
     elif verdict["block_size"]:
-        detail = f"{verdict['block_size']} tokens, which query_chunk fits"
-        rows.append(Row("model", "KV cache block", "ok", detail))
+        rows.append(Row("model", "KV cache block", "ok", f"{verdict['block_size']} tokens"))
+        detail = f"{verdict['query_chunk']} queries of a prompt, the most that line up with blocks"
+        rows.append(Row("model", "query_chunk", "ok", detail))
     return rows

@@ -24,6 +24,7 @@ from vllm_tokenselect.hooks.log import get_logger
 from vllm_tokenselect.hooks.platform_backend import refuse_model
 from vllm_tokenselect.hooks.registration import BACKEND_NAME, backend_member, is_selected
 from vllm_tokenselect.hooks.seam import Seam, replace_everywhere
+from vllm_tokenselect.hooks.step_size import check_hybrid_steps
 
 _FUNCTION = "initialize_model"
 
@@ -62,7 +63,8 @@ def settle_layers(
     which are left alone.
 
     Raises:
-        SettingsError: listing the layers, where none selects or where one should and would not.
+        SettingsError: listing the layers, where none selects or where one should and would not; or by an
+            option that leaves no room in a step for what a hybrid model needs.
     """
     if prefix or (model_config is not None and model_config is not vllm_config.model_config):
         return
@@ -81,6 +83,7 @@ def settle_layers(
                 f"no layer would select ({listed or 'it has no attention layer'}); TOKENSELECT is for "
                 "layers that attend to the whole context"
             )
+        check_hybrid_steps(vllm_config)
     get_logger(__name__).info_once("Attention backends: %s", listed, scope="global")
 
 

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from vllm_tokenselect.config import ADDITIONAL_CONFIG_KEY
+from vllm_tokenselect.config import ADDITIONAL_CONFIG_KEY, TokenSelectConfig
 from vllm_tokenselect.hooks.registration import BACKEND_NAME
 
 if TYPE_CHECKING:
@@ -31,21 +31,31 @@ class Verdict:
     Attributes:
         layers: layers that run on the same, as text, and what they run on.
         block_size: of the KV cache of the layers that select, tokens; None if not known.
+        query_chunk: queries that select together, which line up with the blocks; None if not known.
         refusal: the message that the server would end with; empty if it would serve.
         guess: why the layers are only guessed from the model's configuration file; empty if they are known.
     """
 
     layers: list[tuple[str, str]] = field(default_factory=list)
     block_size: int | None = None
+    query_chunk: int | None = None
     refusal: str = ""
     guess: str = ""
 
 
-def examine_model(model: str, settings: Mapping[str, Any]) -> Verdict:
-    """Tell what a server would do with a model folder or hub name; once a process."""
+def examine_model(
+    model: str, settings: Mapping[str, Any], options: Mapping[str, Any] | None = None
+) -> Verdict:
+    """Tell what a server would do with a model folder or hub name; once a process.
+
+    Args:
+        model: the folder or name.
+        settings: of tokenselect.
+        options: of the server, by the names of vLLM's `AsyncEngineArgs`; defaults without.
+    """
     verdict = Verdict()
     try:
-        vllm_config = _make_config(model, settings)
+        vllm_config = _make_config(model, settings, options or {})
     except Exception as error:  # whatever it is, the server would not start
         verdict.refusal = _words(error)
         return verdict
@@ -64,12 +74,15 @@ def examine_model(model: str, settings: Mapping[str, Any]) -> Verdict:
     verdict.layers = group_layers(describe_layers(vllm_config))
     try:
         verdict.block_size = _check_cache(vllm_config)
+        method = TokenSelectConfig.from_mapping(settings).method
+        # Of the blocks that all layers share, as the server has it.
+        verdict.query_chunk = method.for_blocks(vllm_config.cache_config.block_size).query_chunk
     except Exception as error:
         verdict.refusal = _words(error)
     return verdict
 
 
-def _make_config(model: str, settings: Mapping[str, Any]) -> VllmConfig:
+def _make_config(model: str, settings: Mapping[str, Any], options: Mapping[str, Any]) -> VllmConfig:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.usage.usage_lib import UsageContext
 
@@ -77,6 +90,7 @@ def _make_config(model: str, settings: Mapping[str, Any]) -> VllmConfig:
         model=model,
         attention_backend=BACKEND_NAME,
         additional_config={ADDITIONAL_CONFIG_KEY: dict(settings)},
+        **options,
     )
     return arguments.create_engine_config(UsageContext.OPENAI_API_SERVER)
 

@@ -5,6 +5,7 @@ A step that cannot hold a whole chunk computes nothing of the prompt, and vLLM a
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING
 
 from vllm_tokenselect.config import TokenSelectConfig
@@ -56,6 +57,27 @@ def check_steps(
             "(--disable-chunked-mm-input, which vLLM sets itself for models whose images attend in "
             "both directions). Leave it out, or serve text alone with --language-model-only."
         )
+
+
+def check_hybrid_steps(vllm_config: VllmConfig) -> None:
+    """Check the options with the KV blocks of a hybrid model that was just made.
+
+    vLLM makes the blocks larger once the weights are loaded, so that they hold a state as well. Nothing of
+    the configuration is changed here.
+
+    Raises:
+        SettingsError: by the option's name, with what is allowed.
+    """
+    if not vllm_config.model_config.is_hybrid:
+        return
+    from vllm.platforms import current_platform
+
+    looked_at = copy.copy(vllm_config)
+    looked_at.cache_config = copy.copy(vllm_config.cache_config)
+    current_platform.update_block_size_for_backend(looked_at)
+    config = TokenSelectConfig.from_additional_config(vllm_config.additional_config)
+    block_size = looked_at.cache_config.block_size
+    check_steps(config, looked_at, block_size, ends_steps_at_blocks(looked_at))
 
 
 def ends_steps_at_blocks(vllm_config: VllmConfig) -> bool:
