@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -20,6 +20,9 @@ DEVICE = use_interpreter_without_gpu()  # before Triton is imported
 
 from benchmarks.attention_baselines import Unavailable, flash_varlen  # noqa: E402
 from benchmarks.attention_cases import SHAPES, Data, Shape, TokenSelectLayer, Work  # noqa: E402
+from benchmarks.gpu_libraries import attentions  # noqa: E402
+from vllm_tokenselect.gpu.attention import RowAttention  # noqa: E402
+from vllm_tokenselect.kernels.attend import reference as attend_reference  # noqa: E402
 from vllm_tokenselect.kernels.block_table import gpu as table_gpu  # noqa: E402
 from vllm_tokenselect.kernels.block_table import reference as table_reference  # noqa: E402
 from vllm_tokenselect.kernels.gather import gpu as gather_gpu  # noqa: E402
@@ -126,13 +129,13 @@ def check_gather(shape: Shape, dtype: torch.dtype) -> tuple[float, float]:
     return float((results[0] != results[1]).sum()), 0.0
 
 
-def decoding_layer() -> TokenSelectLayer:
+def decoding_layer(shape: Shape = SHAPES[0]) -> TokenSelectLayer:
     try:
         varlen = flash_varlen()
     except Unavailable:
         varlen = None
     method = Method() if ON_GPU else Method(top_k=200, n_init=16, n_local=32)
-    work = Work(SHAPES[0], CONTEXT, 4 if ON_GPU else 1, 1)
+    work = Work(shape, CONTEXT, 4 if ON_GPU else 1, 1)
     data = Data(work, DEVICE, 4 << 30)
     return TokenSelectLayer(data, method, varlen)
 
@@ -171,6 +174,37 @@ def check_no_waiting() -> tuple[float, float]:
     return 0.0, 0.0
 
 
+def check_attention(
+    layer: TokenSelectLayer, attention: RowAttention, sinks: torch.Tensor | None, soft_cap: float
+) -> tuple[float, float]:
+    """Outputs of a decoding step whose heads have sinks, or whose logits have a soft cap."""
+    layer.attention, layer.cache = attention, replace(layer.cache, sinks=sinks)
+    layer.run(0)
+    (group,) = layer.steps[0].groups
+    expected = torch.empty_like(layer.data.out)
+    attend_reference.attend(
+        *(layer.data.query, group.query_start_loc, layer.cache.pages),
+        *(layer.workspace.slots(group), layer.workspace.lengths[: group.num_rows]),
+        *(layer.data.work.shape.scale, expected),
+        sinks=sinks,
+        soft_cap=soft_cap,
+    )
+    return relative_error(layer.data.out, expected), 1e-2
+
+
+def attention_checks() -> Iterator[Check]:
+    gpt_oss, gemma = Shape("gpt-oss", 64, 8, 64), Shape("Gemma 2 9B", 16, 8, 256)
+    sinks = torch.linspace(-2, 6, gpt_oss.num_heads, device=DEVICE).bfloat16()
+    for shape, own, soft_cap in ((gpt_oss, sinks, 0.0), (gemma, None, 2.0)):
+        layer = decoding_layer(shape)
+        kind = "a soft cap" if own is None else "sinks"
+        for name, make in attentions(shape, layer.method, soft_cap, DEVICE):
+            yield Check(
+                f"attention with {kind}, {shape.name}, {name}",
+                lambda made=make, at=layer, s=own, c=soft_cap: check_attention(at, made(), s, c),
+            )
+
+
 def checks() -> Iterator[Check]:
     shapes = ALL_SHAPES if ON_GPU else ALL_SHAPES[3:4]
     capability = torch.cuda.get_device_capability() if ON_GPU else (9, 0)
@@ -192,6 +226,7 @@ def checks() -> Iterator[Check]:
                 f"sparse block table of {context:,}, {parts or 'several'} programs a row",
                 lambda c=context, p=parts: check_table(c, p, 3),
             )
+    yield from attention_checks()
     yield Check("a CUDA graph's replay" if ON_GPU else "a second run", check_graph)
     yield Check("a decoding step does not wait for the device", check_no_waiting)
 
