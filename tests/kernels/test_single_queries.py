@@ -5,7 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.kernels.cases import SHAPES, Case, int32, make_rotation, paged_cache
+from tests.kernels.cases import (
+    SHAPES,
+    Case,
+    int32,
+    make_rotation,
+    make_softmax,
+    paged_cache,
+)
 from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
 from vllm_tokenselect.kernels.single_queries import cpu, reference
 from vllm_tokenselect.kernels.single_queries.rows import CachingRows, SingleQueryRows
@@ -51,6 +58,21 @@ def test_both_fill_the_same_table_and_give_the_same_output(case: Case, selects: 
         assert torch.equal(actual, expected)
     tolerance = TOLERANCE[case.dtype]
     torch.testing.assert_close(results[0][2], results[1][2], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("operation", [cpu, reference])
+def test_sinks_and_caps_change_the_output_and_not_what_is_selected(operation):
+    case = SHAPES[1]
+    kv_cache, block_table = paged_cache(case)
+    index, ends = torch.arange(3, dtype=torch.int32), int32(500, 300, 100)
+    query = torch.randn(3, case.num_heads, case.head_size).to(case.torch_dtype)
+    results = []
+    for softmax in ({}, make_softmax(case, "sinks and a cap")):
+        rows, out = rows_of(case, block_table, index, ends), torch.empty_like(query)
+        operation.single_queries(rows)(query, kv_cache, 0.2, out, None, None, **softmax)
+        results.append((rows.slots, out))
+    assert torch.equal(results[0][0], results[1][0])
+    assert (results[0][1] - results[1][1]).abs().max() > 0.05
 
 
 class Cached:
