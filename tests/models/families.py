@@ -224,9 +224,18 @@ REFUSED = {
     "Mistral-7B-v0.1": "no layer would select (layers 0-1: CPU_ATTN (sliding window))",
     "Phi-3-4k": "no layer would select (layers 0-1: CPU_ATTN (sliding window))",
     "Mamba 2": "no layer would select (layers 0-1: MAMBA2_ATTN (no key per token))",
+    "DeepSeek V2": "multi-head latent attention (MLA)",
+    "AX-K1": "multi-head latent attention (MLA)",
+    "Youtu": "multi-head latent attention (MLA)",
+    "Mistral 4": "multi-head latent attention (MLA)",
+    "MiniCPM 3": "its head size is 48",
+    "Mamba": "no layer would select (layers 0-1: MAMBA1_ATTN (no key per token))",
+    "Falcon-Mamba": "no layer would select (layers 0-1: MAMBA1_ATTN (no key per token))",
 }
 # Not made by vLLM's CPU build, or not to be looked at without torchvision, whatever the backend.
-NOT_BY_VLLM = {"Qwen3.5", "Qwen3.5 MoE"}
+NOT_BY_VLLM = {
+    "Qwen3.5", "Qwen3.5 MoE", "MPT", "Bamba", "OLMo hybrid", "Kimi Linear", "MiniMax", "HRM", "HY4",
+}  # fmt: skip
 
 # One of each kind. The others are for `make endurance`: each takes seconds.
 EVERY_RUN = {
