@@ -5,7 +5,8 @@
 A job is a folder and arguments of `vllm.LLM`. Prints a line of JSON for each: tokens and the sum of their
 log-probabilities for every prompt, or the error that stopped the engine. With `"ask": "start"` in place of
 prompts, what its layers run on; with `"ask": "doctor"`, what `tokenselect doctor` says that it would do;
-with `"ask": "rounds"`, what it answers in each of the ways of `tests.models.rounds`.
+with `"ask": "rounds"`, what it answers in each of the ways of `tests.models.rounds`;
+with `"ask": "images"`, what `tests.models.seeing` asks.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.forks import run_in_forks
+from tests.models import seeing
 from tests.models.rounds import ask_in_rounds
 from vllm_tokenselect.hooks.layers import examine_model
 
@@ -92,6 +94,8 @@ def answer(folder: str, options: dict[str, Any], log: str | None = None) -> Any:
             return layers(folder, options)
         if kind == "rounds":
             return ask_in_rounds(folder, options)
+        if kind == "images":
+            return seeing.answers(folder, **options)
         return answers(folder, options, lengths)
     except Exception as error:  # any reason to refuse is for the test to read
         traceback.print_exc()
