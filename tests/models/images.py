@@ -106,14 +106,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] 
             "eoi_token_index": ID["<end_of_image>"],
         },
     ),
-    "Gemma 4 E": (
-        "Gemma4",
-        {**WINDOWS, **HEAD, "initializer_range": 0.03, "global_head_dim": 32,
-         "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 32,
-         "vocab_size_per_layer_input": 256, "use_bidirectional_attention": None},
-        GEMMA4_ENCODER,
-        GEMMA4,
-    ),
     "Gemma 4": (
         "Gemma4",
         {**WINDOWS, **HEAD, "initializer_range": 0.03, "global_head_dim": 32, "num_kv_shared_layers": 0,
@@ -135,7 +127,6 @@ PLACEHOLDER = {
     "Llama 4": ["<|image|>"],
     "Gemma 3": ["<start_of_image>"],
     "Gemma 4": ["<|image|>"],
-    "Gemma 4 E": ["<|image|>"],
 }
 # vLLM's CPU build has its gated DeltaNet in no other type.
 BFLOAT16 = {"Qwen3.5"}

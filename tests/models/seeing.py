@@ -17,7 +17,7 @@ PROMPTS = [
     TEXT,
     [30, [100], 60],  # an image over the end of a chunk
     [9, [200], 100],  # larger than a chunk, where images have no fixed size
-    [40, [56], 3, [56], 60],  # several in a chunk
+    [40, [56], 3, [56], 20],  # several in a chunk
 ]
 TOO_LARGE = {"size": {"shortest_edge": 56 * 56, "longest_edge": 10**6}}
 

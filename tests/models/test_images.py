@@ -84,7 +84,7 @@ def test_prompts_with_images_are_answered_as_with_full_attention(outcomes, name)
 @pytest.mark.parametrize("name", parametrized(sorted(set(SEEING) - BFLOAT16), EVERY_RUN))
 def test_images_are_found_in_the_prefix_cache(outcomes, name):
     cached = outcomes(name, images(name, COVERED))["cached"]
-    assert all(cached[1:]), cached
+    assert all(cached[1:3]), cached  # the others have too few whole chunks
 
 
 @pytest.mark.parametrize(
