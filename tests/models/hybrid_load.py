@@ -21,7 +21,7 @@ from tests.models.serve import ENVIRONMENT
 LONGEST = 20_000
 
 
-def load(folder: str, options: dict[str, Any], budget: int, count: int) -> None:
+def load(folder: str, options: dict[str, Any], budget: int, count: int) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
 
     engine = LLM(
@@ -58,8 +58,7 @@ def load(folder: str, options: dict[str, Any], budget: int, count: int) -> None:
     ]
     cached = sum(output.num_cached_tokens for output in again)
     block_size = engine.llm_engine.vllm_config.cache_config.block_size
-    print(json.dumps({"block_size": block_size, "cached": cached, "said": said}), flush=True)
-    os._exit(0)
+    return {"block_size": block_size, "cached": cached, "said": said}
 
 
 def _answer(output: Any) -> list[Any]:
