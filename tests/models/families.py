@@ -244,6 +244,11 @@ EVERY_RUN = {
 }  # fmt: skip
 
 
+# Families that hand queries of three dimensions to vLLM's rotary operation for CPUs, which then takes a
+# token's first head for all of them. With reassigned positions TOKENSELECT rotates, as it should be.
+WRONGLY_ROTATED = {"LFM2", "LFM2-MoE"}
+
+
 def save_config(folder: Path, family: str, options: dict[str, Any]) -> Path:
     """Write the configuration of such a model, once."""
     import transformers
