@@ -63,8 +63,8 @@ LINEAR = {
     "layer_types": ["linear_attention"] * 3 + ["full_attention"],
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
-    "linear_key_head_dim": 32,
-    "linear_value_head_dim": 32,
+    "linear_key_head_dim": 128,  # what vLLM's kernel for CPUs takes
+    "linear_value_head_dim": 128,
 }
 HEAD = {"head_dim": 32}
 CONVOLUTION = {"conv_dim": 128, "layer_types": ["conv", "full_attention"]}
@@ -90,7 +90,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "StarCoder2": ("Starcoder2", {"sliding_window": None}),
     "Command R": ("Cohere", {"logit_scale": 1.0}),
     "Solar-Open": ("SolarOpen", {**EXPERTS, **HEAD}),
-    "MiniMax-M2": ("MiniMaxM2", {**EXPERTS, **HEAD, "rotary_dim": 16, "scoring_func": "softmax"}),
+    "MiniMax-M2": ("MiniMaxM2", {**EXPERTS, **HEAD, "rotary_dim": 16, "scoring_func": "softmax",
+                   "use_routing_bias": True}),
     "SmolLM3": ("SmolLM3", {"no_rope_layers": [1, 0]}),
     "HunYuan": ("HunYuanDenseV1", HEAD),
     "Seed-OSS": ("SeedOss", HEAD),
@@ -145,14 +146,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Mamba 2": ("Mamba2", {"num_heads": 8, "head_dim": 32, "state_size": 16, "n_groups": 1}),
     "Granite-SWA": ("GraniteSWA", WINDOWS),
     "Laguna": ("Laguna", {**EXPERTS, **WINDOWS, **HEAD}),
-    "PhiMoE": ("Phimoe", {**EXPERTS, "sliding_window": None}),
-    "Hy3": ("HYV3", {**EXPERTS, **HEAD, "expert_hidden_dim": 64, "num_shared_experts": 1,
+    "PhiMoE": ("Phimoe", {**EXPERTS, "intermediate_size": 64, "sliding_window": None}),
+    "Hy3": ("HYV3", {**EXPERTS, **HEAD, "qk_norm": True, "expert_hidden_dim": 64, "num_shared_experts": 1,
             "route_norm": True}),
     "Ministral": ("Ministral", {**WINDOWS, **HEAD}),
     "Ministral 3": ("Ministral3", HEAD),
     "Ernie 4.5 MoE": ("Ernie4_5_Moe", {**EXPERTS, "moe_k": 2, "moe_num_experts": 4,
                       "moe_num_shared_experts": 1}),
-    "HunYuan MoE": ("HunYuanMoEV1", {**EXPERTS, **HEAD, "moe_topk": [2, 2]}),
+    "HunYuan MoE": ("HunYuanMoEV1", {**EXPERTS, **HEAD, "intermediate_size": 64, "moe_topk": [2, 2]}),
     "Mellum": ("Mellum", {**EXPERTS, **HEAD}),
     "Cohere 2 MoE": ("Cohere2Moe", {**EXPERTS, **WINDOWS, "logit_scale": 1.0}),
     "LFM2-MoE": ("Lfm2Moe", {**EXPERTS, **CONVOLUTION, "num_dense_layers": 1}),

@@ -13,13 +13,10 @@ pytestmark = [pytest.mark.server, pytest.mark.endurance]
 
 BUDGETS = [300, 523, 640, 1000, 1170, 2048, 2500, 4096, 6001, 8192]
 COUNT = 50  # prompts of each engine
-# vLLM's kernel for CPUs takes these, in bf16.
-QWEN = {"linear_key_head_dim": 128, "linear_value_head_dim": 128}
 
 
-def serve(folder, family: str, more: dict, options: dict) -> list[dict]:
-    name, configuration = FAMILIES[family]
-    model = save(folder / "model", name, {**configuration, **more})
+def serve(folder, family: str, options: dict) -> list[dict]:
+    model = save(folder / "model", *FAMILIES[family])
     command = [sys.executable, "-m", "tests.models.hybrid_load", str(model), json.dumps(options)]
     command += [json.dumps(BUDGETS), str(COUNT)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=3000)
@@ -29,7 +26,7 @@ def serve(folder, family: str, more: dict, options: dict) -> list[dict]:
 
 
 def test_500_prompts_with_gated_delta_nets_are_answered_alike_again_and_together(tmp_path):
-    for engine in serve(tmp_path, "Qwen3-Next", QWEN, {"dtype": "bfloat16"}):
+    for engine in serve(tmp_path, "Qwen3-Next", {"dtype": "bfloat16"}):
         assert engine["block_size"] == 1152
         lengths = [length for length, _ in engine["said"]]
         assert engine["cached"] > 0.8 * sum(lengths)
@@ -41,6 +38,6 @@ def test_500_prompts_with_gated_delta_nets_are_answered_alike_again_and_together
 
 def test_500_prompts_with_short_convolutions_end(tmp_path):
     """They say another thing again with vLLM's own backend as well: its convolutions on CPUs."""
-    for engine in serve(tmp_path, "LFM2", {}, {"dtype": "float32"}):
+    for engine in serve(tmp_path, "LFM2", {"dtype": "float32"}):
         assert engine["block_size"] == 128
         assert all(len(tokens) == 4 for _, said in engine["said"] for tokens, _ in said)

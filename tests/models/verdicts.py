@@ -12,7 +12,7 @@ from typing import Any
 from tests.forks import HANG
 from tests.models.rounds import Answer
 
-TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}  # of log-probabilities
+TOLERANCE = {"fp32": 1e-3, "bf16": 1e-1}  # of log-probabilities
 SHOWN = 230  # characters of a message
 
 _LAYER_TYPES = {
@@ -70,7 +70,8 @@ def judge(folder: Path, said: dict[str, Any], prefix_caching: bool) -> Outcome:
         outcome.notes.append("without prefix caching, with which vLLM itself fails on CPUs")
     for way in ("native", "reassigned"):
         setattr(outcome, way, _judge_way(way, said[way], full, outcome, tolerance))
-    _compare_doctor(said["doctor"], native, outcome)
+    if outcome.native != "vLLM itself":  # which fails after what doctor looks at
+        _compare_doctor(said["doctor"], native, outcome)
     if "error" not in native:
         outcome.block_size = native["block_size"]
         if differs(native["small"], native["rounds"]["together"], tolerance) is None:
@@ -121,18 +122,23 @@ def needs_bf16(config: dict[str, Any]) -> bool:
 def differs(
     said: Sequence[Answer], expected: Sequence[Answer], tolerance: float = TOLERANCE["fp32"]
 ) -> str | None:
-    """How answers differ; None where they are the same."""
+    """How answers differ; None where they are the same.
+
+    In bf16 two tokens may be as likely as each other, and what follows is another text.
+    """
     largest = 0.0
     for number, ((tokens, logprobs), (wanted, wanted_logprobs)) in enumerate(
         zip(said, expected, strict=True)
     ):
-        largest = max(
-            largest, *(abs(a - b) for a, b in zip(logprobs, wanted_logprobs, strict=True))
-        )
-        if tokens != wanted:
-            first = next(i for i, (a, b) in enumerate(zip(tokens, wanted, strict=True)) if a != b)
-            gap = abs(logprobs[first] - wanted_logprobs[first])
-            return f"other tokens for prompt {number} from number {first} on (log-probability {gap:.0e})"
+        gaps = [abs(a - b) for a, b in zip(logprobs, wanted_logprobs, strict=True)]
+        parted = [i for i, (a, b) in enumerate(zip(tokens, wanted, strict=True)) if a != b]
+        if parted and (tolerance < TOLERANCE["bf16"] or gaps[parted[0]] > tolerance):
+            first = parted[0]
+            return (
+                f"other tokens for prompt {number} from number {first} on "
+                f"(log-probability {gaps[first]:.0e})"
+            )
+        largest = max(largest, *gaps[: parted[0] + 1 if parted else None])
     return None if largest <= tolerance else f"log-probabilities differ by {largest:.0e}"
 
 
