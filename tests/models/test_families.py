@@ -18,11 +18,11 @@ DOCTOR = {"ask": "doctor"}
 SERVER = {"ask": "start", "attention_backend": "TOKENSELECT", "load_format": "dummy"}
 # A folder without weights, which a server that refuses a model does not look for.
 REFUSING = {**SERVER, "load_format": "auto"}
-# vLLM makes blocks of 128 tokens for this hybrid model, once its weights are loaded.
+# vLLM makes blocks of 1,152 tokens for this hybrid model, once its weights are loaded.
 HYBRID = "Qwen3-Next"
 TOO_SMALL_FOR_BLOCKS = {
     **REFUSING,
-    "max_num_batched_tokens": 130,
+    "max_num_batched_tokens": 1154,
     "max_num_seqs": 4,
     "prefix_match_unit": 64,
     "additional_config": {"tokenselect": {"query_chunk": 64}},
@@ -105,7 +105,7 @@ def test_options_that_do_not_fit_the_blocks_of_a_hybrid_are_refused_before_its_w
     outcomes,
 ):
     error = outcomes(HYBRID, TOO_SMALL_FOR_BLOCKS)["error"]
-    assert "max_num_batched_tokens=130 cannot hold a KV block of 128 tokens" in error
+    assert "max_num_batched_tokens=1154 cannot hold a KV block of 1152 tokens" in error
 
 
 def test_layers_that_attend_within_their_chunk_are_left_alone(outcomes):
