@@ -46,6 +46,7 @@ from vllm_tokenselect.diagnosis.selections import (
     spread,
 )
 from vllm_tokenselect.evaluation.intervals import mean_interval
+from vllm_tokenselect.kernels.attend.reference import cap_scores
 from vllm_tokenselect.kernels.vote.reference import soft_vote
 from vllm_tokenselect.method import Method
 
@@ -66,11 +67,6 @@ def arguments(command: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(command)
 
 
-def capped(logits: torch.Tensor, cap: float) -> torch.Tensor:
-    """What a model with a soft cap puts into the softmax."""
-    return cap * torch.tanh(logits / cap)
-
-
 def vote(
     chunk: Chunk, queries: torch.Tensor, keys: torch.Tensor, scale: float, cap: float | None
 ) -> torch.Tensor:
@@ -79,7 +75,7 @@ def vote(
     mean = queries.mean(dim=1, keepdim=True, dtype=torch.float32)
     places = slice(chunk.candidates.start, chunk.candidates.stop)
     logits = scores(mean, keys[:, places], scale).transpose(0, 1)  # [1, Hq, N]
-    votes = soft_vote(logits if cap is None else capped(logits, cap))[0]
+    votes = soft_vote(logits if cap is None else cap_scores(logits, cap))[0]
     return best(votes, chunk.top_k) + chunk.candidates.start
 
 
@@ -119,7 +115,7 @@ class Watcher:
         by_raw = vote(chunk, own, key, scale, None)
         for cap in self._caps:
             by_capped = vote(chunk, own, key, scale, cap)
-            shares = capped(logits, cap).masked_fill(logits.isneginf(), -torch.inf).softmax(-1)
+            shares = cap_scores(logits, cap).masked_fill(logits.isneginf(), -torch.inf).softmax(-1)
             raw, better = (
                 float(shares[..., attended_positions(chunk, chosen, method)].sum(-1).mean())
                 for chosen in (by_raw, by_capped)

@@ -32,8 +32,8 @@ def test_500_prompts_with_gated_delta_nets_are_answered_alike_again_and_together
         assert engine["cached"] > 0.8 * sum(lengths)
         for length, (alone, again, together) in engine["said"]:
             assert again == alone, length
-            # Beside others vLLM's kernel rounds otherwise, in bf16.
-            assert together[0][0] == alone[0][0] or together[1] == pytest.approx(alone[1], abs=0.4)
+            # Beside others vLLM's kernel rounds otherwise, in bf16; texts may part later.
+            assert together[0][0] == alone[0][0], length
 
 
 def test_500_prompts_with_short_convolutions_end(tmp_path):

@@ -47,7 +47,6 @@ SEAM = Seam(
 )
 
 
-CHANGED = "queries or keys are changed after their rotation (as by a norm)"
 SCALED = (
     "queries are scaled by their position in the text, unless --max-model-len stays within the context "
     "in which they are not"
@@ -173,7 +172,7 @@ def _problem_with(trials: list[Trial]) -> str | None:
         return UNSEEN
     first = trials[0]
     if first.given is not None and not all(same(first.attended, first.given)):
-        return CHANGED
+        return transformers_rope.CHANGED
     queries, keys = True, True
     for trial in trials[1:]:
         comparisons = [same(trial.made, first.made)]
