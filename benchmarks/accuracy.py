@@ -30,13 +30,13 @@ from rich.progress import track
 from transformers import AutoTokenizer
 
 from benchmarks.accuracy_questions import QUESTIONS, digits_only
-from benchmarks.accuracy_report import draw, summarise, table
+from benchmarks.accuracy_report import draw, summarize, table
 from benchmarks.accuracy_ways import FULL, Way, ways
 from benchmarks.extrapolation_report import CannotResume, Cell, Report
-from vllm_tokenselect.cli.model import ensure_smollm2
-from vllm_tokenselect.diagnosis.model import DiagnosedModel
-from vllm_tokenselect.evaluation.hidden import HiddenPrompt, needle_prompts
-from vllm_tokenselect.evaluation.text import encode
+from vllm_tokenselect.tools.cli.model import ensure_smollm2
+from vllm_tokenselect.tools.evaluate.hidden import HiddenPrompt, needle_prompts
+from vllm_tokenselect.tools.evaluate.text import encode
+from vllm_tokenselect.tools.inspect.model import DiagnosedModel
 
 K = 1024
 MAIN = ("full", "ours", "dense 2", "paper", "sink+local", "random")
@@ -133,7 +133,7 @@ def main() -> None:
     args = arguments()
     torch.set_num_threads(args.threads)
     fixed = {
-        "model": "SmolLM2-135M-Instruct, dequantised 4-bit checkpoint",
+        "model": "SmolLM2-135M-Instruct, dequantized 4-bit checkpoint",
         "dtype": args.dtype,
         "questions": args.questions,
         "first": args.first,
@@ -154,7 +154,7 @@ def main() -> None:
         reader = Reader(args)
         for way, cell in track(todo, "texts"):
             report.add(cell, reader.ask(way, cell))
-    summary = summarise(report.cells)
+    summary = summarize(report.cells)
     report.write(summary)
     console = Console(width=150)
     console.print(table(summary))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm_tokenselect.evaluation.hidden import ASKED_AT_THE_END, Wording
+from vllm_tokenselect.tools.evaluate.hidden import ASKED_AT_THE_END, Wording
 
 _INTRODUCTION = "Read this text.\n\n"
 _QUESTION = 'Finish the sentence with the number from the text: "{fact}'
@@ -12,7 +12,7 @@ _ANSWER = "The number is "
 # What may stand between a question and the end of the prompt, about 24 tokens a sentence.
 _MANNERS = (
     " Answer in one short sentence, without any comment of your own, and write all digits of the number.",
-    " Do not translate the text, do not summarise it, and do not tell how you have found the sentence.",
+    " Do not translate the text, do not summarize it, and do not tell how you have found the sentence.",
     " If the text says the same thing several times, take the place where it is said for the first time.",
     " Leave the words of the sentence as they are, and do not put the number into quotation marks.",
     " The answer is read by a program that takes the first number in it and that knows no other form.",

@@ -9,14 +9,14 @@ from typing import Any
 from rich.table import Table
 
 from benchmarks.accuracy_ways import FULL
-from vllm_tokenselect.evaluation.intervals import mean_interval
-from vllm_tokenselect.evaluation.plots import draw_rates
-from vllm_tokenselect.evaluation.rates import rates
+from vllm_tokenselect.tools.evaluate.intervals import mean_interval
+from vllm_tokenselect.tools.evaluate.plots import draw_rates
+from vllm_tokenselect.tools.evaluate.rates import rates
 
 Rows = list[dict[str, Any]]
 
 
-def summarise(cells: Rows) -> Rows:
+def summarize(cells: Rows) -> Rows:
     """Rates of each way, task and length, and differences from full attention on the same questions."""
     found: dict[tuple[Any, ...], dict[int, dict[str, Any]]] = {}
     for cell in cells:

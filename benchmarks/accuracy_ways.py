@@ -11,8 +11,10 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from vllm_tokenselect.diagnosis.model import Attention
-from vllm_tokenselect.diagnosis.selections import (
+from vllm_tokenselect.kernels.vote.reference import soft_vote
+from vllm_tokenselect.method.settings import Method
+from vllm_tokenselect.tools.inspect.model import Attention
+from vllm_tokenselect.tools.inspect.selections import (
     Chunk,
     Select,
     best,
@@ -22,9 +24,7 @@ from vllm_tokenselect.diagnosis.selections import (
     chunks_of,
     scores,
 )
-from vllm_tokenselect.diagnosis.selective import SelectiveAttention
-from vllm_tokenselect.kernels.vote.reference import soft_vote
-from vllm_tokenselect.method import Method
+from vllm_tokenselect.tools.inspect.selective import SelectiveAttention
 
 FULL = "full"
 
@@ -105,7 +105,7 @@ def _voted(votes: Votes, parts: int = 1) -> Select:
 
 
 def _smoothed(width: int) -> Votes:
-    """Each candidate gets the most votes that any of `width` neighbours has, itself in their middle."""
+    """Each candidate gets the most votes that any of `width` neighbors has, itself in their middle."""
     return lambda logits: F.max_pool1d(soft_vote(logits), width, stride=1, padding=width // 2)
 
 

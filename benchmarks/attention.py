@@ -43,7 +43,7 @@ from benchmarks.attention_cases import (  # noqa: E402
     TokenSelectLayer,
     Work,
 )
-from vllm_tokenselect.method import Method  # noqa: E402
+from vllm_tokenselect.method.settings import Method  # noqa: E402
 
 K = 1024
 TARGETS = (

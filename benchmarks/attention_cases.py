@@ -15,9 +15,9 @@ from vllm_tokenselect.gpu.limits import StepLimits
 from vllm_tokenselect.gpu.rows import RowBuffers, RowGroup, graph_rows, step_rows
 from vllm_tokenselect.gpu.step import GpuStep
 from vllm_tokenselect.gpu.workspace import Workspace
-from vllm_tokenselect.method import Method
-from vllm_tokenselect.plan import SelectionPlan
-from vllm_tokenselect.requests import BatchRequests
+from vllm_tokenselect.method.plan import SelectionPlan
+from vllm_tokenselect.method.requests import BatchRequests
+from vllm_tokenselect.method.settings import Method
 
 BLOCK_SIZE = 16  # vLLM's default on NVIDIA GPUs
 PREFILL_QUERIES = 8192
@@ -156,7 +156,7 @@ class TokenSelectLayer:
         self.plan = SelectionPlan.build(
             np.arange(work.batch + 1, dtype=np.int32) * work.queries,
             self.seq_lens,
-            BatchRequests.without_slots(np.full(work.batch, prompt_len, np.int32), method.top_k),
+            BatchRequests.without_seats(np.full(work.batch, prompt_len, np.int32), method.top_k),
             method,
         )
         self.limits, self.buffers = limits, RowBuffers(work.batch, device)

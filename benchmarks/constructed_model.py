@@ -211,7 +211,7 @@ def retrieval_prompts(seed: int, length: int, num_keys: int = 1) -> list[Retriev
         keys = _unused_pairs(rng, text, num_keys)
         for position, key in zip(positions, keys, strict=True):
             text[position : position + 2] = key
-        # A key may, beside its neighbours or before the question, have made another one.
+        # A key may, beside its neighbors or before the question, have made another one.
         prompts = [
             RetrievalPrompt([*text, *key], key, text[position + 2], position)
             for position, key in zip(positions, keys, strict=True)

@@ -169,7 +169,7 @@ def main() -> None:
     except CannotResume as error:
         sys.exit(str(error))
     finished = run(part, [ways[name] for name in args.methods], report, args)
-    summary = part.summarise(report.cells)
+    summary = part.summarize(report.cells)
     report.write(summary)
     console = Console(width=150)
     for table in part.tables(summary):

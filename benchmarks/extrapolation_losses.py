@@ -24,7 +24,7 @@ def block_means(losses: list[float]) -> list[float]:
     ]
 
 
-def summarise(cells: list[dict[str, Any]], text: str, shortened: str) -> list[dict[str, Any]]:
+def summarize(cells: list[dict[str, Any]], text: str, shortened: str) -> list[dict[str, Any]]:
     """Mean losses of each method between positions, and its differences from less context.
 
     Args:

@@ -11,8 +11,8 @@ from typing import Any
 
 import openai
 
-from vllm_tokenselect.cli.server import VllmServer
 from vllm_tokenselect.config import TokenSelectConfig
+from vllm_tokenselect.tools.cli.server import VllmServer
 
 FULL, NATIVE, REASSIGNED = "full", "native", "reassigned"
 SINK_LOCAL, WINDOW = "sink+local", "window"

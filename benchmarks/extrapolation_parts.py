@@ -13,18 +13,18 @@ from rich.table import Table
 from transformers import AutoTokenizer
 
 from benchmarks.constructed_model import retrieval_prompts, write_constructed_model
-from benchmarks.extrapolation_losses import BLOCK, TARGET, block_means, loss_tables, summarise
+from benchmarks.extrapolation_losses import BLOCK, TARGET, block_means, loss_tables, summarize
 from benchmarks.extrapolation_methods import FULL, NATIVE, Asker, trained_length
 from benchmarks.extrapolation_report import Cell, rate_table, rates
-from vllm_tokenselect.cli.model import ensure_smollm2
-from vllm_tokenselect.evaluation.hidden import (
+from vllm_tokenselect.tools.cli.model import ensure_smollm2
+from vllm_tokenselect.tools.evaluate.hidden import (
     ANSWER_TOKENS,
     HiddenPrompt,
     is_right,
     needle_prompts,
     passkey_prompt,
 )
-from vllm_tokenselect.evaluation.text import document
+from vllm_tokenselect.tools.evaluate.text import document
 
 TEXT, SHORTENED = "text", "shortened text"
 
@@ -41,7 +41,7 @@ class Part(Protocol):
     def ask(self, asker: Asker, cell: Cell) -> dict[str, Any]:
         """The result of a cell."""
 
-    def summarise(self, cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def summarize(self, cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Figures over all cells and their results."""
 
     def tables(self, summary: list[dict[str, Any]]) -> list[Table]: ...
@@ -50,7 +50,7 @@ class Part(Protocol):
 class _Rates:
     """Parts whose answers are right or wrong."""
 
-    def summarise(self, cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def summarize(self, cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return rates(cells)
 
     def tables(self, summary: list[dict[str, Any]]) -> list[Table]:
@@ -98,7 +98,7 @@ class Constructed(_Rates):
 class _SmolLM2:
     """A real model, trained for 8,192 tokens."""
 
-    model_name = "SmolLM2-135M-Instruct, dequantised 4-bit checkpoint"
+    model_name = "SmolLM2-135M-Instruct, dequantized 4-bit checkpoint"
 
     def __init__(self, args: argparse.Namespace) -> None:
         self._args = args
@@ -174,8 +174,8 @@ class Perplexity(_SmolLM2):
         read = document(self._tokenizer, cell.number, cell.length)[-trained_length(self.model) :]
         return {"losses": block_means(asker.losses(read))[-(TARGET // BLOCK) :]}
 
-    def summarise(self, cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return summarise(cells, TEXT, SHORTENED)
+    def summarize(self, cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return summarize(cells, TEXT, SHORTENED)
 
     def tables(self, summary: list[dict[str, Any]]) -> list[Table]:
         return loss_tables(summary)

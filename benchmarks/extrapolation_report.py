@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.device import environment
-from vllm_tokenselect.evaluation import cells
-from vllm_tokenselect.evaluation.cells import CannotResume, Cell
-from vllm_tokenselect.evaluation.intervals import wilson
-from vllm_tokenselect.evaluation.rates import rate_table, rates
-from vllm_tokenselect.speed.machine import cpu_name
+from vllm_tokenselect.tools.bench.machine import cpu_name
+from vllm_tokenselect.tools.evaluate import cells
+from vllm_tokenselect.tools.evaluate.cells import CannotResume, Cell
+from vllm_tokenselect.tools.evaluate.intervals import wilson
+from vllm_tokenselect.tools.evaluate.rates import rate_table, rates
 
 __all__ = ["CannotResume", "Cell", "Report", "rate_table", "rates", "wilson"]
 

@@ -31,7 +31,7 @@ from vllm_tokenselect.kernels.score import gpu as score_gpu  # noqa: E402
 from vllm_tokenselect.kernels.score import reference as score_reference  # noqa: E402
 from vllm_tokenselect.kernels.vote import gpu as vote_gpu  # noqa: E402
 from vllm_tokenselect.kernels.vote import reference as vote_reference  # noqa: E402
-from vllm_tokenselect.method import Method  # noqa: E402
+from vllm_tokenselect.method.settings import Method  # noqa: E402
 
 ON_GPU = DEVICE.type == "cuda"
 CONTEXT = 70_001 if ON_GPU else 701

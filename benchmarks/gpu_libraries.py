@@ -12,7 +12,7 @@ from benchmarks.attention_cases import Shape
 from vllm_tokenselect.gpu.attention import GatherBuffer, RowAttention
 from vllm_tokenselect.gpu.flash_attention import GatheredFlashAttention, PagedFlashAttention
 from vllm_tokenselect.gpu.plain_attention import PlainAttention
-from vllm_tokenselect.method import Method
+from vllm_tokenselect.method.settings import Method
 
 
 def attentions(

@@ -15,10 +15,10 @@ from collections.abc import Callable
 
 import torch
 
+from vllm_tokenselect.cpu.warmup import compile_cpu_kernels
 from vllm_tokenselect.kernels.operations import cpu_operations
 from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
 from vllm_tokenselect.kernels.single_queries.rows import CachingRows, SingleQueryRows
-from vllm_tokenselect.kernels.warmup import compile_cpu_kernels
 
 try:
     from vllm import _custom_ops as ops
@@ -100,7 +100,7 @@ def contenders(
     rows = (block_table, row_seq, N_INIT, top_k, candidate_end, context_end, BLOCK_SIZE)
     caching = CachingRows(
         caches=torch.ones(1, dtype=torch.bool),
-        slot=row_seq,
+        seat=row_seq,
         owner=torch.ones(1, dtype=torch.int32),
         similarity_threshold=-2.0,  # whatever the query, a selection is reused
         refresh_interval=0,

@@ -33,7 +33,7 @@ from rich.table import Table
 from transformers import AutoTokenizer
 
 from tests.oracle.model import OracleModel, Selection
-from vllm_tokenselect.cli.model import ensure_smollm2
+from vllm_tokenselect.tools.cli.model import ensure_smollm2
 
 TEXTS = ("specialnames", "compound", "types", "formatstrings", "typesseq", "string-methods")
 BLOCK = 32
@@ -184,7 +184,7 @@ def ask_for_codes(model: OracleModel, tokenizer: Any, args: argparse.Namespace) 
     return found
 
 
-def summarise(texts: dict[str, Any], codes: dict[str, list]) -> list[dict[str, Any]]:
+def summarize(texts: dict[str, Any], codes: dict[str, list]) -> list[dict[str, Any]]:
     rows = []
     base = {key: torch.tensor(texts[RESELECT][key]) for key in ("nll", "kl", "best")}
     for name, values in texts.items():
@@ -230,12 +230,12 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     texts = read_texts(model, tokenizer, args)
     codes = ask_for_codes(model, tokenizer, args)
-    rows = summarise(texts, codes)
+    rows = summarize(texts, codes)
     show(rows)
     if args.json:
         report = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "model": "SmolLM2-135M-Instruct, dequantised 4-bit checkpoint, fp32",
+            "model": "SmolLM2-135M-Instruct, dequantized 4-bit checkpoint, fp32",
             "versions": {name: version(name) for name in ("vllm-tokenselect", "torch")},
             "python": sys.version.split()[0],
             "arguments": {key: str(value) for key, value in vars(args).items()},

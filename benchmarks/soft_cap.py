@@ -34,9 +34,13 @@ from rich.progress import track
 from rich.table import Table
 from transformers import AutoTokenizer
 
-from vllm_tokenselect.cli.model import ensure_smollm2
-from vllm_tokenselect.diagnosis.model import DiagnosedModel
-from vllm_tokenselect.diagnosis.selections import (
+from vllm_tokenselect.kernels.attend.reference import cap_scores
+from vllm_tokenselect.kernels.vote.reference import soft_vote
+from vllm_tokenselect.method.settings import Method
+from vllm_tokenselect.tools.cli.model import ensure_smollm2
+from vllm_tokenselect.tools.evaluate.intervals import mean_interval
+from vllm_tokenselect.tools.inspect.model import DiagnosedModel
+from vllm_tokenselect.tools.inspect.selections import (
     Chunk,
     attended_positions,
     best,
@@ -45,10 +49,6 @@ from vllm_tokenselect.diagnosis.selections import (
     scores,
     spread,
 )
-from vllm_tokenselect.evaluation.intervals import mean_interval
-from vllm_tokenselect.kernels.attend.reference import cap_scores
-from vllm_tokenselect.kernels.vote.reference import soft_vote
-from vllm_tokenselect.method import Method
 
 TEXTS = ("specialnames", "compound", "types", "formatstrings")
 SINGLE = 32  # last tokens, which select for themselves
@@ -145,7 +145,7 @@ def read_texts(args: argparse.Namespace) -> list[dict[str, Any]]:
     return found
 
 
-def summarise(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def summarize(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Means over texts and layers, of which each counts once."""
     cells: dict[tuple[Any, ...], dict[tuple[Any, ...], list[Any]]]
     cells = defaultdict(lambda: defaultdict(list))
@@ -187,7 +187,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     args = arguments()
-    rows = summarise(read_texts(args))
+    rows = summarize(read_texts(args))
     show(rows)
     if args.json:
         report = {

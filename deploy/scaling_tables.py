@@ -12,7 +12,7 @@ from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
 
-from vllm_tokenselect.cli.app import app
+from vllm_tokenselect.tools.cli.app import app
 
 DOCUMENT = Path(__file__).parent / "SCALING.md"
 END = "<!-- end -->"

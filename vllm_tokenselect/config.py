@@ -9,8 +9,8 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from vllm_tokenselect import misplaced
-from vllm_tokenselect.method import Method, SettingsError
+from vllm_tokenselect.method import misplaced
+from vllm_tokenselect.method.settings import Method, SettingsError
 
 ADDITIONAL_CONFIG_KEY = misplaced.KEY
 

@@ -7,12 +7,12 @@ import torch
 
 from benchmarks import accuracy
 from benchmarks.accuracy_questions import QUESTIONS, digits_only
-from benchmarks.accuracy_report import summarise, table
+from benchmarks.accuracy_report import summarize, table
 from benchmarks.accuracy_ways import FULL, split, ways
 from benchmarks.extrapolation_report import Cell
-from vllm_tokenselect.diagnosis.model import DiagnosedModel
-from vllm_tokenselect.diagnosis.selections import Chunk, by_vote, chunks_of
-from vllm_tokenselect.evaluation.hidden import needle_prompts
+from vllm_tokenselect.tools.evaluate.hidden import needle_prompts
+from vllm_tokenselect.tools.inspect.model import DiagnosedModel
+from vllm_tokenselect.tools.inspect.selections import Chunk, by_vote, chunks_of
 
 BUDGET = 256
 HEADS, KV_HEADS, HEAD_SIZE = 6, 2, 16
@@ -35,7 +35,7 @@ def test_every_way_attends_to_as_many_tokens_before_a_chunk(budget):
         assert way.method.n_init + len(chosen) + local == budget, way.name
 
 
-def test_votes_of_another_kind_choose_other_tokens_and_neighbours_of_a_loud_one():
+def test_votes_of_another_kind_choose_other_tokens_and_neighbors_of_a_loud_one():
     key = torch.zeros(KV_HEADS, 200, HEAD_SIZE)
     key[:, 90] = 5.0
     chunk = Chunk(180, 190, range(8, 150), 3)
@@ -133,7 +133,7 @@ def test_differences_are_those_from_full_attention_on_the_same_texts():
         cell("512 ours", 1, True, False),
         cell("512 ours", 2, True, False),
     ]
-    rows = {row["method"]: row for row in summarise(cells)}
+    rows = {row["method"]: row for row in summarize(cells)}
     assert rows[FULL]["rate"] == 0.5
     ours = rows["512 ours"]
     assert (ours["right"], ours["questions"], ours["haystacks"]) == (2, 4, 2)

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 import pytest
 
 from benchmarks import extrapolation
-from benchmarks.extrapolation_losses import BLOCK, TARGET, block_means, summarise
+from benchmarks.extrapolation_losses import BLOCK, TARGET, block_means, summarize
 from benchmarks.extrapolation_methods import (
     FULL,
     NATIVE,
@@ -19,14 +19,14 @@ from benchmarks.extrapolation_parts import SHORTENED, TEXT, Needles, Perplexity
 from benchmarks.extrapolation_plots import draw
 from benchmarks.extrapolation_report import CannotResume, Cell, Report, rates, wilson
 from vllm_tokenselect.config import TokenSelectConfig
-from vllm_tokenselect.evaluation.hidden import (
+from vllm_tokenselect.tools.evaluate.hidden import (
     NEEDLE,
     PASSKEY,
     is_right,
     needle_prompts,
     passkey_prompt,
 )
-from vllm_tokenselect.evaluation.text import document
+from vllm_tokenselect.tools.evaluate.text import document
 
 CHAT_END = "<|im_end|>\n<|im_start|>assistant\n"
 
@@ -150,7 +150,7 @@ def test_losses_are_compared_on_the_same_tokens():
         return fixed | {"task": task, "number": number, "losses": losses}
 
     easy, hard = [2.0] * (blocks - target), [4.0] * target
-    summary = summarise(
+    summary = summarize(
         [
             cell(TEXT, 0, easy + hard),
             cell(TEXT, 1, easy + hard),
@@ -274,5 +274,5 @@ def test_reports_are_drawn(tmp_path):
         {**losses, "task": TEXT, "losses": [2.0, 3.0] * (4096 // BLOCK)},
         {**losses, "task": SHORTENED, "losses": [2.0, 3.0] * (TARGET // BLOCK // 2)},
     ]
-    drawn += draw("perplexity", summarise(texts, TEXT, SHORTENED), texts, tmp_path)
+    drawn += draw("perplexity", summarize(texts, TEXT, SHORTENED), texts, tmp_path)
     assert all(file.stat().st_size > 5000 for file in drawn)

@@ -20,9 +20,9 @@ from vllm_tokenselect.gpu.warmup import compile_gpu_kernels
 from vllm_tokenselect.gpu.workspace import Workspace
 from vllm_tokenselect.kernels.rotate.rotation import Rotation
 from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
-from vllm_tokenselect.method import FULL_ATTENTION, Method
-from vllm_tokenselect.plan import SelectionPlan
-from vllm_tokenselect.requests import BatchRequests
+from vllm_tokenselect.method.plan import SelectionPlan
+from vllm_tokenselect.method.requests import BatchRequests
+from vllm_tokenselect.method.settings import FULL_ATTENTION, Method
 
 HEADS, KV_HEADS, HEAD_SIZE, BLOCK_SIZE, MAX_LEN = 28, 4, 128, 16, 131072
 MAX_TOKENS, ROTATED = 8704, 64
@@ -95,9 +95,9 @@ def run_steps(workspace: Workspace, attention: RowAttention, cache: LayerCache) 
 
 def of_requests(prompt_lens: list[int], method: Method) -> BatchRequests:
     """Requests with slots; the first of several selects less than the others, the second nothing."""
-    batch = BatchRequests.without_slots(np.array(prompt_lens, np.int32), method.top_k)
-    batch.slots[:] = np.arange(len(prompt_lens))
-    batch.owners[:] = 1 + batch.slots
+    batch = BatchRequests.without_seats(np.array(prompt_lens, np.int32), method.top_k)
+    batch.seats[:] = np.arange(len(prompt_lens))
+    batch.owners[:] = 1 + batch.seats
     if len(prompt_lens) > 1:
         batch.top_k[0] = method.top_k // 3
         if not method.reassigns_positions:  # which takes no such request

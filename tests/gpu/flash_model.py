@@ -99,7 +99,7 @@ class FlashAttentionModel:
         for tensor in (q, k, v, out):
             # fp32, which the library has no kernels for, lets tests compare closely.
             require(tensor.dtype == q.dtype, "queries, keys, values and outputs have one dtype")
-            require(tensor.dtype.itemsize > 1, "quantised keys need descales")
+            require(tensor.dtype.itemsize > 1, "quantized keys need descales")
             require(tensor.stride(-1) == 1, "must have contiguous last dimension")
         for tensor in (cu_seqlens_q, seqused_k, block_table):
             require(tensor.dtype == torch.int32, "must have dtype int32")

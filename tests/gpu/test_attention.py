@@ -14,7 +14,7 @@ from vllm_tokenselect.gpu.flash_attention import (
     PagedFlashAttention,
     single_token_pages,
 )
-from vllm_tokenselect.method import Method
+from vllm_tokenselect.method.settings import Method
 
 
 def buffer_of(layer: Layer, lines: int | None = None) -> GatherBuffer:

@@ -14,7 +14,7 @@ from vllm_tokenselect.gpu.flash_attention import (
 )
 from vllm_tokenselect.gpu.limits import StepLimits
 from vllm_tokenselect.gpu.rows import RowBuffers, graph_rows, step_rows
-from vllm_tokenselect.method import Method
+from vllm_tokenselect.method.settings import Method
 
 CPU = torch.device("cpu")
 HEADS, KV_HEADS, HEAD_SIZE = 28, 4, 128  # Qwen2-7B

@@ -21,7 +21,7 @@ from vllm_tokenselect.gpu.step import GpuStep
 from vllm_tokenselect.gpu.workspace import Workspace
 from vllm_tokenselect.kernels.block_table import gpu as block_table
 from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
-from vllm_tokenselect.method import Method
+from vllm_tokenselect.method.settings import Method
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="counts the interpreter's launches")
 STEP = [(150 + i, 151 + i, 100) for i in range(6)]

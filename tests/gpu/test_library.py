@@ -19,11 +19,11 @@ from tests.kernels_gpu.cases import DEVICE
 from vllm_tokenselect.backend import TokenSelectBackend, gpu_attention
 from vllm_tokenselect.gpu.flash_attention import GatheredFlashAttention, PagedFlashAttention
 from vllm_tokenselect.gpu.plain_attention import PlainAttention
-from vllm_tokenselect.method import SettingsError
+from vllm_tokenselect.method.settings import SettingsError
 
 
 @pytest.mark.parametrize(
-    ("quantised", "reassigned", "kind", "said"),
+    ("quantized", "reassigned", "kind", "said"),
     [
         (False, False, PagedFlashAttention, "through the sparse block table: 0 MiB of buffers"),
         (True, False, GatheredFlashAttention, "over gathered tokens: 256 MiB of buffers"),
@@ -34,7 +34,7 @@ from vllm_tokenselect.method import SettingsError
     ],
 )
 def test_only_keys_that_are_attended_as_they_are_cached_are_read_in_place(
-    quantised, reassigned, kind, said, monkeypatch
+    quantized, reassigned, kind, said, monkeypatch
 ):
     lines: list[str] = []
     log = SimpleNamespace(info=lambda line, *values: lines.append(line % values))
@@ -42,7 +42,7 @@ def test_only_keys_that_are_attended_as_they_are_cached_are_read_in_place(
     monkeypatch.setattr(gpu_attention, "get_flash_attn_version", lambda head_size: 3)
     monkeypatch.setattr(fa_utils, "flash_attn_varlen_func", FlashAttentionModel(3), raising=False)
     attention = gpu_attention.make_attention(
-        *("flash", 2, 64, torch.bfloat16, quantised, reassigned, 128, torch.device(DEVICE))
+        *("flash", 2, 64, torch.bfloat16, quantized, reassigned, 128, torch.device(DEVICE))
     )
     assert type(attention) is kind
     name, scratch = "FlashAttention 3", "up to 64 MiB of partial outputs"

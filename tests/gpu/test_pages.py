@@ -206,7 +206,7 @@ def test_padding_is_foreseen_as_vllm_decides_it(others):
     assert gpu_attention.pages_may_be_padded(engine, layers["layer 0"]) == padded
 
 
-def test_a_quantised_cache_is_read_with_the_scales_of_the_layer_that_wrote_it(hopper):
+def test_a_quantized_cache_is_read_with_the_scales_of_the_layer_that_wrote_it(hopper):
     """A layer that reads the keys of another comes without scales of its own: they are 1."""
     module, _ = hopper
     impl = object.__new__(module.GpuTokenSelectImpl)

@@ -77,7 +77,7 @@ def test_keys_that_are_rotated_on_their_way_bring_nothing_along(way: str):
     assert torch.equal(layer.run(groups_of(requests, layer)), expected)
 
 
-def test_a_quantised_cache_brings_nothing_along():
+def test_a_quantized_cache_brings_nothing_along():
     requests = REQUESTS["decode"]
     layer = layer_of(requests, "3 gathered")
     scales = [torch.tensor([s]) for s in (0.5, 1.5)]

@@ -43,13 +43,13 @@ def test_half_precision_agrees_within_its_rounding(dtype):
     assert error < (4e-3 if dtype == torch.float16 else 3e-2)
 
 
-def test_keys_of_a_quantised_cache_are_rotated_with_their_scale():
+def test_keys_of_a_quantized_cache_are_rotated_with_their_scale():
     requests = REQUESTS["decode"]
     layer = reassigning(requests)
-    quantised = layer.cache.pages.to(torch.float8_e4m3fn)
+    quantized = layer.cache.pages.to(torch.float8_e4m3fn)
     scales = [torch.tensor(s, device=DEVICE) for s in (0.5, 1.5)]
-    layer.cache = LayerCache(quantised, *scales, rotation=layer.cache.rotation)
-    layer.kv_cache = quantised.float().cpu() * torch.tensor([0.5, 1.5])[:, None, None]
+    layer.cache = LayerCache(quantized, *scales, rotation=layer.cache.rotation)
+    layer.kv_cache = quantized.float().cpu() * torch.tensor([0.5, 1.5])[:, None, None]
     assert_defined(layer.run(groups_of(requests, layer)), layer, requests)
 
 

@@ -11,9 +11,9 @@ from tests.method.definition import CONFIG
 from vllm_tokenselect.gpu.limits import StepLimits
 from vllm_tokenselect.gpu.rows import RowBuffers, graph_rows, step_rows
 from vllm_tokenselect.kernels.score.gpu import tile_rows
-from vllm_tokenselect.method import FULL_ATTENTION
-from vllm_tokenselect.plan import SelectionPlan
-from vllm_tokenselect.requests import BatchRequests
+from vllm_tokenselect.method.plan import SelectionPlan
+from vllm_tokenselect.method.requests import BatchRequests
+from vllm_tokenselect.method.settings import FULL_ATTENTION
 
 MAX_LEN = 2000
 
@@ -88,12 +88,12 @@ def test_the_tokens_of_a_request_share_a_tile_in_a_captured_step():
     assert tables == [[0, 0, 3], [1, 0, 3]]
 
 
-def plan_with_slots(step: list[tuple[int, int, int]], top_k: list[int]) -> SelectionPlan:
-    """As `plan_of`, of requests that have slots: request `i` slot `i`, owner `100 + i`."""
+def plan_with_seats(step: list[tuple[int, int, int]], top_k: list[int]) -> SelectionPlan:
+    """As `plan_of`, of requests that have seats: request `i` seat `i`, owner `100 + i`."""
     lens = [end - first for first, end, _ in step]
-    batch = BatchRequests.without_slots(np.array([p for _, _, p in step], np.int32), CONFIG.top_k)
-    batch.slots[:] = np.arange(len(step))
-    batch.owners[:] = 100 + batch.slots
+    batch = BatchRequests.without_seats(np.array([p for _, _, p in step], np.int32), CONFIG.top_k)
+    batch.seats[:] = np.arange(len(step))
+    batch.owners[:] = 100 + batch.seats
     batch.top_k[:] = top_k
     starts = np.cumsum([0, *lens]).astype(np.int32)
     return SelectionPlan.build(starts, ends_of(step), batch, CONFIG)
@@ -105,22 +105,22 @@ def test_every_generated_token_that_selects_is_in_one_chain_of_its_request(step,
     limits = StepLimits(CONFIG, 6, 2, MAX_LEN, max(1 << log_bytes, 4 * 9 * MAX_LEN))
     sizes = [CONFIG.top_k, 1, FULL_ATTENTION]
     top_k = [data.draw(st.sampled_from(sizes)) for _ in step]
-    plan, ends = plan_with_slots(step, top_k), ends_of(step)
+    plan, ends = plan_with_seats(step, top_k), ends_of(step)
     first = 0
     for group in step_rows(plan, ends, on_device(ends), limits):
         rows = slice(first, first + group.num_rows)
         found = []
-        for start, count, slot, owner in group.chains.tolist():
+        for start, count, seat, owner in group.chains.tolist():
             assert count > 0
-            assert owner == 100 + slot
-            found += [(slot, row) for row in range(start, start + count)]
+            assert owner == 100 + seat
+            found += [(seat, row) for row in range(start, start + count)]
         assert found == [
-            (int(plan.slot[rows][row]), int(row)) for row in np.flatnonzero(plan.caches[rows])
+            (int(plan.seat[rows][row]), int(row)) for row in np.flatnonzero(plan.caches[rows])
         ]
-        slots = [slot for _, _, slot, _ in group.chains.tolist()]
-        assert len(set(slots)) == len(slots), "two programs would write one line of the state"
+        seats = [seat for _, _, seat, _ in group.chains.tolist()]
+        assert len(set(seats)) == len(seats), "two programs would write one line of the state"
         assert group.top_k.tolist() == plan.top_k[rows].tolist()
-        assert group.slot.tolist() == plan.slot[rows].tolist()
+        assert group.seat.tolist() == plan.seat[rows].tolist()
         longest = plan.num_attended(CONFIG)[rows][plan.query_len[rows] == 1].max(initial=0)
         assert longest <= group.max_length
         first += group.num_rows
@@ -130,7 +130,7 @@ def test_a_captured_step_has_a_chain_for_every_row_however_many_are_used():
     step = [(1500, 1501, 20), (30, 31, 20)]
     limits = StepLimits(CONFIG, 6, 2, MAX_LEN, 1 << 20, full_attention=True)
     ends = ends_of(step)
-    plan = plan_with_slots(step, [CONFIG.top_k] * 2)
+    plan = plan_with_seats(step, [CONFIG.top_k] * 2)
     (group,) = graph_rows(
         plan, ends, on_device(ends), limits, RowBuffers(3, torch.device(DEVICE)), 3, 1
     )

@@ -21,9 +21,9 @@ from vllm_tokenselect.gpu.step import GpuStep
 from vllm_tokenselect.gpu.workspace import Workspace
 from vllm_tokenselect.kernels.head_group import HeadGroup
 from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
-from vllm_tokenselect.method import FULL_ATTENTION, Method
-from vllm_tokenselect.plan import SelectionPlan
-from vllm_tokenselect.requests import BatchRequests
+from vllm_tokenselect.method.plan import SelectionPlan
+from vllm_tokenselect.method.requests import BatchRequests
+from vllm_tokenselect.method.settings import FULL_ATTENTION, Method
 
 METHOD = replace(CONFIG, similarity_threshold=0.9, refresh_interval=5)
 CAPACITY, MAX_LEN, HEADS, KV_HEADS = 4, 256, 6, 2
@@ -44,7 +44,7 @@ class Running:
     """A request as a server sees it, and beside it what the definition remembers of it."""
 
     text: int
-    slot: int
+    seat: int
     owner: int
     prompt_len: int
     top_k: int = METHOD.top_k
@@ -135,9 +135,9 @@ class Server:
         padding = graph.num_tokens - len(parts) if graph else 0
         lens = [end - first for _, first, end in parts] + [0] * padding
         ends = np.array([end for _, _, end in parts] + [0] * padding, np.int32)
-        batch = BatchRequests.without_slots(ends, self.method.top_k)
+        batch = BatchRequests.without_seats(ends, self.method.top_k)
         for seq, (request, _, _) in enumerate(parts):
-            batch.slots[seq], batch.owners[seq] = request.slot, request.owner
+            batch.seats[seq], batch.owners[seq] = request.seat, request.owner
             batch.prompt_lens[seq], batch.top_k[seq] = request.prompt_len, request.top_k
         plan = SelectionPlan.build(np.cumsum([0, *lens]).astype(np.int32), ends, batch, self.method)
         if graph is None:

@@ -22,9 +22,9 @@ from vllm_tokenselect.gpu.rows import RowBuffers, graph_rows, step_rows
 from vllm_tokenselect.gpu.step import GpuStep
 from vllm_tokenselect.gpu.workspace import Workspace
 from vllm_tokenselect.kernels.rotate.rotation import Rotation
-from vllm_tokenselect.method import Method, SettingsError
-from vllm_tokenselect.plan import SelectionPlan
-from vllm_tokenselect.requests import BatchRequests
+from vllm_tokenselect.method.plan import SelectionPlan
+from vllm_tokenselect.method.requests import BatchRequests
+from vllm_tokenselect.method.settings import Method, SettingsError
 
 REASSIGNING = replace(CONFIG, positions="reassigned")
 MAX_LEN, MAX_TOKENS = 256, 256
@@ -88,7 +88,7 @@ def plan_of(requests: list[Request], padding: int = 0, method: Method = CONFIG) 
     return SelectionPlan.build(
         np.cumsum([0, *lens]).astype(np.int32),
         np.append(ends_of(requests), [0] * padding).astype(np.int32),
-        BatchRequests.without_slots(
+        BatchRequests.without_seats(
             np.array([prompt for _, _, prompt in requests] + [0] * padding, np.int32), method.top_k
         ),
         method,
@@ -120,14 +120,14 @@ def test_half_precision_agrees_within_its_rounding():
     assert error < 4e-3
 
 
-def test_a_quantised_cache_is_scored_and_attended_with_its_scales():
+def test_a_quantized_cache_is_scored_and_attended_with_its_scales():
     requests = REQUESTS["mixed"]
     layer = Layer(requests, (6, 2))
-    quantised = layer.cache.pages.to(torch.float8_e4m3fn)
+    quantized = layer.cache.pages.to(torch.float8_e4m3fn)
     scales = [torch.tensor(s, device=DEVICE) for s in (0.5, 1.5)]
-    layer.cache = LayerCache(quantised, *scales)
+    layer.cache = LayerCache(quantized, *scales)
     out = layer.run(groups_of(requests, layer))
-    keys_and_values = quantised.float().cpu()
+    keys_and_values = quantized.float().cpu()
     layer.kv_cache = keys_and_values * torch.tensor([0.5, 1.5])[:, None, None]
     torch.testing.assert_close(out, layer.expected(requests), rtol=2e-4, atol=2e-5)
 

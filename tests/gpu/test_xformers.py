@@ -7,7 +7,7 @@ from tests.gpu.test_attention import buffer_of
 from tests.gpu.test_step import REASSIGNING, Layer, groups_of
 from tests.method.definition import CONFIG, REQUESTS
 from vllm_tokenselect.gpu import xformers
-from vllm_tokenselect.method import Method
+from vllm_tokenselect.method.settings import Method
 
 
 def defined_attention(query, keys, values, attn_bias, scale):

@@ -17,8 +17,8 @@ from vllm_tokenselect.config import TokenSelectConfig
 from vllm_tokenselect.hooks import block_hashes
 from vllm_tokenselect.hooks.block_hashes import SettingsHasher
 from vllm_tokenselect.hooks.registration import backend_member
-from vllm_tokenselect.method import Method, SettingsError
-from vllm_tokenselect.request_settings import fingerprint
+from vllm_tokenselect.method.request_settings import fingerprint
+from vllm_tokenselect.method.settings import Method, SettingsError
 
 FUNCTION = "generate_block_hash_extra_keys"
 PROMPT = list(range(1, 4 * BLOCK_SIZE + 1))

@@ -5,8 +5,8 @@ import torch
 
 pytest.importorskip("vllm")
 
-from vllm_tokenselect.attention import SdpaAttention
 from vllm_tokenselect.backend.cpu_attention import CpuAttention, plan_cpu_attention
+from vllm_tokenselect.cpu.attention import SdpaAttention
 
 HEADS, KV_HEADS, MOST = 4, 2, 768
 

@@ -11,7 +11,7 @@ from torch import nn
 from vllm_tokenselect.config import TokenSelectConfig
 from vllm_tokenselect.hooks import dense_layers, engine_config, layer_backends
 from vllm_tokenselect.hooks.registration import backend_member
-from vllm_tokenselect.method import SettingsError
+from vllm_tokenselect.method.settings import SettingsError
 
 FIRST_TWO = TokenSelectConfig(dense_layers=2)
 NAMES = [f"model.layers.{layer}.self_attn.attn" for layer in range(4)]
@@ -62,7 +62,7 @@ def test_a_model_without_a_layer_that_selects_is_refused(configure):
         configure(dense_layers=1)
 
 
-def test_a_quantised_cache_is_refused(make_vllm_config):
+def test_a_quantized_cache_is_refused(make_vllm_config):
     config = make_vllm_config()
     model = SimpleNamespace(model="m", get_total_num_hidden_layers=lambda: 3)
     dense_layers.check_model(model, config.cache_config, FIRST_TWO)

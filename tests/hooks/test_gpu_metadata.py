@@ -19,8 +19,8 @@ from vllm_tokenselect.backend import gpu_attention, gpu_metadata
 from vllm_tokenselect.backend.gpu_attention import choose_library, serves_full_attention
 from vllm_tokenselect.backend.gpu_metadata import GpuTokenSelectMetadataBuilder
 from vllm_tokenselect.hooks import runner_v2
-from vllm_tokenselect.method import FULL_ATTENTION, Method, SettingsError
-from vllm_tokenselect.requests import RequestTable
+from vllm_tokenselect.method.requests import RequestTable
+from vllm_tokenselect.method.settings import FULL_ATTENTION, Method, SettingsError
 
 SPEC = FullAttentionSpec(block_size=BLOCK_SIZE, num_kv_heads=1, head_size=32, dtype=torch.float32)
 
@@ -36,9 +36,9 @@ def builder(make_vllm_config, monkeypatch):
 
 
 def metadata(
-    queries: list[int], lens: list[int], slots: list[int] | None, padding: int = 0
+    queries: list[int], lens: list[int], seats: list[int] | None, padding: int = 0
 ) -> CommonAttentionMetadata:
-    """As Model Runner V2 builds it; padded requests have no queries, no bound and no slot."""
+    """As Model Runner V2 builds it; padded requests have no queries, no bound and no seat."""
     starts = np.cumsum([0, *queries, *[0] * padding]).astype(np.int32)
     real = torch.tensor(lens + [0] * padding, dtype=torch.int32, device=DEVICE)
     num_reqs = len(queries) + padding
@@ -53,7 +53,7 @@ def metadata(
         max_seq_len=max(lens),
         block_table_tensor=torch.zeros((num_reqs, 256), dtype=torch.int32, device=DEVICE),
         slot_mapping=torch.zeros(sum(queries) + padding, dtype=torch.int64, device=DEVICE),
-        req_idx=None if slots is None else np.array(slots),
+        req_idx=None if seats is None else np.array(seats),
     )
 
 
@@ -66,7 +66,7 @@ def addresses(built) -> list[tuple]:
             *(group.scored_end, group.context_end, group.table_end, group.reused_end),
             *(
                 group.top_k,
-                group.slot,
+                group.seat,
                 group.chains,
                 *(t.table for part in group.passes for t in part.tiles),
             ),
@@ -83,15 +83,15 @@ def test_a_decoding_step_is_written_where_the_captured_one_was(builder):
     assert group.query_len.tolist() == [1, 1, 0, 0]
 
 
-def test_a_prompt_is_cut_by_its_own_length_which_its_slot_knows(builder):
-    builder.table.add("long", 3000, 2048, slot=3)
-    builder.table.add("short", 2900, 2048, slot=1)
+def test_a_prompt_is_cut_by_its_own_length_which_its_seat_knows(builder):
+    builder.table.add("long", 3000, 2048, seat=3)
+    builder.table.add("short", 2900, 2048, seat=1)
     step = metadata([64, 64], [2880, 2880], [3, 1])
     built = builder.build(0, step)
     # 2880 is before the tail of the first; the second's begins at 2890.
     lens = [length for group in built.step.groups for length in group.query_lens.tolist()]
     assert lens == [64, 64]
-    builder.table.add("shorter", 2880, 2048, slot=0)
+    builder.table.add("shorter", 2880, 2048, seat=0)
     built = builder.build(0, metadata([64], [2880], [0]))
     lens = [length for group in built.step.groups for length in group.query_lens.tolist()]
     assert lens == [54] + [1] * 10
@@ -165,13 +165,13 @@ def test_full_attention_is_served_only_where_the_largest_heads_are_read_in_place
     assert served or "heads of up to 256" in answer
 
 
-def test_requests_carry_their_top_k_slot_and_owner_to_the_rows(builder):
+def test_requests_carry_their_top_k_seat_and_owner_to_the_rows(builder):
     table = builder.table
-    table.add("first", 100, 300, slot=3)
-    table.add("off", 100, FULL_ATTENTION, slot=1)
+    table.add("first", 100, 300, seat=3)
+    table.add("off", 100, FULL_ATTENTION, seat=1)
     built = builder.build(0, metadata([1, 1], [3000, 3001], [3, 1], padding=2))
     (group,) = built.step.groups
     assert group.top_k.tolist() == [300, FULL_ATTENTION, 0, 0]
-    assert group.slot.tolist() == [3, 1, -1, -1]
+    assert group.seat.tolist() == [3, 1, -1, -1]
     assert group.chains.tolist() == [[0, 1, 3, table.owners[3]], *[[0] * 4] * 3]
     assert group.scored_end.tolist()[1] == Method().n_init

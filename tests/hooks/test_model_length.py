@@ -11,7 +11,7 @@ from vllm.engine.arg_utils import EngineArgs
 from tests.hooks.conftest import TINY_LLAMA
 from vllm_tokenselect.config import TokenSelectConfig
 from vllm_tokenselect.hooks.model_length import check_trained_length
-from vllm_tokenselect.method import SettingsError
+from vllm_tokenselect.method.settings import SettingsError
 
 TRAINED = TINY_LLAMA["max_position_embeddings"]
 

@@ -123,7 +123,7 @@ def test_a_diff_that_no_longer_fits_is_told(released, work):
 def test_a_diff_that_calls_what_we_do_not_have_is_told(tmp_path, work):
     diff = tmp_path / "runner_v2.patch"
     original = next(diff for diff in DIFFS if diff.stem == "runner_v2").read_text()
-    diff.write_text(original.replace("import add_to_slot", "import add_to_row"))
+    diff.write_text(original.replace("import add_to_seat", "import add_to_row"))
     problems = check.check_release(INSTALLED, [diff], work).problems
     assert problems == [
         f"{RUNNER}: imports add_to_row from vllm_tokenselect.hooks.runner_v2, "

@@ -17,7 +17,7 @@ from vllm.v1.attention.selector import AttentionSelectorConfig
 from vllm_tokenselect.hooks import platform_backend
 from vllm_tokenselect.hooks.platform_backend import choose_backend, install
 from vllm_tokenselect.hooks.registration import BACKEND_PATH, backend_member
-from vllm_tokenselect.method import SettingsError
+from vllm_tokenselect.method.settings import SettingsError
 
 VLLM_PATH = "vllm.own.OwnBackend"
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from tests.hooks.workload import Arrival, Engine, Workload, start_engine
 from vllm_tokenselect.config import SettingsError, TokenSelectConfig
-from vllm_tokenselect.method import Method
+from vllm_tokenselect.method.settings import Method
 
 
 def lined_up(engine: Engine) -> Method:

@@ -1,4 +1,4 @@
-"""Request slots: one owner each, a new number for every owner, none lost."""
+"""Request seats: one owner each, a new number for every owner, none lost."""
 
 import numpy as np
 import pytest
@@ -6,16 +6,16 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from vllm_tokenselect.requests import Activity, RequestTable
+from vllm_tokenselect.method.requests import Activity, RequestTable
 
 CAPACITY, TOP_K = 4, 64
 request_ids = st.sampled_from([f"request-{index}" for index in range(CAPACITY + 2)])
 
 
-class Slots(RuleBasedStateMachine):
+class Seats(RuleBasedStateMachine):
     """Requests come, come back, are preempted and end in any order, beside a model of it.
 
-    Each step of a request writes into its slot who it is, as a layer's state does, and reads what is
+    Each step of a request writes into its seat who it is, as a layer's state does, and reads what is
     there first: it is its own or nothing.
     """
 
@@ -37,21 +37,21 @@ class Slots(RuleBasedStateMachine):
     @rule(request_id=request_ids, prompt_len=st.integers(1, 10**6))
     def add(self, request_id: str, prompt_len: int) -> None:
         if request_id not in self.prompt_lens and len(self.prompt_lens) == CAPACITY:
-            with pytest.raises(RuntimeError, match="no free slot"):
+            with pytest.raises(RuntimeError, match="no free seat"):
                 self.table.add(request_id, prompt_len, TOP_K)
             return
         self.table.add(request_id, prompt_len, prompt_len % TOP_K)
         self.added(request_id, prompt_len)
 
-    @rule(request_id=request_ids, prompt_len=st.integers(1, 10**6), slot=st.integers(0, CAPACITY))
-    def add_in_slot(self, request_id: str, prompt_len: int, slot: int) -> None:
+    @rule(request_id=request_ids, prompt_len=st.integers(1, 10**6), seat=st.integers(0, CAPACITY))
+    def add_in_seat(self, request_id: str, prompt_len: int, seat: int) -> None:
         others = [other for other in self.prompt_lens if other != request_id]
-        if slot == CAPACITY or slot in self.table.slots_of(others):
+        if seat == CAPACITY or seat in self.table.seats_of(others):
             self.prompt_lens.pop(request_id, None)
-            with pytest.raises(RuntimeError, match=f"slot {slot} .* taken or out of range"):
-                self.table.add(request_id, prompt_len, TOP_K, slot=slot)
+            with pytest.raises(RuntimeError, match=f"seat {seat} .* taken or out of range"):
+                self.table.add(request_id, prompt_len, TOP_K, seat=seat)
             return
-        assert self.table.add(request_id, prompt_len, prompt_len % TOP_K, slot=slot) == slot
+        assert self.table.add(request_id, prompt_len, prompt_len % TOP_K, seat=seat) == seat
         self.added(request_id, prompt_len)
 
     @rule(request_id=request_ids)
@@ -63,13 +63,13 @@ class Slots(RuleBasedStateMachine):
     @rule(data=st.data())
     def step(self, data: st.DataObject) -> None:
         batch = data.draw(st.lists(st.sampled_from(sorted(self.prompt_lens)), unique=True))
-        slots = self.table.slots_of(batch)
-        for request_id, slot, owner in zip(batch, slots, self.table.owners[slots], strict=True):
-            assert owner != 0, "a running request owns its slot"
-            if self.state_owner[slot] == owner:
-                assert self.state_occupancy[slot] == self.occupancies[request_id]
-            self.state_owner[slot] = owner
-            self.state_occupancy[slot] = self.occupancies[request_id]
+        seats = self.table.seats_of(batch)
+        for request_id, seat, owner in zip(batch, seats, self.table.owners[seats], strict=True):
+            assert owner != 0, "a running request owns its seat"
+            if self.state_owner[seat] == owner:
+                assert self.state_occupancy[seat] == self.occupancies[request_id]
+            self.state_owner[seat] = owner
+            self.state_occupancy[seat] = self.occupancies[request_id]
 
     @precondition(lambda self: self.prompt_lens)
     @rule(data=st.data(), queries=st.integers(1, 100))
@@ -86,29 +86,29 @@ class Slots(RuleBasedStateMachine):
         assert (activity and activity.decode_queries) == recorded
 
     @invariant()
-    def every_slot_has_one_owner_and_its_prompt_length(self) -> None:
+    def every_seat_has_one_owner_and_its_prompt_length(self) -> None:
         owners = sorted(self.prompt_lens)
-        slots = self.table.slots_of(owners)
-        assert len(set(slots.tolist())) == len(owners) == len(self.table)
-        assert all(0 <= slot < CAPACITY for slot in slots)
-        assert self.table.ids_of(slots) == owners
+        seats = self.table.seats_of(owners)
+        assert len(set(seats.tolist())) == len(owners) == len(self.table)
+        assert all(0 <= seat < CAPACITY for seat in seats)
+        assert self.table.ids_of(seats) == owners
         expected = [self.prompt_lens[owner] for owner in owners]
-        np.testing.assert_array_equal(self.table.prompt_lens[slots], expected)
-        np.testing.assert_array_equal(self.table.top_k[slots], [n % TOP_K for n in expected])
+        np.testing.assert_array_equal(self.table.prompt_lens[seats], expected)
+        np.testing.assert_array_equal(self.table.top_k[seats], [n % TOP_K for n in expected])
 
     def teardown(self) -> None:
         for request_id in sorted(self.prompt_lens):
             self.table.finish(request_id)
         assert sorted(
             self.table.add(f"new-{index}", 1, TOP_K) for index in range(CAPACITY)
-        ) == list(range(CAPACITY)), "a slot leaked"
+        ) == list(range(CAPACITY)), "a seat leaked"
 
 
-Slots.TestCase.settings = settings(deadline=None)
-test_slots = Slots.TestCase
+Seats.TestCase.settings = settings(deadline=None)
+test_seats = Seats.TestCase
 
 
-def test_owners_stay_unique_to_their_slot_when_their_numbers_start_again():
+def test_owners_stay_unique_to_their_seat_when_their_numbers_start_again():
     table = RequestTable(1)
     table._num_owners = np.iinfo(np.int32).max - 1
     owners = []
@@ -118,6 +118,6 @@ def test_owners_stay_unique_to_their_slot_when_their_numbers_start_again():
     assert owners == [np.iinfo(np.int32).max, 1, 2]
 
 
-def test_a_request_that_was_never_added_has_no_slot():
+def test_a_request_that_was_never_added_has_no_seat():
     with pytest.raises(KeyError):
-        RequestTable(CAPACITY).slots_of(["unknown"])
+        RequestTable(CAPACITY).seats_of(["unknown"])

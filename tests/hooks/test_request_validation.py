@@ -19,7 +19,7 @@ from vllm.v1.engine import input_processor
 from vllm_tokenselect.hooks import request_validation
 from vllm_tokenselect.hooks.engine_config import configure
 from vllm_tokenselect.hooks.registration import backend_member
-from vllm_tokenselect.method import Method
+from vllm_tokenselect.method.settings import Method
 
 PROMPT = {"type": "token", "prompt_token_ids": [1, 2, 3]}
 

@@ -17,7 +17,7 @@ from vllm_tokenselect.hooks.rotary_kinds import Unrotated, rotate_alike, table_o
 from vllm_tokenselect.hooks.rotary_probe import AttentionLayer
 from vllm_tokenselect.kernels.rotate.reference import rotate
 from vllm_tokenselect.kernels.rotate.rotation import Rotation
-from vllm_tokenselect.method import SettingsError
+from vllm_tokenselect.method.settings import SettingsError
 
 HEAD_SIZE, TOKENS, N_LOCAL = 32, 40, 7
 

@@ -1,12 +1,12 @@
-"""Slots on Model Runner V1 follow the requests, not the rows of its batch."""
+"""Seats on Model Runner V1 follow the requests, not the rows of its batch."""
 
 from types import SimpleNamespace
 
 import pytest
 
-from vllm_tokenselect.hooks.runner_v1 import current_requests, requests_of_step, update_slots
-from vllm_tokenselect.method import FULL_ATTENTION
-from vllm_tokenselect.requests import RequestTable
+from vllm_tokenselect.hooks.runner_v1 import current_requests, requests_of_step, update_seats
+from vllm_tokenselect.method.requests import RequestTable
+from vllm_tokenselect.method.settings import FULL_ATTENTION
 
 
 def step(new=(), resumed=(), preempted=None, finished=()):
@@ -45,81 +45,81 @@ def table():
 
 
 def owner(table, request_id: str) -> int:
-    """A number that no owner of any slot had before."""
-    return table.owners[table.slots_of([request_id])[0]]
+    """A number that no owner of any seat had before."""
+    return table.owners[table.seats_of([request_id])[0]]
 
 
 def test_a_finished_request_makes_room_for_one_that_is_new_in_the_same_step(table, runner):
-    update_slots(table, runner, step(new=["a", "b"]))
-    update_slots(table, runner, step(new=["c"], finished=["a"]))
+    update_seats(table, runner, step(new=["a", "b"]))
+    update_seats(table, runner, step(new=["c"], finished=["a"]))
     assert "a" not in table
-    assert sorted(table.slots_of(["b", "c"])) == [0, 1]
-    assert table.prompt_lens[table.slots_of(["c"])] == [300]
+    assert sorted(table.seats_of(["b", "c"])) == [0, 1]
+    assert table.prompt_lens[table.seats_of(["c"])] == [300]
 
 
 def test_a_preempted_request_makes_room_and_is_another_owner_when_it_is_resumed(table, runner):
-    update_slots(table, runner, step(new=["a", "b"]))
+    update_seats(table, runner, step(new=["a", "b"]))
     owners = {owner(table, "a"), owner(table, "b")}
-    update_slots(table, runner, step(new=["c"], preempted={"b"}))
+    update_seats(table, runner, step(new=["c"], preempted={"b"}))
     owners.add(owner(table, "c"))
-    update_slots(table, runner, step(resumed=["b"], finished=["c"], preempted=set()))
+    update_seats(table, runner, step(resumed=["b"], finished=["c"], preempted=set()))
     assert owner(table, "b") not in owners
     assert len(owners) == 3
 
 
 def test_a_request_that_is_preempted_and_resumed_in_one_step_is_another_owner(table, runner):
-    update_slots(table, runner, step(new=["a"]))
+    update_seats(table, runner, step(new=["a"]))
     before = owner(table, "a")
-    update_slots(table, runner, step(resumed=["a"], preempted={"a"}))
+    update_seats(table, runner, step(resumed=["a"], preempted={"a"}))
     assert owner(table, "a") != before
 
 
 def test_a_request_id_that_is_used_again_is_another_request(table, runner):
-    update_slots(table, runner, step(new=["a"]))
+    update_seats(table, runner, step(new=["a"]))
     before = owner(table, "a")
-    update_slots(table, runner, step(new=["a"], finished=["a"]))
+    update_seats(table, runner, step(new=["a"], finished=["a"]))
     assert owner(table, "a") != before
 
 
 def test_each_request_selects_by_its_own_settings(table, runner):
     runner.requests["a"] = state(100, tokenselect="off")
-    update_slots(table, runner, step(new=["a", "b"]))
-    assert table.top_k[table.slots_of(["a", "b"])].tolist() == [FULL_ATTENTION, 1000]
+    update_seats(table, runner, step(new=["a", "b"]))
+    assert table.top_k[table.seats_of(["a", "b"])].tolist() == [FULL_ATTENTION, 1000]
     runner.requests["c"] = state(300, tokenselect_top_k=7)
-    update_slots(table, runner, step(new=["c"], finished=["a"]))
-    assert table.top_k[table.slots_of(["c"])] == [7]
+    update_seats(table, runner, step(new=["c"], finished=["a"]))
+    assert table.top_k[table.seats_of(["c"])] == [7]
 
 
 def test_a_resumed_request_keeps_its_settings(table, runner):
     runner.requests["a"] = state(100, tokenselect_top_k=7)
-    update_slots(table, runner, step(new=["a"]))
-    update_slots(table, runner, step(new=["b", "c"], preempted={"a"}))
-    update_slots(table, runner, step(resumed=["a"], finished=["b"], preempted=set()))
-    assert table.top_k[table.slots_of(["a"])] == [7]
+    update_seats(table, runner, step(new=["a"]))
+    update_seats(table, runner, step(new=["b", "c"], preempted={"a"}))
+    update_seats(table, runner, step(resumed=["a"], finished=["b"], preempted=set()))
+    assert table.top_k[table.seats_of(["a"])] == [7]
 
 
 def test_a_stream_that_is_continued_has_its_new_prompt_and_settings(table, runner):
-    update_slots(table, runner, step(new=["a"]))
+    update_seats(table, runner, step(new=["a"]))
     before = owner(table, "a")
     runner.requests["a"] = state(150, tokenselect_top_k=7)
-    update_slots(table, runner, step(new=["a"]))
-    slot = table.slots_of(["a"])[0]
-    assert (table.prompt_lens[slot], table.top_k[slot]) == (150, 7)
+    update_seats(table, runner, step(new=["a"]))
+    seat = table.seats_of(["a"])[0]
+    assert (table.prompt_lens[seat], table.top_k[seat]) == (150, 7)
     assert owner(table, "a") != before
 
 
 def test_a_request_that_samples_nothing_selects_as_the_server_does(table, runner):
     runner.requests["a"].sampling_params = None
-    update_slots(table, runner, step(new=["a"]))
-    assert table.top_k[table.slots_of(["a"])] == [1000]
+    update_seats(table, runner, step(new=["a"]))
+    assert table.top_k[table.seats_of(["a"])] == [1000]
 
 
-def test_the_builder_learns_the_slots_in_the_order_of_the_rows(table, runner):
-    update_slots(table, runner, step(new=["a", "b"]))
+def test_the_builder_learns_the_seats_in_the_order_of_the_rows(table, runner):
+    update_seats(table, runner, step(new=["a", "b"]))
     runner.input_batch.req_ids = ["b", "a", "stale"]
     with requests_of_step(table, runner, num_reqs=2, dummy=False):
         requests = current_requests()
-        assert requests.table.ids_of(requests.slots) == ["b", "a"]
+        assert requests.table.ids_of(requests.seats) == ["b", "a"]
     assert current_requests() is None
 
 
@@ -137,13 +137,13 @@ def test_requests_do_not_outlive_a_step_that_failed(table, runner):
 
 def test_settings_that_no_front_refused_end_no_worker(table, runner):
     runner.requests["a"] = state(150, tokenselect_top_k=99999)
-    update_slots(table, runner, step(new=["a"]))
-    assert table.top_k[table.slots_of(["a"])] == [1000]
+    update_seats(table, runner, step(new=["a"]))
+    assert table.top_k[table.seats_of(["a"])] == [1000]
 
 
 def test_another_engine_of_the_process_keeps_its_arguments_to_itself(table, runner):
     runner.vllm_config.attention_config.backend = "CPU_ATTN"
     runner.vllm_config.additional_config = {"tokenselect": {"no such": "setting"}}
     runner.requests["a"] = state(150, tokenselect="theirs")
-    update_slots(table, runner, step(new=["a"]))
+    update_seats(table, runner, step(new=["a"]))
     assert "a" in table

@@ -1,4 +1,4 @@
-"""Slots on Model Runner V2 are the rows of its own request table."""
+"""Seats on Model Runner V2 are the rows of its own request table."""
 
 from types import SimpleNamespace
 from unittest.mock import MagicMock
@@ -12,8 +12,8 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.worker.gpu import model_runner, states
 
 from vllm_tokenselect.hooks import runner_v2
-from vllm_tokenselect.method import FULL_ATTENTION
-from vllm_tokenselect.requests import Activity
+from vllm_tokenselect.method.requests import Activity
+from vllm_tokenselect.method.settings import FULL_ATTENTION
 
 SERVER_TOP_K = 1000
 METHODS = ("add_requests", "_remove_request", "finish_requests")
@@ -126,12 +126,12 @@ def logged(monkeypatch):
     return lines
 
 
-def test_a_request_has_the_slot_of_its_row_and_its_prompt_length(runner):
+def test_a_request_has_the_seat_of_its_row_and_its_prompt_length(runner):
     assert runner.table is None
     runner.step(new_request("a", 5), new_request("b", 7))
     rows = [runner.row("a"), runner.row("b")]
     table = runner.table
-    assert table.slots_of(["a", "b"]).tolist() == rows
+    assert table.seats_of(["a", "b"]).tolist() == rows
     assert table.prompt_lens[rows].tolist() == [5, 7]
 
 
@@ -142,7 +142,7 @@ def test_each_request_selects_by_its_own_settings(runner):
         new_request("c", tokenselect_top_k=7),
     )
     table = runner.table
-    selected = table.top_k[table.slots_of(["a", "b", "c"])]
+    selected = table.top_k[table.seats_of(["a", "b", "c"])]
     assert selected.tolist() == [SERVER_TOP_K, FULL_ATTENTION, 7]
 
 
@@ -172,7 +172,7 @@ def test_a_resumed_request_is_another_owner_with_the_same_settings(runner):
     assert "a" not in table
     runner.step(new_request("a", tokenselect_top_k=7))
     row = runner.row("a")
-    assert table.slots_of(["a"]) == [row]
+    assert table.seats_of(["a"]) == [row]
     assert table.owners[row] != owner
     assert table.top_k[row] == 7
 
@@ -183,7 +183,7 @@ def test_streams_that_are_continued_have_their_new_prompts_and_settings(runner):
     owners = table.owners.tolist()
     runner.step(new_request("c"), new_request("b", 9, tokenselect="off"), new_request("a", 8))
     rows = [runner.row(request_id) for request_id in "abc"]
-    assert table.slots_of("abc").tolist() == rows
+    assert table.seats_of("abc").tolist() == rows
     assert table.prompt_lens[rows].tolist() == [8, 9, 2]
     assert table.top_k[rows].tolist() == [SERVER_TOP_K, FULL_ATTENTION, SERVER_TOP_K]
     assert not set(table.owners[rows].tolist()) & set(owners)
@@ -193,7 +193,7 @@ def test_rows_come_and_go_without_a_leak(runner):
     for round_ in range(10):
         names = [f"{round_}-{index}" for index in range(3)]
         runner.step(*map(new_request, names))
-        assert sorted(runner.table.slots_of(names)) == [0, 1, 2]
+        assert sorted(runner.table.seats_of(names)) == [0, 1, 2]
         runner.step(finished=names[:2], preempted=names[2:])
     assert len(runner.table) == 0
 
@@ -203,7 +203,7 @@ def test_a_row_that_is_freed_without_a_step_can_be_used_again(runner):
     runner.step(new_request("warmup"))
     assert runner.vllm._remove_request("warmup")
     runner.step(new_request("a"))
-    assert runner.table.slots_of(["a"]) == [runner.row("a")]
+    assert runner.table.seats_of(["a"]) == [runner.row("a")]
 
 
 def test_a_request_is_logged_once_at_its_end_with_what_it_did_before_a_preemption(runner, logged):
@@ -229,7 +229,7 @@ def test_runners_of_one_process_have_tables_of_their_own(new_runner):
     second.vllm.vllm_config.attention_config.backend = "CPU_ATTN"
     second.vllm.vllm_config.additional_config = {"tokenselect": {"no such": "setting"}}
     second.step(new_request("b", tokenselect="somebody else's"), finished=["a"])
-    assert first.table.slots_of(["a"]) == [first.row("a")]
+    assert first.table.seats_of(["a"]) == [first.row("a")]
     assert first.table.top_k[first.row("a")] == 7
     assert "b" not in first.table
 

@@ -40,7 +40,7 @@ BROKEN = {
         HELD.replace("append", "extend"),
         "its body no longer contains `batch.append(budget,)`",
     ),
-    "fragment only in a neighbour": (
+    "fragment only in a neighbor": (
         "class Engine:\n    def step(cls, batch): pass\n    def add(cls): batch.append(budget,)\n",
         "its body no longer contains",
     ),
@@ -72,9 +72,9 @@ def test_a_function_that_calls_us_itself_is_patched(installed_vllm):
     assert SEAM.require() == "patched"
 
 
-def test_the_mark_of_a_neighbour_does_not_make_a_function_patched(installed_vllm):
-    neighbour = "    def other(cls):\n        import vllm_tokenselect\n"
-    installed_vllm({"vllm/engine.py": HELD + neighbour})
+def test_the_mark_of_a_neighbor_does_not_make_a_function_patched(installed_vllm):
+    neighbor = "    def other(cls):\n        import vllm_tokenselect\n"
+    installed_vllm({"vllm/engine.py": HELD + neighbor})
     assert SEAM.require() == "holds"
 
 

@@ -10,7 +10,7 @@ from vllm.config import set_current_vllm_config
 
 from vllm_tokenselect.backend import TokenSelectBackend
 from vllm_tokenselect.backend.cpu_impl import CpuTokenSelectImpl
-from vllm_tokenselect.method import SettingsError
+from vllm_tokenselect.method.settings import SettingsError
 
 WRITER = "model.layers.1.self_attn.attn"
 
@@ -50,6 +50,6 @@ def test_a_layer_whose_keys_are_cached_in_another_way_is_refused_by_name(make_re
     windowed = layer(object(), SimpleNamespace(get_name=lambda: "CPU_ATTN"), "auto")
     with pytest.raises(SettingsError, match=r"reads the keys and values of .*layers\.1.* CPU_ATTN"):
         make_reader(windowed)
-    quantised = layer(object.__new__(Unprepared), TokenSelectBackend, "fp8")
+    quantized = layer(object.__new__(Unprepared), TokenSelectBackend, "fp8")
     with pytest.raises(SettingsError, match="--kv-cache-dtype fp8"):
-        make_reader(quantised)
+        make_reader(quantized)

@@ -9,7 +9,7 @@ pytest.importorskip("vllm")
 
 from tests.hooks.workload import Arrival, Engine, Workload, start_engine
 from vllm_tokenselect.config import SettingsError
-from vllm_tokenselect.method import Method
+from vllm_tokenselect.method.settings import Method
 
 LARGE = Engine(query_chunk=512, tail_queries=64, block_size=128, budget=2048 + 8, max_num_seqs=8)
 

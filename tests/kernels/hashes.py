@@ -11,10 +11,10 @@ import numba
 import torch
 
 from tests.kernels.cases import SHAPES, make_rotation, make_softmax, paged_cache
+from vllm_tokenselect.cpu.warmup import compile_cpu_kernels
 from vllm_tokenselect.kernels.operations import cpu_operations
 from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
 from vllm_tokenselect.kernels.single_queries.rows import CachingRows, SingleQueryRows
-from vllm_tokenselect.kernels.warmup import compile_cpu_kernels
 
 N_INIT, TOP_K = 5, 40
 
@@ -58,7 +58,7 @@ def main() -> None:
         )
         caching = CachingRows(
             caches=torch.ones(case.rows, dtype=torch.bool),
-            slot=row_seq,
+            seat=row_seq,
             owner=row_seq + 1,
             similarity_threshold=0.5,
             refresh_interval=4,

@@ -5,7 +5,7 @@ import torch
 
 from tests.kernels.cases import int32
 from vllm_tokenselect.kernels.block_table import cpu, reference
-from vllm_tokenselect.method import FULL_ATTENTION
+from vllm_tokenselect.method.settings import FULL_ATTENTION
 
 UNTOUCHED = -7
 

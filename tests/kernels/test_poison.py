@@ -108,7 +108,7 @@ def test_a_line_of_the_selection_cache_that_another_request_left_is_not_compared
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_nan_of_a_request_stays_nan_and_its_neighbour_in_the_step_keeps_its_bits(case: Case):
+def test_nan_of_a_request_stays_nan_and_its_neighbor_in_the_step_keeps_its_bits(case: Case):
     """Rows are computed together, one whose keys or values are NaN beside one whose are not."""
     kv_cache, block_table = paged_cache(case)
     block_table[1, 0] = block_table[1, -1]  # nothing shared

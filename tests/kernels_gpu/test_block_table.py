@@ -5,7 +5,7 @@ import torch
 
 from tests.kernels_gpu.cases import DEVICE, int32
 from vllm_tokenselect.kernels.block_table import gpu, reference
-from vllm_tokenselect.method import FULL_ATTENTION
+from vllm_tokenselect.method.settings import FULL_ATTENTION
 
 UNTOUCHED = -7
 

@@ -15,9 +15,9 @@ def gathered(operation, case: Case, layout: str, cos_sin: torch.Tensor | None):
     kv_cache, _ = device_cache(case, layout)
     num_slots = kv_cache.shape[0] * case.block_size
     slots = torch.randint(num_slots, (3, 75), device=DEVICE).to(torch.int32)
-    quantised = case.dtype == "fp8"
-    dtype = torch.float16 if quantised else kv_cache.dtype
-    scales = [torch.tensor([s], device=DEVICE) if quantised else None for s in (0.5, 1.5)]
+    quantized = case.dtype == "fp8"
+    dtype = torch.float16 if quantized else kv_cache.dtype
+    scales = [torch.tensor([s], device=DEVICE) if quantized else None for s in (0.5, 1.5)]
     shape = (3, 80, case.num_kv_heads, case.head_size)
     out = [torch.full(shape, 9.0, dtype=dtype, device=DEVICE) for _ in range(2)]
     operation.gather_rows(kv_cache, slots, int32(*LENGTHS), *out, cos_sin, *scales, zeroed=16)

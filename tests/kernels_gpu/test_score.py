@@ -17,12 +17,12 @@ def assert_same_scores_and_votes(
 ):
     """Compare logits below each row's end, their running maxima and sums, and the votes."""
     rows, heads = query.shape[:2]
-    quantised = kv_cache.dtype.itemsize == 1
+    quantized = kv_cache.dtype.itemsize == 1
     width = max(int(ends.max()) - start, 1) + 5
     logits = torch.full((rows, heads, width), float("nan"), device=DEVICE)
     maxima = torch.full((rows, heads, gpu.NUM_PARTS), float("nan"), device=DEVICE)
     votes = torch.full((rows, width), float("nan"), device=DEVICE)
-    key_scale = torch.tensor([KEY_SCALE], device=DEVICE) if quantised else None
+    key_scale = torch.tensor([KEY_SCALE], device=DEVICE) if quantized else None
     scores = gpu.score_paged_keys(
         *(query, kv_cache, block_table, tiles, int(tiles[:, 2].max()), start, ends, scale),
         key_scale,
@@ -33,7 +33,7 @@ def assert_same_scores_and_votes(
     # Products of bf16 or fp8 keys with a query that was rounded to bf16.
     exact = kv_cache.dtype in (torch.float32,) or DEVICE == "cpu"
     tolerance = {"rtol": 1e-4, "atol": 1e-4} if exact else {"rtol": 2e-2, "atol": 2e-2}
-    true_scale = scale * (KEY_SCALE if quantised else 1.0)
+    true_scale = scale * (KEY_SCALE if quantized else 1.0)
     expected = reference.score_paged_keys(
         query, kv_cache.float(), block_table, row_seq, start, ends, true_scale
     )

@@ -10,7 +10,7 @@ import torch
 from tests.kernels_gpu.cases import DEVICE, DTYPES, int32
 from vllm_tokenselect.kernels.selection_cache import gpu, reference
 from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
-from vllm_tokenselect.method import FULL_ATTENTION
+from vllm_tokenselect.method.settings import FULL_ATTENTION
 
 BLOCK_SIZE, N_INIT, N_LOCAL, TOP_K = 16, 19, 40, 600  # a line of two pieces
 THRESHOLD, REFRESH = 0.9, 5
@@ -25,7 +25,7 @@ class Rows:
     query: torch.Tensor
     query_start: torch.Tensor
     query_len: torch.Tensor
-    slot: torch.Tensor
+    seat: torch.Tensor
     owner: torch.Tensor
     caches: torch.Tensor
     candidate_end: torch.Tensor
@@ -62,12 +62,12 @@ def rows_of(
     padding: int = 0,
     empty_chains: int = 0,
 ) -> Rows:
-    """Chains of (slot, owner, candidate ends), one query a row, behind them padded rows."""
+    """Chains of (seat, owner, candidate ends), one query a row, behind them padded rows."""
     ends = [end for _, _, run in chains for end in run]
-    per_row = [(seq, slot, owner) for seq, (slot, owner, run) in enumerate(chains) for _ in run]
+    per_row = [(seq, seat, owner) for seq, (seat, owner, run) in enumerate(chains) for _ in run]
     table, first = [], 0
-    for slot, owner, run in chains:
-        table.append([first, len(run), slot, owner])
+    for seat, owner, run in chains:
+        table.append([first, len(run), seat, owner])
         first += len(run)
     rows = range(first + padding)
     real = [row < first for row in rows]
@@ -75,7 +75,7 @@ def rows_of(
         query=query,
         query_start=int32(*[min(row, first - 1) for row in rows]),
         query_len=int32(*real),
-        slot=int32(*[slot for _, slot, _ in per_row], *[-1] * padding),
+        seat=int32(*[seat for _, seat, _ in per_row], *[-1] * padding),
         owner=int32(*[owner for _, _, owner in per_row], *[0] * padding),
         caches=torch.tensor(real, device=DEVICE),
         candidate_end=int32(*ends, *[-N_LOCAL] * padding),
@@ -125,7 +125,7 @@ def step_of_reference(rows: Rows, state: SelectionCacheState, blocks, seed=0) ->
             KV_HEADS,
             rows.query_start,
             takes_part,
-            rows.slot,
+            rows.seat,
             rows.owner,
             rows.candidate_end,
         ),
@@ -136,12 +136,12 @@ def step_of_reference(rows: Rows, state: SelectionCacheState, blocks, seed=0) ->
     table_end = torch.where(reuses, 0, rows.context_end)
     slots, lengths = built_table(rows, table_end, seed)
     reference.finish(
-        *(reused_end, takes_part, rows.slot, blocks, rows.row_seq, N_INIT, rows.top_k),
+        *(reused_end, takes_part, rows.seat, blocks, rows.row_seq, N_INIT, rows.top_k),
         *(rows.context_end, BLOCK_SIZE, state, slots, lengths),
     )
     counters = torch.arange(5, device=DEVICE)
     reference.count_rows(
-        *(rows.slot, rows.query_len, selects, reused_end, rows.context_end, lengths, counters)
+        *(rows.seat, rows.query_len, selects, reused_end, rows.context_end, lengths, counters)
     )
     scored_end = torch.where(selects, rows.candidate_end, N_INIT)
     return Outcome(scored_end, table_end, reused_end, slots, lengths, counters, state)
@@ -167,7 +167,7 @@ def step_of_kernels(rows: Rows, state: SelectionCacheState, blocks, seed=0) -> O
     slots, lengths = built_table(rows, table_end, seed)
     counters = torch.arange(5, device=DEVICE)
     gpu.finish_rows(
-        *(rows.chains, blocks, rows.row_seq, rows.slot, rows.query_len, N_INIT, rows.top_k),
+        *(rows.chains, blocks, rows.row_seq, rows.seat, rows.query_len, N_INIT, rows.top_k),
         *(rows.candidate_end, rows.context_end, scored_end, reused_end, BLOCK_SIZE, state),
         *(slots, lengths, counters),
     )
@@ -214,7 +214,7 @@ def test_chains_of_one_reuse_what_resembles(heads: int, head_size: int, dtype: s
     first = assert_same_step(rows_of(chains, query), new_state(query))
     assert decisions(first) == [False] * 4
     query = queries([0, 9, 2, 3], heads, head_size, DTYPES[dtype])  # the second is another
-    chains = [(slot, owner, [end + 1]) for slot, owner, (end,) in chains]
+    chains = [(seat, owner, [end + 1]) for seat, owner, (end,) in chains]
     second = assert_same_step(rows_of(chains, query), first.state, seed=1)
     assert decisions(second) == [True, False, True, True]
     third = assert_same_step(rows_of(chains, query), second.state, seed=2)
@@ -304,7 +304,7 @@ def test_padded_rows_and_chains_without_rows_touch_nothing():
     outcome = assert_same_step(rows, new_state(query))
     assert (outcome.counters - torch.arange(5, device=DEVICE)).tolist()[:3] == [2, 0, 0]
     nobody = rows_of([(0, 1, [700])], query)
-    nobody.slot.fill_(-1)
+    nobody.seat.fill_(-1)
     nobody.caches.fill_(False)
     nobody.chains.zero_()
     outcome = assert_same_step(nobody, outcome.state)
@@ -355,7 +355,7 @@ def test_counts_are_those_of_the_definition_without_a_cache():
         query=queries([0]),
         query_start=int32(*[0] * 6),
         query_len=int32(512, 1, 8192, 3, 1, 0),
-        slot=int32(3, 0, 1, 2, -1, -1),
+        seat=int32(3, 0, 1, 2, -1, -1),
         owner=int32(*range(6)),
         caches=torch.zeros(6, dtype=torch.bool, device=DEVICE),
         candidate_end=int32(1500, 1900, 1_000_000, -30, 2000, -N_LOCAL),
@@ -366,7 +366,7 @@ def test_counts_are_those_of_the_definition_without_a_cache():
     counters = torch.arange(5, device=DEVICE)
     scored_end = torch.where(rows.sparse, rows.candidate_end, N_INIT)
     gpu.finish_rows(
-        *(rows.chains, block_table(), rows.row_seq, rows.slot, rows.query_len, N_INIT, rows.top_k),
+        *(rows.chains, block_table(), rows.row_seq, rows.seat, rows.query_len, N_INIT, rows.top_k),
         *(rows.candidate_end, rows.context_end, scored_end, torch.full_like(scored_end, -1)),
         *(BLOCK_SIZE, None, int32(), int32(), counters),
     )

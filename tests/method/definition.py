@@ -3,7 +3,7 @@
 import torch
 
 from vllm_tokenselect.kernels.rotate.rotation import Rotation
-from vllm_tokenselect.method import Method
+from vllm_tokenselect.method.settings import Method
 
 CONFIG = Method(top_k=24, n_init=4, n_local=16, query_chunk=32, tail_queries=3)
 BLOCK_SIZE, HEAD_SIZE = 16, 32

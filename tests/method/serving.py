@@ -10,14 +10,14 @@ import numpy as np
 import torch
 
 from tests.method.definition import BLOCK_SIZE, HEAD_SIZE, SCALE, best
-from vllm_tokenselect.attention import SdpaAttention, attend
+from vllm_tokenselect.cpu.attention import SdpaAttention, attend
+from vllm_tokenselect.cpu.step import StepSelection
 from vllm_tokenselect.kernels.head_group import HeadGroup
 from vllm_tokenselect.kernels.operations import Operations
 from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
-from vllm_tokenselect.method import Method
-from vllm_tokenselect.plan import SelectionPlan
-from vllm_tokenselect.requests import BatchRequests, RequestTable, StepRequests
-from vllm_tokenselect.selection import StepSelection
+from vllm_tokenselect.method.plan import SelectionPlan
+from vllm_tokenselect.method.requests import BatchRequests, RequestTable, StepRequests
+from vllm_tokenselect.method.settings import Method
 
 METHOD = Method(
     top_k=24,
@@ -167,13 +167,13 @@ class Server:
         """
         requests = [request for request, _ in work]
         lens = np.array([count for _, count in work], np.int32)
-        slots = self.table.slots_of([request.name for request in requests])
-        block_table = torch.stack([self.blocks[int(slot)] for slot in slots])
+        seats = self.table.seats_of([request.name for request in requests])
+        block_table = torch.stack([self.blocks[int(seat)] for seat in seats])
         ends = np.array([r.done for r in requests], np.int32) + lens
         for row, request in enumerate(requests):
             self._write(request, block_table[row], request.done, int(ends[row]))
         query = torch.cat([r.queries[r.done : e] for r, e in zip(requests, ends, strict=True)])
-        batch = BatchRequests.of_step(StepRequests(self.table, slots), ends, METHOD.top_k)
+        batch = BatchRequests.of_step(StepRequests(self.table, seats), ends, METHOD.top_k)
         plan = SelectionPlan.build(np.cumsum([0, *lens]).astype(np.int32), ends, batch, METHOD)
         step = StepSelection(
             plan,

@@ -14,11 +14,11 @@ from tests.method.definition import (
     paged_step,
     rotation,
 )
-from vllm_tokenselect.attention import SdpaAttention, attend
+from vllm_tokenselect.cpu.attention import SdpaAttention, attend
+from vllm_tokenselect.cpu.step import StepSelection
 from vllm_tokenselect.kernels.operations import cpu_operations, reference_operations
-from vllm_tokenselect.plan import SelectionPlan
-from vllm_tokenselect.requests import BatchRequests
-from vllm_tokenselect.selection import StepSelection
+from vllm_tokenselect.method.plan import SelectionPlan
+from vllm_tokenselect.method.requests import BatchRequests
 
 
 def served_attention(
@@ -36,7 +36,7 @@ def served_attention(
     plan = SelectionPlan.build(
         np.cumsum([0, *lens]).astype(np.int32),
         np.array([end for _, end, _ in requests], np.int32),
-        BatchRequests.without_slots(
+        BatchRequests.without_seats(
             np.array([prompt for _, _, prompt in requests], np.int32), CONFIG.top_k
         ),
         CONFIG,

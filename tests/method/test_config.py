@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_tokenselect.config import SettingsError, TokenSelectConfig
-from vllm_tokenselect.method import Method
+from vllm_tokenselect.method.settings import Method
 
 
 def refusal(settings) -> str:

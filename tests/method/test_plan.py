@@ -4,9 +4,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_tokenselect.method import Method
-from vllm_tokenselect.plan import SelectionPlan
-from vllm_tokenselect.requests import BatchRequests
+from vllm_tokenselect.method.plan import SelectionPlan
+from vllm_tokenselect.method.requests import BatchRequests
+from vllm_tokenselect.method.settings import Method
 
 CONFIG = Method(top_k=32, n_init=8, n_local=16, query_chunk=16, tail_queries=4)
 
@@ -17,7 +17,7 @@ def build(*requests: tuple[int, int, int], config=CONFIG) -> SelectionPlan:
     return SelectionPlan.build(
         np.cumsum([0, *lens]).astype(np.int32),
         np.array([end for _, end, _ in requests], np.int32),
-        BatchRequests.without_slots(
+        BatchRequests.without_seats(
             np.array([prompt for _, _, prompt in requests], np.int32), config.top_k
         ),
         config,

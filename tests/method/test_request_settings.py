@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from vllm_tokenselect.method import FULL_ATTENTION, Method, SettingsError
-from vllm_tokenselect.request_settings import fingerprint, requested_top_k
+from vllm_tokenselect.method.request_settings import fingerprint, requested_top_k
+from vllm_tokenselect.method.settings import FULL_ATTENTION, Method, SettingsError
 
 SERVER = 2048
 

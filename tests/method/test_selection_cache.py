@@ -13,9 +13,9 @@ import torch
 from tests.method.definition import HEAD_SIZE
 from tests.method.serving import METHOD, Request, Server
 from vllm_tokenselect.kernels.operations import cpu_operations, reference_operations
-from vllm_tokenselect.method import FULL_ATTENTION
-from vllm_tokenselect.plan import SelectionPlan
-from vllm_tokenselect.requests import BatchRequests
+from vllm_tokenselect.method.plan import SelectionPlan
+from vllm_tokenselect.method.requests import BatchRequests
+from vllm_tokenselect.method.settings import FULL_ATTENTION
 
 
 @pytest.fixture(params=[reference_operations, cpu_operations])
@@ -57,7 +57,7 @@ def test_recomputed_tokens_decide_as_they_did_the_first_time(server):
         server.step((request, 1), (other, 1))
 
 
-def test_a_slot_given_to_another_request_keeps_nothing_of_the_one_before(server):
+def test_a_seat_given_to_another_request_keeps_nothing_of_the_one_before(server):
     for name in "abcdef":
         first, second = Request(name, 90), Request(name + "2", 100)
         server.start(first)
@@ -65,7 +65,7 @@ def test_a_slot_given_to_another_request_keeps_nothing_of_the_one_before(server)
         for _ in range(5):
             server.step((first, 1))
         server.stop(first)
-        server.start(second)  # the same slot
+        server.start(second)  # the same seat
         server.step((second, 100))
         for _ in range(3):
             server.step((second, 1))

@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from tests.method.serving import CAPACITY, METHOD, TOKENS, Request, Server
 from vllm_tokenselect.kernels.operations import cpu_operations
-from vllm_tokenselect.method import FULL_ATTENTION
+from vllm_tokenselect.method.settings import FULL_ATTENTION
 
 NAMES = "abcdefgh"
 
@@ -65,7 +65,7 @@ class Serving(RuleBasedStateMachine):
             self.server.step(*work)
 
     @invariant()
-    def no_slot_is_lost(self) -> None:
+    def no_seat_is_lost(self) -> None:
         assert len(self.server.table) == len(self.running)
 
     def teardown(self) -> None:

@@ -142,7 +142,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "transformers' code, interleaved": (
         "Glm",
         {"head_dim": 32},
-        "TransformersForCausalLM: transformers' code rotates neighbouring elements of a head, not halves",
+        "TransformersForCausalLM: transformers' code rotates neighboring elements of a head, not halves",
     ),
 }  # fmt: skip
 

@@ -84,7 +84,7 @@ def test_combined_options_change_nothing_that_is_said(model, adapter, prompts):
 
 
 @pytest.mark.endurance
-def test_a_quantised_cache_is_refused_on_a_cpu(refusal):
+def test_a_quantized_cache_is_refused_on_a_cpu(refusal):
     log = refusal({}, "--kv-cache-dtype", "fp8")
     assert "TOKENSELECT" in log
     assert "fp8" in log

@@ -52,7 +52,7 @@ def assert_same(answers: list[Completion], expected: list[Completion]) -> None:
         assert answer.logprobs == pytest.approx(other.logprobs, abs=1e-3)
 
 
-def test_off_is_full_attention_and_harms_no_neighbour(
+def test_off_is_full_attention_and_harms_no_neighbor(
     sparse_client, documents, full_attention, selected
 ):
     for full, sparse in zip(full_attention, selected, strict=True):

@@ -1,6 +1,6 @@
 """What the served model says under selection is what a plain PyTorch forward of the definition says.
 
-Whatever else happens to a request: neighbours, prefix-cache hits, prefill cut into steps, preemption.
+Whatever else happens to a request: neighbors, prefix-cache hits, prefill cut into steps, preemption.
 """
 
 from __future__ import annotations

@@ -8,14 +8,14 @@ import torch
 from vllm.config import VllmConfig
 from vllm.v1.attention.backend import AttentionLayer
 
-from vllm_tokenselect.attention import attend
 from vllm_tokenselect.backend.cpu_attention import CpuAttention
 from vllm_tokenselect.backend.cpu_metadata import CpuTokenSelectMetadata
 from vllm_tokenselect.backend.impl import TokenSelectImpl
+from vllm_tokenselect.cpu.attention import attend
+from vllm_tokenselect.cpu.warmup import compile_cpu_kernels
 from vllm_tokenselect.hooks.log import get_logger
 from vllm_tokenselect.kernels.cpu_cache import is_temporary, kept_in
 from vllm_tokenselect.kernels.head_group import HeadGroup
-from vllm_tokenselect.kernels.warmup import compile_cpu_kernels
 from vllm_tokenselect.kernels.write.cpu import write_tokens
 
 logger = get_logger(__name__)

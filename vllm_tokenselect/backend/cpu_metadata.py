@@ -12,8 +12,8 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm_tokenselect.backend.cpu_attention import CpuAttentionRow, plan_cpu_attention
 from vllm_tokenselect.backend.metadata import TokenSelectMetadataBuilder
 from vllm_tokenselect.counters import worker_counters
+from vllm_tokenselect.cpu.step import StepSelection
 from vllm_tokenselect.kernels.operations import cpu_operations
-from vllm_tokenselect.selection import StepSelection
 
 
 @dataclass

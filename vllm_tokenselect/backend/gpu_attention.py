@@ -20,7 +20,7 @@ from vllm_tokenselect.gpu.flash_attention import (
 )
 from vllm_tokenselect.gpu.plain_attention import PlainAttention
 from vllm_tokenselect.hooks.log import get_logger
-from vllm_tokenselect.method import SettingsError
+from vllm_tokenselect.method.settings import SettingsError
 
 Library = Literal["flash", "xformers", "sdpa"]
 # Most elements of a head that FlashAttention 2 and 3 take; Gemma 4 has heads of 512.
@@ -160,7 +160,7 @@ def make_attention(
     num_kv_heads: int,
     head_size: int,
     dtype: torch.dtype,
-    quantised: bool,
+    quantized: bool,
     reassigned: bool,
     width: int,
     device: torch.device,
@@ -172,7 +172,7 @@ def make_attention(
 
     Args:
         dtype: of the queries.
-        quantised: whether the KV cache is.
+        quantized: whether the KV cache is.
         reassigned: whether positions are.
         width: most tokens of a row.
         padded: whether pages of the KV cache are larger than their tokens.
@@ -180,7 +180,7 @@ def make_attention(
         soft_cap: of their logits; 0 for none.
     """
     version = _flash_version(library, head_size)
-    in_place = reads_in_place(version, as_cached=not (quantised or reassigned or padded))
+    in_place = reads_in_place(version, as_cached=not (quantized or reassigned or padded))
     buffer = None if in_place else GatherBuffer(num_kv_heads, head_size, dtype, width, device)
     attention = _attention(library, version, buffer, has_sinks, soft_cap)
     get_logger(__name__).info(

@@ -40,7 +40,7 @@ class LayerShape:
         limits: of the steps.
         library: that attends.
         dtype: of the queries.
-        fp8_dtype: of the KV cache, if it is quantised.
+        fp8_dtype: of the KV cache, if it is quantized.
         heads: the ranks that vote together; None where a rank votes for itself.
         has_sinks: whether heads have sinks.
         soft_cap: of the logits; 0 for none.

@@ -17,7 +17,7 @@ from vllm_tokenselect.hooks.platform_backend import refuse_model
 from vllm_tokenselect.kernels.head_group import num_voting_heads
 from vllm_tokenselect.kernels.rotate.rotation import Rotation
 from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
-from vllm_tokenselect.method import SettingsError
+from vllm_tokenselect.method.settings import SettingsError
 
 M = TypeVar("M", bound=AttentionMetadata)
 

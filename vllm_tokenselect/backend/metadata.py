@@ -26,8 +26,8 @@ from vllm_tokenselect.hooks.runner_v2 import request_table
 from vllm_tokenselect.hooks.step_size import check_steps, ends_steps_at_blocks
 from vllm_tokenselect.kernels.head_group import num_voting_heads
 from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
-from vllm_tokenselect.plan import SelectionPlan
-from vllm_tokenselect.requests import Activity, BatchRequests, StepRequests
+from vllm_tokenselect.method.plan import SelectionPlan
+from vllm_tokenselect.method.requests import Activity, BatchRequests, StepRequests
 
 M = TypeVar("M", bound=AttentionMetadata)
 
@@ -126,7 +126,7 @@ class TokenSelectMetadataBuilder(AttentionMetadataBuilder[M]):
     def _record(self, requests: StepRequests, plan: SelectionPlan, prompt_lens: np.ndarray) -> None:
         attended, context = plan.num_attended(self.method), plan.num_in_context()
         prefill = plan.chunk_start < prompt_lens[plan.row_seq]
-        for seq, request_id in enumerate(requests.table.ids_of(requests.slots)):
+        for seq, request_id in enumerate(requests.table.ids_of(requests.seats)):
             if request_id is None:
                 continue
             counts = [

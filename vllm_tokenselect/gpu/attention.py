@@ -24,7 +24,7 @@ from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
 GATHER_BYTES = 256 << 20
 # Lines of the gathered buffer are whole pages: FlashAttention 4 reads pages of 128 tokens best.
 PAGE_TOKENS = 128
-# How vLLM's names of quantised caches are to be read; it hands them over as bytes.
+# How vLLM's names of quantized caches are to be read; it hands them over as bytes.
 FP8_DTYPES = {
     "fp8": torch.float8_e4m3fn,
     "fp8_e4m3": torch.float8_e4m3fn,
@@ -38,8 +38,8 @@ class LayerCache:
 
     Attributes:
         pages: fp32, bf16, fp16 or fp8 [num_blocks, Hkv, 2, block_size, D], any strides whose last is 1.
-        key_scale, value_scale: fp32 [1] on the device, what a quantised cache is multiplied by; None
-            for one that is not quantised.
+        key_scale, value_scale: fp32 [1] on the device, what a quantized cache is multiplied by; None
+            for one that is not quantized.
         selections: the Selection Cache; None for a layer without.
         rotation: of queries and keys to the positions that they are given anew; None for a layer whose
             cache holds keys that the model has rotated.
@@ -101,7 +101,7 @@ class GatherBuffer:
 
     Args:
         num_kv_heads, head_size: of a layer.
-        dtype: of the queries; a quantised cache is widened to it.
+        dtype: of the queries; a quantized cache is widened to it.
         width: most tokens of a row.
         device: where the buffer lies.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vllm_tokenselect.method import Method, SettingsError
+from vllm_tokenselect.method.settings import Method, SettingsError
 
 # Rows that are built and attended together at most: lines of the sparse block table.
 MAX_GROUP_ROWS = 512

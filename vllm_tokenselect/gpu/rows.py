@@ -17,9 +17,9 @@ import torch
 from vllm_tokenselect.gpu.limits import StepLimits
 from vllm_tokenselect.kernels.score.gpu import tile_rows
 from vllm_tokenselect.kernels.selection_cache.state import SELECTS
-from vllm_tokenselect.method import Method
-from vllm_tokenselect.plan import SelectionPlan
-from vllm_tokenselect.requests import NO_SLOT, Int32
+from vllm_tokenselect.method.plan import SelectionPlan
+from vllm_tokenselect.method.requests import NO_SEAT, Int32
+from vllm_tokenselect.method.settings import Method
 
 # Entries of what the host sends of a row: five numbers, a tile, a chain and where its queries start (one
 # more for each group, of which there are no more than rows); and of what is found there.
@@ -64,7 +64,7 @@ class RowGroup:
         query_start_loc: int32 [R + 1], where the queries of each row start among the group's.
         query_len: int32 [R]; 0 for a padded row.
         top_k: int32 [R], candidates that the row selects.
-        slot: int32 [R], of the row's request; -1 for a padded row and where there is no request.
+        seat: int32 [R], of the row's request; -1 for a padded row and where there is no request.
         candidate_end: int32 [R], `a - n_local`.
         context_end: int32 [R], `b`; 0 for a padded row.
         scored_end: int32 [R], `a - n_local` of a row that selects, `n_init` of any other.
@@ -72,7 +72,7 @@ class RowGroup:
         reused_end: int32 [R], where the candidates of the selection ended that the row reuses; -1 for
             a row that reuses none.
         chains: int32 [chains, 4], rows that take part in the Selection Cache: of each run of one
-            request's the first row, the number of rows, their slot and its owner.
+            request's the first row, the number of rows, their seat and its owner.
         passes: over the rows that may select; none if there is none.
         width: most candidates of a row that may select, rounded up; 0 if there is none.
         query_starts, query_lens: `query_start_loc` without its last entry and `query_len`, on the host.
@@ -88,7 +88,7 @@ class RowGroup:
     query_start_loc: torch.Tensor
     query_len: torch.Tensor
     top_k: torch.Tensor
-    slot: torch.Tensor
+    seat: torch.Tensor
     candidate_end: torch.Tensor
     context_end: torch.Tensor
     scored_end: torch.Tensor
@@ -300,8 +300,8 @@ class _Sent:
         self.size = size = _field_size(num_rows)
         self.array = np.zeros(SENT_FIELDS * size, np.int32)
         fields, tiles, chains, self.starts = _split(self.array, size)
-        self.row_seq, self.query_len, self.after, self.top_k, self.slot = fields
-        self.slot[:] = NO_SLOT
+        self.row_seq, self.query_len, self.after, self.top_k, self.seat = fields
+        self.seat[:] = NO_SEAT
         self.tiles, self.chains = tiles, chains
 
     def write_rows(self, plan: SelectionPlan, seq_lens: Int32) -> None:
@@ -310,7 +310,7 @@ class _Sent:
         self.query_len[rows] = plan.query_len
         self.after[rows] = seq_lens[plan.row_seq] - plan.chunk_end
         self.top_k[rows] = plan.top_k
-        self.slot[rows] = plan.slot
+        self.seat[rows] = plan.seat
 
     def write_starts(
         self, plan: SelectionPlan, first: int, last: int, queries: slice, group: int
@@ -331,8 +331,8 @@ class _Sent:
     def write_chains(self, plan: SelectionPlan, first: int, last: int) -> int:
         """Chains of the rows [first, last); returns how many there are."""
         rows, counts = _runs(plan.caches[first:last], plan.row_seq[first:last])
-        slot, owner = plan.slot[first:last][rows], plan.owner[first:last][rows]
-        self.chains[first : first + len(rows)] = np.stack([rows, counts, slot, owner], axis=1)
+        seat, owner = plan.seat[first:last][rows], plan.owner[first:last][rows]
+        self.chains[first : first + len(rows)] = np.stack([rows, counts, seat, owner], axis=1)
         return len(rows)
 
     def send(self, buffers: RowBuffers, seq_lens: torch.Tensor, method: Method) -> _OnDevice:
@@ -363,7 +363,7 @@ class _OnDevice:
 
     def group(self, sent: _Sent, sizes: _GroupSizes) -> RowGroup:
         first, last = sizes.first, sizes.last
-        row_seq, query_len, _, top_k, slot = self.rows
+        row_seq, query_len, _, top_k, seat = self.rows
         starts = slice(sizes.starts, sizes.starts + last - first + 1)
         candidate_end, context_end, scored_end, table_end, reused_end = self.ends[:, first:last]
         return RowGroup(
@@ -372,7 +372,7 @@ class _OnDevice:
             query_start_loc=self.starts[starts],
             query_len=query_len[first:last],
             top_k=top_k[first:last],
-            slot=slot[first:last],
+            seat=seat[first:last],
             candidate_end=candidate_end,
             context_end=context_end,
             scored_end=scored_end,

@@ -168,7 +168,7 @@ class GpuStep:
             group.chains,
             self.block_table,
             group.row_seq,
-            group.slot,
+            group.seat,
             group.query_len,
             workspace.limits.method.n_init,
             group.top_k,

@@ -9,8 +9,8 @@ from vllm_tokenselect.gpu.attention import LayerCache, RowAttention
 from vllm_tokenselect.gpu.rows import RowBuffers, graph_rows, step_rows
 from vllm_tokenselect.gpu.step import GpuStep
 from vllm_tokenselect.gpu.workspace import Workspace
-from vllm_tokenselect.plan import SelectionPlan
-from vllm_tokenselect.requests import BatchRequests
+from vllm_tokenselect.method.plan import SelectionPlan
+from vllm_tokenselect.method.requests import BatchRequests
 
 
 def compile_gpu_kernels(
@@ -47,7 +47,7 @@ def compile_gpu_kernels(
         plan = SelectionPlan.build(
             np.array([0, length], np.int32),
             seq_lens,
-            BatchRequests.without_slots(
+            BatchRequests.without_seats(
                 np.array([end - tail + method.tail_queries], np.int32), method.top_k
             ),
             method,

@@ -14,7 +14,7 @@ engine_config       settings checked at start, the scheduler put in place;
 request_validation  a request's own settings checked when it arrives
 scheduler           whole query chunks, prefix-cache limits, whom to preempt
 block_hashes        what other settings computed kept apart in the prefix cache
-runner_v1, _v2      stable request slots on both model runners
+runner_v1, _v2      stable request seats on both model runners
 metrics             what is counted, in /metrics once a worker is warm
 """
 

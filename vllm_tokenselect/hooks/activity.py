@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vllm_tokenselect.hooks.log import get_logger
-from vllm_tokenselect.requests import Activity
+from vllm_tokenselect.method.requests import Activity
 
 
 def log_activity(request_id: str, activity: Activity | None) -> None:

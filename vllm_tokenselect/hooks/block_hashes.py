@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_tokenselect.config import TokenSelectConfig
 from vllm_tokenselect.hooks.registration import is_selected
 from vllm_tokenselect.hooks.seam import Seam, replace_everywhere
-from vllm_tokenselect.request_settings import fingerprint, requested_top_k
+from vllm_tokenselect.method.request_settings import fingerprint, requested_top_k
 
 if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreRequest

@@ -16,7 +16,7 @@ from torch import nn
 from vllm_tokenselect.config import TokenSelectConfig
 from vllm_tokenselect.hooks.platform_backend import default_backend
 from vllm_tokenselect.hooks.registration import BACKEND_NAME
-from vllm_tokenselect.method import SettingsError
+from vllm_tokenselect.method.settings import SettingsError
 
 
 def leave_dense(model: nn.Module) -> None:
@@ -96,7 +96,7 @@ def check_model(model_config: Any, cache_config: Any, config: TokenSelectConfig)
     if is_quantized_kv_cache(cache_config.cache_dtype):
         raise SettingsError(
             f"tokenselect dense_layers={config.dense_layers} cannot be used with --kv-cache-dtype "
-            f"{cache_config.cache_dtype}: vLLM's backends quantise queries then, which is decided before "
+            f"{cache_config.cache_dtype}: vLLM's backends quantize queries then, which is decided before "
             "a layer is put on one. Leave one of them out."
         )
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.multimodal.utils import get_mm_features_in_window
 
-from vllm_tokenselect.method import Method
+from vllm_tokenselect.method.settings import Method
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.scheduler import Scheduler as _Scheduler

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from vllm_tokenselect.method import SettingsError
+from vllm_tokenselect.method.settings import SettingsError
 
 _FP8 = ("fp8", "fp8_e4m3", "fp8_e5m2")
 

@@ -39,7 +39,7 @@ from vllm_tokenselect.counters import (
 from vllm_tokenselect.hooks.log import get_logger
 from vllm_tokenselect.hooks.registration import is_selected
 from vllm_tokenselect.hooks.seam import Seam
-from vllm_tokenselect.method import SettingsError
+from vllm_tokenselect.method.settings import SettingsError
 
 if TYPE_CHECKING:
     import torch

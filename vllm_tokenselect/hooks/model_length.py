@@ -18,7 +18,7 @@ from vllm_tokenselect.hooks.log import get_logger
 from vllm_tokenselect.hooks.registration import BACKEND_NAME, is_selected
 from vllm_tokenselect.hooks.rotary_kinds import reads_only_text
 from vllm_tokenselect.hooks.seam import Seam
-from vllm_tokenselect.method import SettingsError
+from vllm_tokenselect.method.settings import SettingsError
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from vllm_tokenselect.hooks.registration import BACKEND_NAME, BACKEND_PATH
 from vllm_tokenselect.hooks.seam import Seam
-from vllm_tokenselect.method import SettingsError
+from vllm_tokenselect.method.settings import SettingsError
 
 _PARAMETERS = ("cls", "selected_backend", "attn_selector_config", "num_heads")
 _WHY = "puts full-attention layers on TOKENSELECT and leaves the others on vLLM's own backend"

@@ -7,8 +7,8 @@ from typing import Any
 from vllm_tokenselect.config import TokenSelectConfig
 from vllm_tokenselect.hooks.log import get_logger
 from vllm_tokenselect.hooks.registration import is_selected
-from vllm_tokenselect.method import FULL_ATTENTION, SettingsError
-from vllm_tokenselect.request_settings import requested_top_k
+from vllm_tokenselect.method.request_settings import requested_top_k
+from vllm_tokenselect.method.settings import FULL_ATTENTION, SettingsError
 
 
 def top_k_of(runner: Any, sampling_params: Any) -> int:

@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any
 from vllm_tokenselect.config import TokenSelectConfig
 from vllm_tokenselect.hooks.registration import is_selected
 from vllm_tokenselect.hooks.seam import Seam
-from vllm_tokenselect.method import FULL_ATTENTION, Method, SettingsError
-from vllm_tokenselect.misplaced import looks_like_ours
-from vllm_tokenselect.request_settings import SWITCH, requested_top_k
+from vllm_tokenselect.method.misplaced import looks_like_ours
+from vllm_tokenselect.method.request_settings import SWITCH, requested_top_k
+from vllm_tokenselect.method.settings import FULL_ATTENTION, Method, SettingsError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -29,7 +29,7 @@ from vllm_tokenselect.hooks.rotary_kinds import (
 )
 from vllm_tokenselect.hooks.rotary_probe import AttentionLayer, Probe, Trial, attention_layers, same
 from vllm_tokenselect.hooks.seam import Seam
-from vllm_tokenselect.method import SettingsError
+from vllm_tokenselect.method.settings import SettingsError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

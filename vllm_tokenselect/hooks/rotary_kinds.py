@@ -15,7 +15,7 @@ class Unrotated(nn.Module):
     """Stands where a model's rotary embedding was; the layer rotates what it attends to.
 
     Args:
-        embedding: what it stands for. Where that pairs neighbouring elements, a head's elements are put
+        embedding: what it stands for. Where that pairs neighboring elements, a head's elements are put
             in the order in which pairs are half of the rotated part apart; products of queries and
             keys stay as they are.
     """

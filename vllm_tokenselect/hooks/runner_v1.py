@@ -1,4 +1,4 @@
-"""Stable request slots on Model Runner V1, whose batch rows move between steps.
+"""Stable request seats on Model Runner V1, whose batch rows move between steps.
 
 Wraps `GPUModelRunner._update_states`, which learns what was added, resumed, preempted and finished,
 and `GPUModelRunner._build_attention_metadata`, during which the metadata builder learns which request
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_tokenselect.hooks.activity import log_activity
 from vllm_tokenselect.hooks.request_top_k import top_k_of
 from vllm_tokenselect.hooks.seam import Seam
-from vllm_tokenselect.requests import RequestTable, StepRequests
+from vllm_tokenselect.method.requests import RequestTable, StepRequests
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -32,7 +32,7 @@ SEAMS = (
             "for new_req_data in scheduler_output.scheduled_new_reqs:",
             "resumed_req_ids = scheduler_output.scheduled_cached_reqs.resumed_req_ids",
         ),
-        why="gives a request its slot when it is added or resumed and takes it back at its end",
+        why="gives a request its seat when it is added or resumed and takes it back at its end",
     ),
     Seam(
         name="runner_v1",
@@ -53,7 +53,7 @@ def current_requests() -> StepRequests | None:
     return _current.get()
 
 
-def update_slots(table: RequestTable, runner: Any, output: SchedulerOutput) -> None:
+def update_seats(table: RequestTable, runner: Any, output: SchedulerOutput) -> None:
     """Bring the table up to date after `_update_states`."""
     for request_id in output.finished_req_ids:
         log_activity(request_id, table.finish(request_id))
@@ -70,8 +70,8 @@ def requests_of_step(
     table: RequestTable, runner: Any, num_reqs: int, dummy: bool
 ) -> Iterator[None]:
     """Publish the rows' requests while the metadata is built."""
-    slots = None if dummy else table.slots_of(runner.input_batch.req_ids[:num_reqs])
-    published = _current.set(None if slots is None else StepRequests(table, slots))
+    seats = None if dummy else table.seats_of(runner.input_batch.req_ids[:num_reqs])
+    published = _current.set(None if seats is None else StepRequests(table, seats))
     try:
         yield
     finally:
@@ -99,9 +99,9 @@ def install() -> None:
     build_attention_metadata = GPUModelRunner._build_attention_metadata
 
     @functools.wraps(update_states)
-    def update_states_and_slots(self: Any, scheduler_output: SchedulerOutput) -> Any:
+    def update_states_and_seats(self: Any, scheduler_output: SchedulerOutput) -> Any:
         result = update_states(self, scheduler_output)
-        update_slots(table_of(self), self, scheduler_output)
+        update_seats(table_of(self), self, scheduler_output)
         return result
 
     @functools.wraps(build_attention_metadata)
@@ -113,5 +113,5 @@ def install() -> None:
             return build_attention_metadata(self, num_tokens, num_reqs, *args, **kwargs)
 
     GPUModelRunner._tokenselect_update_states = update_states
-    GPUModelRunner._update_states = update_states_and_slots
+    GPUModelRunner._update_states = update_states_and_seats
     GPUModelRunner._build_attention_metadata = build_with_requests

@@ -1,7 +1,7 @@
-"""Stable request slots on Model Runner V2, whose request table has stable rows of its own.
+"""Stable request seats on Model Runner V2, whose request table has stable rows of its own.
 
 Wraps `GPUModelRunner.add_requests`, `._remove_request` and `.finish_requests`. Each metadata build
-names the rows as `CommonAttentionMetadata.req_idx`; they are our slots. V2 adds a preempted request
+names the rows as `CommonAttentionMetadata.req_idx`; they are our seats. V2 adds a preempted request
 anew when it is resumed, and a streaming one for each new part of its input: each is a new owner.
 """
 
@@ -14,7 +14,7 @@ from weakref import WeakValueDictionary
 from vllm_tokenselect.hooks.activity import log_activity
 from vllm_tokenselect.hooks.request_top_k import top_k_of
 from vllm_tokenselect.hooks.seam import Seam
-from vllm_tokenselect.requests import RequestTable
+from vllm_tokenselect.method.requests import RequestTable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -35,7 +35,7 @@ SEAMS = (
             "self.req_states.add_request(",
             "req_index = self.req_states.req_id_to_index[req_id]",
         ),
-        why="gives a request the slot of its row, with its prompt's length and its own settings",
+        why="gives a request the seat of its row, with its prompt's length and its own settings",
     ),
     Seam(
         name="runner_v2",
@@ -43,7 +43,7 @@ SEAMS = (
         qualname="GPUModelRunner._remove_request",
         parameters=("self", "req_id"),
         contains=("req_idx = self.req_states.remove_request(req_id)",),
-        why="frees the request's slot when its row is freed",
+        why="frees the request's seat when its row is freed",
     ),
     Seam(
         name="runner_v2",
@@ -68,8 +68,8 @@ def request_table(vllm_config: Any) -> RequestTable | None:
     return _tables.get(id(vllm_config))
 
 
-def add_to_slot(runner: Any, new: NewRequestData) -> None:
-    """Give the request the slot of the row that V2 chose."""
+def add_to_seat(runner: Any, new: NewRequestData) -> None:
+    """Give the request the seat of the row that V2 chose."""
     states = runner.req_states
     table: RequestTable | None = runner.__dict__.get("_tokenselect_requests")
     if table is None:
@@ -79,12 +79,12 @@ def add_to_slot(runner: Any, new: NewRequestData) -> None:
         new.req_id,
         new.prompt_len,
         top_k_of(runner, new.sampling_params),
-        slot=states.req_id_to_index[new.req_id],
+        seat=states.req_id_to_index[new.req_id],
     )
 
 
-def remove_from_slot(runner: Any, request_id: str) -> None:
-    """Free the request's slot; what was recorded of it is kept until it ends."""
+def remove_from_seat(runner: Any, request_id: str) -> None:
+    """Free the request's seat; what was recorded of it is kept until it ends."""
     table: RequestTable | None = runner.__dict__.get("_tokenselect_requests")
     if table is not None:
         table.remove(request_id)
@@ -111,14 +111,14 @@ def install() -> None:
     finish_requests = GPUModelRunner.finish_requests
 
     @functools.wraps(add_requests)
-    def add_requests_and_slots(self: Any, scheduler_output: SchedulerOutput) -> None:
+    def add_requests_and_seats(self: Any, scheduler_output: SchedulerOutput) -> None:
         add_requests(self, scheduler_output)
         for new in scheduler_output.scheduled_new_reqs:
-            add_to_slot(self, new)
+            add_to_seat(self, new)
 
     @functools.wraps(remove_request)
-    def remove_request_and_slot(self: Any, req_id: str) -> Any:
-        remove_from_slot(self, req_id)
+    def remove_request_and_seat(self: Any, req_id: str) -> Any:
+        remove_from_seat(self, req_id)
         return remove_request(self, req_id)
 
     @functools.wraps(finish_requests)
@@ -127,6 +127,6 @@ def install() -> None:
         finish(self, scheduler_output.finished_req_ids)
 
     GPUModelRunner._tokenselect_add_requests = add_requests
-    GPUModelRunner.add_requests = add_requests_and_slots
-    GPUModelRunner._remove_request = remove_request_and_slot
+    GPUModelRunner.add_requests = add_requests_and_seats
+    GPUModelRunner._remove_request = remove_request_and_seat
     GPUModelRunner.finish_requests = finish_requests_and_log

@@ -35,7 +35,7 @@ from vllm_tokenselect.hooks.preemption import PreemptFewestComputed
 from vllm_tokenselect.hooks.scheduler_seams import SEAMS
 from vllm_tokenselect.hooks.step_size import check_steps
 from vllm_tokenselect.hooks.watchdog import EndStuckRequests
-from vllm_tokenselect.method import SettingsError
+from vllm_tokenselect.method.settings import SettingsError
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request

@@ -9,7 +9,7 @@ import copy
 from typing import TYPE_CHECKING
 
 from vllm_tokenselect.config import TokenSelectConfig
-from vllm_tokenselect.method import SettingsError
+from vllm_tokenselect.method.settings import SettingsError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -19,7 +19,7 @@ from torch import nn
 from vllm_tokenselect.hooks.rotary_probe import Inputs
 
 CHANGED = "queries or keys are changed after their rotation (as by a norm)"
-INTERLEAVED = "transformers' code rotates neighbouring elements of a head, not halves"
+INTERLEAVED = "transformers' code rotates neighboring elements of a head, not halves"
 
 
 class FixedAngles(nn.Module):
@@ -89,7 +89,7 @@ def problem_with(unrotated: Inputs, turned: Inputs, head_size: int, rotated: int
     ]
     if all(torch.equal(_turn(x, rotated), y) for x, y in pairs):
         return None
-    if all(torch.equal(_turn_neighbours(x, rotated), y) for x, y in pairs):
+    if all(torch.equal(_turn_neighbors(x, rotated), y) for x, y in pairs):
         return INTERLEAVED
     return CHANGED
 
@@ -100,7 +100,7 @@ def _turn(heads: torch.Tensor, rotated: int) -> torch.Tensor:
     return torch.cat([-second, first, heads[:, rotated:]], dim=1)
 
 
-def _turn_neighbours(heads: torch.Tensor, rotated: int) -> torch.Tensor:
-    """Heads [n, D] whose neighbouring elements are pairs, under angles of 90 degrees."""
+def _turn_neighbors(heads: torch.Tensor, rotated: int) -> torch.Tensor:
+    """Heads [n, D] whose neighboring elements are pairs, under angles of 90 degrees."""
     first, second = heads[:, :rotated:2], heads[:, 1:rotated:2]
     return torch.cat([torch.stack([-second, first], dim=2).flatten(1), heads[:, rotated:]], dim=1)

@@ -2,7 +2,7 @@
 
 A tile is a 1-D fp32 scratch of `TILE_TOKENS` tokens, small enough for the first-level cache,
 each token padded with zeros to a multiple of `LANES`. Every token takes the same arithmetic wherever it
-lies in a tile, so a result depends neither on its neighbours nor on the alignment.
+lies in a tile, so a result depends neither on its neighbors nor on the alignment.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls

@@ -1,7 +1,7 @@
 """Attention of single queries on a CPU: keys and values are read where they lie, once a KV head.
 
 Every row's tokens are cut into splits of a size that follows from their number alone, whatever the
-batch and the number of threads: a row's result never depends on its neighbours. A split leaves its
+batch and the number of threads: a row's result never depends on its neighbors. A split leaves its
 maximum, its sum of weights and its weighted values; the rows then combine their splits.
 """
 

@@ -50,7 +50,7 @@ def gather_rows(
         out_keys, out_values: [R, W, Hkv, D], written up to each row's length, and with zeros behind it.
         cos_sin: fp32 [positions, rotated], as in `Rotation`; entry `i` of a row is rotated to
             position `i`.
-        key_scale, value_scale: fp32 [1], what a quantised cache is multiplied by.
+        key_scale, value_scale: fp32 [1], what a quantized cache is multiplied by.
         zeroed: a row ends with zeros at a multiple of it (at least at the first), or where its line ends.
             Attention hides what is behind a row, but multiplies with it: a NaN there would be seen.
     """

@@ -90,7 +90,7 @@ def score_paged_keys(
         start: first candidate, the same for all rows.
         ends: int32 [R], end of the candidates (exclusive); `<= start` for a row without any.
         scale: the attention's own scale of q . k.
-        key_scale: fp32 [1] that a quantised cache's keys are multiplied by, on the device.
+        key_scale: fp32 [1] that a quantized cache's keys are multiplied by, on the device.
         logits: fp32 [R, Hq, N], contiguous, N at least max(ends) - start; written below the end of
             each row of a tile.
         maxima, sums: fp32 [R, Hq, NUM_PARTS], contiguous, written for rows with candidates.

@@ -27,7 +27,7 @@ def decide_rows(
     query_size,
     num_kv_heads,
     caches,
-    slot,
+    seat,
     owner,
     candidate_ends,
     threshold,
@@ -44,7 +44,7 @@ def decide_rows(
         reused_end[row] = SELECTS
         if not caches[row]:
             continue
-        line, end = slot[row], candidate_ends[row]
+        line, end = seat[row], candidate_ends[row]
         source = query_index[row] * query_distance
         if stored_owners[line] == owner[row] and end - stored_ends[line] <= refresh_interval:
             widen(queries, source, query_size, own, 0)
@@ -75,7 +75,7 @@ def _similar(query, stored, num_kv_heads, threshold):
 def finish_rows(
     caches,
     reused_end,
-    slot,
+    seat,
     block_table,
     row_seq,
     n_init,
@@ -88,10 +88,10 @@ def finish_rows(
     counts,
 ):
     """As `reference.finish`; also counts the rows that take part."""
-    for row in range(len(slot)):
+    for row in range(len(seat)):
         if not caches[row]:
             continue
-        line, size = slot[row], n_init + top_k[row]
+        line, size = seat[row], n_init + top_k[row]
         end, context_end = reused_end[row], context_ends[row]
         if end == SELECTS:
             selected[line, :size] = slots[row, :size]

@@ -25,7 +25,7 @@ SELECTS = tl.constexpr(cache_state.SELECTS)
 # A kernel is compiled once, not again for every number that 16 happens to divide.
 NUMBERS = ["n_init", "refresh_interval", "num_rows"]
 ROW_ARRAYS = [
-    *("query_start", "chains", "row_seq", "row_slots", "query_len", "top_k"),
+    *("query_start", "chains", "row_seq", "row_seats", "query_len", "top_k"),
     *("candidate_ends", "context_ends", "scored_ends", "table_ends", "reused_ends"),
 ]
 
@@ -52,9 +52,9 @@ def decide_rows(
         query: [T, Hq, D] in the dtype of the state's, the last dimension contiguous.
         num_kv_heads: Hkv.
         query_start: int32 [R].
-        chains: int32 [C, 4], of each the first row, the number of rows, their slot and its owner.
+        chains: int32 [C, 4], of each the first row, the number of rows, their seat and its owner.
             Rows of a chain follow each other, are of one request and of one query, and no other
-            chain has its slot. A chain without rows is left out.
+            chain has its seat. A chain without rows is left out.
         n_init: length of the sink.
         top_k: int32 [R]; a row with no more candidates neither reuses nor becomes the last selection.
         candidate_ends: int32 [R].
@@ -104,7 +104,7 @@ def finish_rows(
     chains: torch.Tensor,
     block_table: torch.Tensor,
     row_seq: torch.Tensor,
-    row_slots: torch.Tensor,
+    row_seats: torch.Tensor,
     query_len: torch.Tensor,
     n_init: int,
     top_k: torch.Tensor,
@@ -124,7 +124,7 @@ def finish_rows(
         chains: int32 [C, 4], as given to `decide_rows`; those whose rows reuse or leave selections.
         block_table: int32 [S, W].
         row_seq: int32 [R].
-        row_slots: int32 [R], slot of each row's request; -1 for a row that does not count.
+        row_seats: int32 [R], seat of each row's request; -1 for a row that does not count.
         query_len: int32 [R].
         n_init: length of the sink.
         top_k: int32 [R].
@@ -138,7 +138,7 @@ def finish_rows(
     num_rows = len(row_seq)
     if not num_rows:
         return
-    rows = (row_slots, query_len, top_k, candidate_ends, context_ends, scored_ends, reused_ends)
+    rows = (row_seats, query_len, top_k, candidate_ends, context_ends, scored_ends, reused_ends)
     if state is None or not len(chains):
         _count[(1,)](*rows, counters, num_rows, n_init, ROWS=ROWS_PER_STEP, num_warps=4)
         return
@@ -195,17 +195,17 @@ def _decide(
     num_rows = tl.load(chain + 1)
     if num_rows == 0:
         return
-    slot = tl.load(chain + 2).to(tl.int64)
+    seat = tl.load(chain + 2).to(tl.int64)
     owner = tl.load(chain + 3)
     group, in_group = tl.arange(0, PADDED_KV_HEADS)[:, None], tl.arange(0, PADDED_SIZE)[None, :]
     is_element = (group < KV_HEADS) & (in_group < GROUP_SIZE)
     element = group * GROUP_SIZE + in_group
     source = query + (element // HEAD_SIZE) * head_stride + element % HEAD_SIZE
-    stored = state_query + slot * KV_HEADS * GROUP_SIZE + element
+    stored = state_query + seat * KV_HEADS * GROUP_SIZE + element
     last = tl.load(stored, is_element, 0.0).to(tl.float32)
     last_square = tl.sum(last * last, 1)
-    last_end = tl.load(state_end + slot)
-    known = tl.load(state_owner + slot) == owner
+    last_end = tl.load(state_end + seat)
+    known = tl.load(state_owner + seat) == owner
     changed = False
     for following in range(0, num_rows):
         row = first + following
@@ -230,13 +230,13 @@ def _decide(
         changed = changed | selects
     if changed:
         tl.store(stored, last.to(state_query.dtype.element_ty), is_element)
-        tl.store(state_end + slot, last_end)
-        tl.store(state_owner + slot, owner)
+        tl.store(state_end + seat, last_end)
+        tl.store(state_owner + seat, owner)
 
 
 @triton.jit
 def _add_counts(
-    row_slots,
+    row_seats,
     query_len,
     top_k,
     candidate_ends,
@@ -251,7 +251,7 @@ def _add_counts(
     """Count all rows of a group: `reference.count_rows`, with lengths as they follow from the rows."""
     for first in range(0, num_rows, ROWS):
         row = first + tl.arange(0, ROWS)
-        counts = tl.load(row_slots + row, row < num_rows, -1) >= 0
+        counts = tl.load(row_seats + row, row < num_rows, -1) >= 0
         reused_end = tl.load(reused_ends + row, counts, SELECTS).to(tl.int64)
         reuses = counts & (reused_end != SELECTS)
         selects = counts & (tl.load(scored_ends + row, counts, n_init) > n_init)
@@ -275,7 +275,7 @@ def _add_counts(
 
 @triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=ROW_ARRAYS)
 def _count(
-    row_slots,
+    row_seats,
     query_len,
     top_k,
     candidate_ends,
@@ -289,7 +289,7 @@ def _count(
 ):
     """Where no row can reuse a selection, one program counts."""
     _add_counts(
-        row_slots,
+        row_seats,
         query_len,
         top_k,
         candidate_ends,
@@ -305,7 +305,7 @@ def _count(
 
 @triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=ROW_ARRAYS)
 def _finish(
-    row_slots,
+    row_seats,
     query_len,
     top_k,
     candidate_ends,
@@ -333,7 +333,7 @@ def _finish(
     if which == tl.num_programs(1) - 1:
         if piece == 0:
             _add_counts(
-                row_slots,
+                row_seats,
                 query_len,
                 top_k,
                 candidate_ends,

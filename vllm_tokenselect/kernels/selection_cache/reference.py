@@ -16,7 +16,7 @@ def decide(
     num_kv_heads: int,
     query_start: torch.Tensor,
     caches: torch.Tensor,
-    slot: torch.Tensor,
+    seat: torch.Tensor,
     owner: torch.Tensor,
     candidate_ends: torch.Tensor,
     threshold: float,
@@ -25,7 +25,7 @@ def decide(
 ) -> torch.Tensor:
     """Which rows reuse their request's last selection; the others that take part become the last.
 
-    A row reuses a selection when the line of its slot is its owner's, when its query and that of the
+    A row reuses a selection when the line of its seat is its owner's, when its query and that of the
     selection have a cosine of at least `threshold` in every KV head (the query heads that read it as
     one vector), and when the end of its candidates has moved by no more than `refresh_interval` tokens
     since. Vectors of length zero resemble everything, those with a NaN nothing.
@@ -35,7 +35,7 @@ def decide(
         num_kv_heads: Hkv.
         query_start: int32 [R], first query of each row; a row that takes part has no other.
         caches: bool [R], the row takes part: a generated token that selects unless it reuses.
-        slot: int32 [R], line of the state; read where the row takes part.
+        seat: int32 [R], line of the state; read where the row takes part.
         owner: int32 [R], never 0 where the row takes part.
         candidate_ends: int32 [R].
         threshold: least cosine.
@@ -47,7 +47,7 @@ def decide(
     """
     reused_ends = torch.full_like(candidate_ends, SELECTS)
     for row in caches.nonzero()[:, 0].tolist():
-        line, end = int(slot[row]), int(candidate_ends[row])
+        line, end = int(seat[row]), int(candidate_ends[row])
         own, stored = query[query_start[row]], state.query[line]
         last_end = int(state.candidate_end[line])
         known = int(state.owner[line]) == int(owner[row])
@@ -67,7 +67,7 @@ def decide(
 def finish(
     reused_ends: torch.Tensor,
     caches: torch.Tensor,
-    slot: torch.Tensor,
+    seat: torch.Tensor,
     block_table: torch.Tensor,
     row_seq: torch.Tensor,
     n_init: int,
@@ -85,7 +85,7 @@ def finish(
 
     Args:
         reused_ends: int32 [R], what `decide` said.
-        caches, slot: as given to `decide`.
+        caches, seat: as given to `decide`.
         block_table: int32 [S, W], KV blocks of each request.
         row_seq: int32 [R], the line of `block_table` that a row reads.
         n_init: length of the sink.
@@ -97,7 +97,7 @@ def finish(
         lengths: int32 [R], entries of each row; as `slots`.
     """
     for row in caches.nonzero()[:, 0].tolist():
-        line, size, end = int(slot[row]), n_init + int(top_k[row]), int(reused_ends[row])
+        line, size, end = int(seat[row]), n_init + int(top_k[row]), int(reused_ends[row])
         if end == SELECTS:
             state.selected[line, :size] = slots[row, :size]
             continue
@@ -109,7 +109,7 @@ def finish(
 
 
 def count_rows(
-    slot: torch.Tensor,
+    seat: torch.Tensor,
     query_len: torch.Tensor,
     selects: torch.Tensor,
     reused_ends: torch.Tensor,
@@ -120,7 +120,7 @@ def count_rows(
     """Add the rows of requests, and what their queries attend to, to counters.
 
     Args:
-        slot: int32 [R]; a row with -1 is no request's and does not count.
+        seat: int32 [R]; a row with -1 is no request's and does not count.
         query_len: int32 [R], queries of each row; the last of them sees all of the row's entries.
         selects: bool [R], the row was selected anew.
         reused_ends: int32 [R], what `decide` said.
@@ -129,7 +129,7 @@ def count_rows(
         counters: int64 [5], added to: rows that selected, reused, and saw their whole context; tokens
             that their queries attended to, and tokens in their context.
     """
-    counts = slot >= 0
+    counts = seat >= 0
     reuses = reused_ends != SELECTS
     for kind, rows in enumerate((selects, reuses, ~selects & ~reuses)):
         counters[kind] += (rows & counts).sum()

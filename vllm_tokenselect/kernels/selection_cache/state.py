@@ -13,10 +13,10 @@ SELECTS = -1  # of a row that reuses no selection, in place of where that one's 
 
 @dataclass(frozen=True)
 class SelectionCacheState:
-    """One line for each slot of the table of requests.
+    """One line for each seat.
 
     A line belongs to a row of the plan if its owner is the row's: owners are never used again, so
-    nothing has to be reset when a slot is given away.
+    nothing has to be reset when a seat is given away.
 
     Attributes:
         query: [capacity, Hq, D], that of the last selection.

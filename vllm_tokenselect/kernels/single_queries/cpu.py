@@ -109,7 +109,7 @@ def _caching_arrays(caching: CachingRows | None, num_rows: int) -> tuple[Any, ..
         return np.zeros(num_rows, np.bool_), none, none, np.float32(1), 0, np.zeros(5, np.int64)
     return (
         caching.caches.numpy(),
-        int32_array(caching.slot),
+        int32_array(caching.seat),
         int32_array(caching.owner),
         np.float32(caching.similarity_threshold),
         caching.refresh_interval,
@@ -160,7 +160,7 @@ def _vote(asking, deciding, cache, table, scoring, caching, stored, vote_turn):
     elements, num_kv_heads, head_size = cache
     block_table, row_seq, n_init, _, candidate_ends, _, block_size, _, _ = table
     num_heads, scale = scoring
-    caches, slot, owner, threshold, refresh_interval, _ = caching
+    caches, seat, owner, threshold, refresh_interval, _ = caching
     stored_queries, _, stored_ends, stored_owners = stored
     reused_end = np.empty(len(query_index), np.int32)
     decide_rows(
@@ -170,7 +170,7 @@ def _vote(asking, deciding, cache, table, scoring, caching, stored, vote_turn):
         deciding_size,
         all_kv_heads,
         caches,
-        slot,
+        seat,
         owner,
         candidate_ends,
         threshold,
@@ -217,13 +217,13 @@ def _vote(asking, deciding, cache, table, scoring, caching, stored, vote_turn):
 def _select(selecting, reused_end, votes, table, caching, stored):
     """Build the table of the rows that select, and complete it by the others."""
     block_table, row_seq, n_init, top_k, _, context_ends, block_size, slots, lengths = table
-    caches, slot, _, _, _, counts = caching
+    caches, seat, _, _, _, counts = caching
     if len(selecting) > 0:
         build_rows(selecting, votes, *table)
     finish_rows(
         caches,
         reused_end,
-        slot,
+        seat,
         block_table,
         row_seq,
         n_init,

@@ -71,7 +71,7 @@ def _select_or_reuse(
         num_kv_heads,
         index,
         caching.caches,
-        caching.slot,
+        caching.seat,
         caching.owner,
         rows.candidate_ends,
         caching.similarity_threshold,
@@ -84,7 +84,7 @@ def _select_or_reuse(
     finish(
         reused_ends,
         caching.caches,
-        caching.slot,
+        caching.seat,
         rows.block_table,
         rows.row_seq,
         rows.n_init,
@@ -96,8 +96,8 @@ def _select_or_reuse(
         rows.lengths,
     )
     count_rows(
-        torch.where(caching.caches, caching.slot, -1),
-        torch.ones_like(caching.slot),
+        torch.where(caching.caches, caching.seat, -1),
+        torch.ones_like(caching.seat),
         reused_ends == SELECTS,
         reused_ends,
         rows.context_ends,

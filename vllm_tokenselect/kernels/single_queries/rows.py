@@ -46,14 +46,14 @@ class CachingRows:
 
     Attributes:
         caches: bool [R], which of the rows do.
-        slot: int32 [R], the line of the state that is the request's.
+        seat: int32 [R], the line of the state that is the request's.
         owner: int32 [R], which owner of that line the request is.
         similarity_threshold, refresh_interval: the settings.
         counts: int64 [5], the counters of `vllm_tokenselect.counters`, added to for rows that do.
     """
 
     caches: torch.Tensor
-    slot: torch.Tensor
+    seat: torch.Tensor
     owner: torch.Tensor
     similarity_threshold: float
     refresh_interval: int

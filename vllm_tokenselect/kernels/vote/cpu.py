@@ -1,7 +1,7 @@
 """Soft vote on a CPU: one pass of exponentials in place, and one that weighs and adds up the heads.
 
-A head's scores are cut into parts of a fixed size, each normalised by its own maximum first: the parts
-are work for all threads, and a row's votes never depend on its neighbours.
+A head's scores are cut into parts of a fixed size, each normalized by its own maximum first: the parts
+are work for all threads, and a row's votes never depend on its neighbors.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls

@@ -1,4 +1,4 @@
-"""Soft vote on a GPU: normalise with the scores' running maxima and sums, and add up the heads."""
+"""Soft vote on a GPU: normalize with the scores' running maxima and sums, and add up the heads."""
 
 # mypy: allow-untyped-defs, allow-untyped-calls, allow-incomplete-defs
 

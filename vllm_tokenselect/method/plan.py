@@ -1,0 +1,154 @@
+"""SelectionPlan: the chunks of one step, from query lengths, context lengths and prompt lengths.
+
+Host work, done once per step and shared by all layers. A *row* is one chunk: the queries that select
+together and attend to the same tokens. Prompt chunks, the prompt's tail and generated tokens are
+rows of the same plan; they differ in their number of queries only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_tokenselect.method.requests import NO_SEAT, BatchRequests, Int32
+from vllm_tokenselect.method.settings import Method
+
+
+@dataclass(frozen=True)
+class SelectionPlan:
+    """Rows of one step, in order of their queries.
+
+    Attributes:
+        row_seq: int32 [R], the row's request, as an index into the step's batch.
+        query_start: int32 [R], first query of the row in the step's flattened queries.
+        query_len: int32 [R], number of queries.
+        chunk_start: int32 [R], position `a` of the first query.
+        chunk_end: int32 [R], position `b` one past the last query: the row's context length.
+        candidate_end: int32 [R], `a - n_local`; candidates are `[n_init, candidate_end)`.
+        top_k: int32 [R], candidates that the row selects.
+        dense: bool [R], the row attends to its whole context.
+        seat: int32 [R], of the row's request; -1 if the row belongs to none.
+        owner: int32 [R], which owner of the seat that is.
+        caches: bool [R], the row takes part in the Selection Cache: a generated token that selects.
+    """
+
+    row_seq: Int32
+    query_start: Int32
+    query_len: Int32
+    chunk_start: Int32
+    chunk_end: Int32
+    candidate_end: Int32
+    top_k: Int32
+    dense: npt.NDArray[np.bool_]
+    seat: Int32
+    owner: Int32
+    caches: npt.NDArray[np.bool_]
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.row_seq)
+
+    @property
+    def num_dense(self) -> int:
+        return int(self.dense.sum())
+
+    def by_kind(self) -> SelectionPlan:
+        """The same rows, dense ones first, and in both kinds those of one query before the others."""
+        order = np.lexsort((self.query_len > 1, ~self.dense))
+        return SelectionPlan(**{f.name: getattr(self, f.name)[order] for f in fields(self)})
+
+    @classmethod
+    def build(
+        cls,
+        query_start_loc: Int32,
+        seq_lens: Int32,
+        requests: BatchRequests,
+        method: Method,
+    ) -> SelectionPlan:
+        """Cut a step into rows.
+
+        Args:
+            query_start_loc: int32 [S + 1], where each request's queries start; a request without
+                any (padding) gets no row.
+            seq_lens: int32 [S], context length of each request, this step's tokens included.
+            requests: of the batch.
+            method: the settings, but for `top_k`, which is each request's own.
+        """
+        query_lens = np.diff(query_start_loc)
+        if (query_lens <= 1).all():
+            # A decoding step; no loop over requests.
+            seqs = np.flatnonzero(query_lens).astype(np.int32)
+            edges = np.stack([seq_lens[seqs] - 1, seq_lens[seqs]], axis=1)
+        else:
+            parts = [
+                _chunk_edges(
+                    int(end - length),
+                    int(end),
+                    method.tail_start(int(prompt_len)),
+                    replace(method, top_k=int(top_k)),
+                )
+                for end, length, prompt_len, top_k in zip(
+                    seq_lens, query_lens, requests.prompt_lens, requests.top_k, strict=True
+                )
+            ]
+            seqs = np.repeat(np.arange(len(parts), dtype=np.int32), [len(p) for p in parts])
+            edges = np.concatenate(parts)
+        start, end = edges[:, 0].astype(np.int32), edges[:, 1].astype(np.int32)
+        candidate_end = start - np.int32(method.n_local)
+        first_position = seq_lens - query_lens
+        query_start = query_start_loc[:-1][seqs] + start - first_position[seqs]
+        top_k, seat = requests.top_k[seqs], requests.seats[seqs]
+        dense = candidate_end - method.n_init <= top_k
+        generated = (start >= requests.prompt_lens[seqs]) & (seat != NO_SEAT)
+        return cls(
+            row_seq=seqs,
+            query_start=query_start.astype(np.int32),
+            query_len=end - start,
+            chunk_start=start,
+            chunk_end=end,
+            candidate_end=candidate_end,
+            top_k=top_k,
+            dense=dense,
+            seat=seat,
+            owner=requests.owners[seqs],
+            caches=generated & ~dense & method.reuses_selections,
+        )
+
+    def num_attended(self, method: Method) -> npt.NDArray[np.int64]:
+        """Keys read by each row if it selects anew, summed over its queries, int64 [R]."""
+        length, start = self.query_len.astype(np.int64), self.chunk_start.astype(np.int64)
+        causal = length * (length + 1) // 2
+        before = np.where(
+            self.dense,
+            start,
+            method.n_init + self.top_k + method.n_local,
+        )
+        attended: npt.NDArray[np.int64] = length * before + causal
+        return attended
+
+    def num_in_context(self) -> npt.NDArray[np.int64]:
+        """Keys that full attention would read for each row, summed over its queries, int64 [R]."""
+        length, start = self.query_len.astype(np.int64), self.chunk_start.astype(np.int64)
+        return length * start + length * (length + 1) // 2
+
+
+def _chunk_edges(start: int, end: int, tail_start: int, method: Method) -> npt.NDArray[np.int32]:
+    """Rows `[a, b)` of the positions `[start, end)` of one request, int32 [rows, 2].
+
+    Chunks that see their whole context are joined: whoever attends to everything attends to the same
+    keys however it is cut, and one long row costs less than many short ones.
+    """
+    if start == end:
+        return np.empty((0, 2), np.int32)
+    chunk = method.query_chunk
+    chunked_end = min(end, tail_start)
+    cuts = [start, *range(start // chunk * chunk + chunk, chunked_end, chunk)]
+    cuts += range(max(start + 1, chunked_end), end)
+    # The last chunk that is dense starts at or before this position.
+    last_dense = method.n_init + method.top_k + method.n_local
+    num_dense = sum(cut <= last_dense for cut in cuts)
+    if num_dense > 1:
+        cuts[1:num_dense] = []
+    return np.array([cuts, [*cuts[1:], end]], dtype=np.int32).T

@@ -1,0 +1,59 @@
+"""One streamed request, and how long its tokens took."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from vllm_tokenselect.tools.evaluate.client import Client, ServerError
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What became of a request.
+
+    Attributes:
+        ttft_s: seconds to the first token; None when none came.
+        tpot_ms: milliseconds for each token after it, on average; None when none came or it failed.
+        seconds: to the last token, or to the failure.
+        output_tokens: that came.
+        error: why it failed; None when it was answered to the end.
+    """
+
+    ttft_s: float | None
+    tpot_ms: float | None
+    seconds: float
+    output_tokens: int
+    error: str | None = None
+
+
+async def timed(
+    client: Client, prompt: list[int], output_tokens: int, begun: float | None = None
+) -> Answer:
+    """Have a prompt continued, and time its tokens. A failure is an answer too.
+
+    Args:
+        prompt: in tokens.
+        output_tokens: that are asked for, whether or not the model would end before.
+        begun: `time.perf_counter` at which the request arrived; None for now.
+    """
+    begun = time.perf_counter() if begun is None else begun
+    arrivals: list[float] = []
+    told, error = 0, None
+    body = {"prompt": prompt, "max_tokens": output_tokens, "ignore_eos": True}
+    try:
+        async for event in client.stream("/v1/completions", body):
+            if event.get("choices"):
+                arrivals.append(time.perf_counter())
+            if usage := event.get("usage"):
+                told = usage["completion_tokens"]
+    except ServerError as failure:
+        error = str(failure)
+    if not arrivals:
+        error = error or f"{client.endpoint.url} ended the stream without a token"
+        return Answer(None, None, time.perf_counter() - begun, 0, error)
+    # A server that has fallen behind may put several tokens into one event.
+    came = told or len(arrivals)
+    tpot_ms = 1000 * (arrivals[-1] - arrivals[0]) / (came - 1) if came > 1 and not error else None
+    ended = time.perf_counter() if error else arrivals[-1]
+    return Answer(arrivals[0] - begun, tpot_ms, ended - begun, came, error)

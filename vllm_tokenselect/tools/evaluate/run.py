@@ -1,0 +1,265 @@
+"""Ask one server or two whatever is not answered yet, and keep each answer as it comes."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from vllm_tokenselect.tools.evaluate.cells import Cell, Report
+from vllm_tokenselect.tools.evaluate.client import Client, Endpoint, ServerError, is_masked
+from vllm_tokenselect.tools.evaluate.losses import loss_differences, loss_rows
+from vllm_tokenselect.tools.evaluate.rates import rate_differences, rates, task_means
+from vllm_tokenselect.tools.evaluate.tasks import LOSSES, REPLAY, STEPS, TASKS, Prompt
+from vllm_tokenselect.tools.evaluate.text import document, encode, prefix
+
+BEFORE, AFTER = "A", "B"
+SEEDS_APART = 10**6  # numbers of texts from one seed to the next
+
+# Called with a cell that is done.
+OnDone = Callable[[Cell], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is asked.
+
+    Attributes:
+        lengths: tokens of prompt and answer together.
+        samples: prompts of each task at each length.
+        texts: texts of each length that are read for perplexity.
+        steps: tokens at the end of each text whose log-probabilities are asked for.
+        seed: of all prompts and texts.
+        depths: at which passkeys are hidden, from the start to the end.
+        chapters: of the texts; None takes the Python documentation.
+        concurrency: requests at a time, for each server.
+        attempts: of a request, the first one included.
+        timeout: seconds of an attempt.
+    """
+
+    tasks: Sequence[str]
+    lengths: Sequence[int]
+    samples: int = 100
+    texts: int = 8
+    steps: int = 128
+    seed: int = 0
+    depths: int = 10
+    chapters: tuple[str, ...] | None = None
+    concurrency: int = 4
+    attempts: int = 6
+    timeout: float = 600.0
+
+
+@dataclass(frozen=True)
+class Question:
+    """A cell without its server, and what is asked: a prompt with an answer, or a text to be read."""
+
+    cell: Cell
+    prompt: Prompt | None = None
+    text: str = ""
+    read: tuple[int, ...] = ()
+
+
+def cells(settings: Settings) -> Iterator[Cell]:
+    """Everything that is asked of a server, in an order that lets the prefix cache save work."""
+    for name in settings.tasks:
+        for length in sorted(settings.lengths):
+            count = settings.texts if name in LOSSES else settings.samples
+            numbers = range(settings.seed * SEEDS_APART, settings.seed * SEEDS_APART + count)
+            found = [Cell("", name, length, number) for number in numbers]
+            if name in TASKS and TASKS[name].chooses_depth:
+                found = [_at_a_depth(cell, settings.depths) for cell in found]
+                # What stands before the deepest is then in the cache for all that come later.
+                found.sort(key=lambda cell: -(cell.depth or 0))
+            yield from found
+
+
+def _at_a_depth(cell: Cell, depths: int) -> Cell:
+    return replace(cell, depth=round((cell.number % depths + 0.5) / depths, 4))
+
+
+def question(cell: Cell, tokenizer: Any, settings: Settings, *, chat: bool) -> Question:
+    """What a cell asks.
+
+    Raises:
+        ValueError: when its length cannot hold it.
+    """
+    if cell.task in LOSSES:
+        head = prefix(tokenizer)
+        size = cell.length - len(head)
+        return Question(
+            cell, read=(*head, *document(tokenizer, cell.number, size, settings.chapters))
+        )
+    task = TASKS[cell.task]
+    prompt = task.make(tokenizer, cell.length - task.max_tokens, cell.depth, cell.number)
+    text = tokenizer.decode(prompt.tokens[len(prefix(tokenizer)) :]) if chat else ""
+    return Question(cell, prompt, text)
+
+
+def refuse_what_does_not_fit(tokenizer: Any, settings: Settings) -> None:
+    """Make one prompt of each task at the shortest length, and a text of the longest.
+
+    Raises:
+        ValueError: naming the task and the length.
+    """
+    for name in settings.tasks:
+        length = max(settings.lengths) if name in LOSSES else min(settings.lengths)
+        asked = replace(settings, tasks=(name,), lengths=(length,))
+        try:
+            if name in LOSSES and settings.steps >= length:
+                raise ValueError(f"--steps {settings.steps} leaves nothing before them")
+            question(next(cells(asked)), tokenizer, asked, chat=False)
+        except ValueError as error:
+            raise ValueError(f"{name} at --lengths {length}: {error}") from error
+
+
+async def refuse_what_a_server_cannot(client: Client, tokenizer: Any, tasks: Sequence[str]) -> None:
+    """Ask for a few log-probabilities, if they will be asked for.
+
+    Raises:
+        ServerError: when they are not the model's, or do not come.
+    """
+    tokens = encode(tokenizer, "The grass is green. The sky is blue. The sun is yellow.")
+    url = client.endpoint.url
+    if STEPS in tasks:
+        losses = [await client.loss_of_next(tokens[:-1], token) for token in tokens[:2]]
+        if is_masked(losses):
+            raise ServerError(
+                f"{url} tells the log-probabilities of what is allowed, not those of the model: "
+                "start it with --logprobs-mode raw_logprobs, vLLM's default"
+            )
+    if REPLAY in tasks:
+        try:
+            await client.replay_losses(tokens[:-2], tokens[-2:])
+        except ServerError as error:
+            raise ServerError(
+                f"{REPLAY} needs vLLM's model runner V2, and a server that is started with "
+                f"--enable-scale-out --enable-trace-replay; {error}"
+            ) from error
+
+
+async def run(
+    endpoints: dict[str, Endpoint],
+    settings: Settings,
+    tokenizer: Any,
+    report: Report,
+    on_done: OnDone = lambda cell: None,
+) -> None:
+    """Ask every server for every cell that is not in the report yet.
+
+    Args:
+        endpoints: by the name that a server's cells have.
+
+    Raises:
+        ServerError: when a server refuses a request or does not answer. What was answered is kept.
+    """
+    chat = any(endpoint.chat for endpoint in endpoints.values())
+    queues: dict[str, asyncio.Queue[Question | None]] = {
+        name: asyncio.Queue(settings.concurrency) for name in endpoints
+    }
+
+    async def make() -> None:
+        for cell in cells(settings):
+            missing = [name for name in endpoints if replace(cell, method=name) not in report]
+            if missing:
+                made = await asyncio.to_thread(question, cell, tokenizer, settings, chat=chat)
+                for name in missing:
+                    await queues[name].put(made)
+        for queue in queues.values():
+            for _ in range(settings.concurrency):
+                await queue.put(None)
+
+    async def work(name: str, client: Client) -> None:
+        while (asked := await queues[name].get()) is not None:
+            cell = replace(asked.cell, method=name)
+            begun = time.perf_counter()
+            result = await answer(client, asked, settings.steps)
+            report.add(cell, result | {"seconds": round(time.perf_counter() - begun, 2)})
+            on_done(cell)
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(make())
+            for name, endpoint in endpoints.items():
+                group.create_task(_with_client(endpoint, settings, name, work))
+    except ExceptionGroup as errors:
+        raise _first(errors) from errors
+
+
+async def _with_client(
+    endpoint: Endpoint, settings: Settings, name: str, work: Callable[[str, Client], Any]
+) -> None:
+    async with new_client(endpoint, settings) as client, asyncio.TaskGroup() as group:
+        for _ in range(settings.concurrency):
+            group.create_task(work(name, client))
+
+
+def _first(errors: ExceptionGroup[Exception]) -> Exception:
+    error: Exception = errors
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def new_client(endpoint: Endpoint, settings: Settings) -> Client:
+    """A client with the limits of the settings."""
+    return Client(
+        endpoint,
+        concurrency=settings.concurrency,
+        attempts=settings.attempts,
+        timeout=settings.timeout,
+    )
+
+
+async def answer(client: Client, asked: Question, steps: int) -> dict[str, Any]:
+    """What a server makes of a question: its scored answer, or the losses of a text's last tokens."""
+    if asked.prompt is not None:
+        task, prompt = TASKS[asked.cell.task], asked.prompt
+        said = await client.say(prompt.tokens, asked.text, task.max_tokens)
+        found = {
+            "depth": round(prompt.depth, 4),
+            "expected": list(prompt.expected),
+            "said": said,
+            "right": task.score(said, prompt.expected),
+        }
+        return {"answers": [found]}
+    tokens = list(asked.read)
+    if asked.cell.task == REPLAY:
+        losses = await client.replay_losses(tokens[:-steps], tokens[-steps:])
+    else:
+        losses = await step_by_step(client, tokens, steps)
+    return {"losses": [round(loss, 5) for loss in losses]}
+
+
+async def step_by_step(client: Client, tokens: list[int], steps: int) -> list[float]:
+    """Losses [steps], nats, of the last tokens of a text, each asked for by a request of its own.
+
+    The prompt of a request ends before its token, so that the query whose answer counts is the last of a
+    prompt. With full attention that changes nothing. TokenSelect lets the last `tail_queries` of a prompt
+    each select for itself, as generated tokens do when they reuse no selection: this is the loss of
+    decoding without the Selection Cache, of which `replay_losses` is the loss with it. All but the last few
+    hundred tokens of each prompt come from the prefix cache. `prompt_logprobs` of one long prompt would
+    be cheaper, but of tokens that select together in chunks, as no generated token does.
+    """
+    starts = range(len(tokens) - steps, len(tokens))
+    first = await client.loss_of_next(tokens[: starts[0]], tokens[starts[0]])
+    rest = [client.loss_of_next(tokens[:start], tokens[start]) for start in starts[1:]]
+    return [first, *await asyncio.gather(*rest)]
+
+
+def summarize(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rates, losses and their differences between the servers, and means over tasks, as rows."""
+    answered = [cell for cell in done if "answers" in cell]
+    read = [cell for cell in done if "losses" in cell]
+    of_tasks = [
+        *({"kind": "rate"} | row for row in rates(answered)),
+        *rate_differences(answered, BEFORE, AFTER),
+    ]
+    return [
+        *of_tasks,
+        *task_means(of_tasks),
+        *loss_rows(read),
+        *loss_differences(read, BEFORE, AFTER),
+    ]

@@ -1,0 +1,185 @@
+"""What selections keep of full attention, layer by layer, while a model reads a prompt with full attention.
+
+For some chunks of queries of the prompt, and for some of the single tokens of its tail, of each way to
+select: the share of attention that falls on what it attends to, and how far the output is from that of
+full attention, relative to it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import takewhile
+from statistics import fmean
+
+import torch
+
+from vllm_tokenselect.method.settings import Method
+from vllm_tokenselect.tools.inspect.model import DiagnosedModel, UnsupportedModel
+from vllm_tokenselect.tools.inspect.selections import (
+    TOKENSELECT,
+    WAYS,
+    Chunk,
+    attended_positions,
+    causal_scores,
+    chunks_of,
+    spread,
+)
+
+CHUNKS, TOKENS = "chunks of the prompt", "single tokens"
+# Of its attention a layer that looks at few tokens keeps more, at any budget worth its while.
+DIFFUSE_BELOW = 0.9
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer.
+
+    Attributes:
+        mass: by kind of row and way to select, the share of attention on what is attended to, 0 to 1.
+        error: the same for the relative error of the output.
+        reuse: share of the tail's tokens that would reuse a selection were they generated; None if
+            the settings have no Selection Cache.
+    """
+
+    layer: int
+    mass: dict[str, dict[str, float]]
+    error: dict[str, dict[str, float]]
+    reuse: float | None
+
+
+class NothingSelects(ValueError):
+    """The prompt is so short that everything is attended to. The message says how long it must be."""
+
+
+def compare_layers(
+    model: DiagnosedModel,
+    tokens: list[int],
+    method: Method,
+    num_chunks: int = 3,
+    num_tokens: int = 16,
+) -> list[LayerReport]:
+    """Compare all ways to select at the settings' budget, in every layer that selects.
+
+    Args:
+        model: reads the prompt once, with full attention.
+        tokens: of the prompt.
+        method: the settings, with native positions.
+        num_chunks: last chunks of several queries that are measured.
+        num_tokens: tokens of the prompt's tail that are, evenly spread.
+
+    Raises:
+        NothingSelects: when no chunk of the prompt selects.
+        UnsupportedModel: when no layer selects.
+    """
+    selecting = [c for c in chunks_of(method, len(tokens), len(tokens)) if c.candidates is not None]
+    if not selecting:
+        raise NothingSelects(
+            f"A prompt of {len(tokens):,} tokens is attended to in full: with n_init {method.n_init}, "
+            f"top_k {method.top_k} and n_local {method.n_local} it must have more than "
+            f"{method.selection_size + method.n_local:,}. Give a longer prompt or a smaller top_k."
+        )
+    singles = [chunk for chunk in selecting if chunk.end - chunk.start == 1]
+    several = [chunk for chunk in selecting if chunk.end - chunk.start > 1]
+    step = max(len(singles) // num_tokens, 1)
+    watch = _Watch(
+        method, {CHUNKS: several[-num_chunks:], TOKENS: singles[::-step][:num_tokens]}, singles
+    )
+    model.losses(tokens, 1, watch)
+    if not watch.reports:
+        raise UnsupportedModel(
+            "No layer of this model selects: all have a sliding window, or are among the first "
+            f"{method.dense_layers} that the setting dense_layers leaves dense."
+        )
+    return [watch.reports[layer] for layer in sorted(watch.reports)]
+
+
+def diffuse_layers(layers: Sequence[LayerReport]) -> int:
+    """How many of the first layers spread their attention so widely that no selection keeps most of it.
+
+    They are what the setting `dense_layers` is for.
+    """
+    kept = [min(ways[TOKENSELECT] for ways in report.mass.values() if ways) for report in layers]
+    return len(list(takewhile(lambda share: share < DIFFUSE_BELOW, kept)))
+
+
+@dataclass
+class _Watch:
+    """Attention that changes nothing and measures every layer."""
+
+    method: Method
+    measured: dict[str, list[Chunk]]
+    tail: list[Chunk]
+    reports: dict[int, LayerReport] = field(default_factory=dict)
+
+    def __call__(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> None:
+        if layer < self.method.dense_layers:
+            return
+        mass: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+        error: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+        for kind, chunks in self.measured.items():
+            for chunk in chunks:
+                for way, (kept, off) in self._measure(chunk, query, key, value, scale).items():
+                    mass[kind][way].append(kept)
+                    error[kind][way].append(off)
+        reuse = reuse_of(query, key.shape[0], self.tail, self.method)
+        self.reports[layer] = LayerReport(layer, _means(mass), _means(error), reuse)
+
+    def _measure(
+        self,
+        chunk: Chunk,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+    ) -> dict[str, tuple[float, float]]:
+        positions = spread(chunk)
+        keys, values = key[:, : chunk.end], value[:, : chunk.end].float()
+        scores = causal_scores(query[:, positions].float(), positions, keys, scale)
+        shares = scores.softmax(dim=-1)
+        full = _weighted(shares, values)
+        found = {}
+        queries = query[:, chunk.start : chunk.end]
+        for way, select in WAYS.items():
+            seen = attended_positions(chunk, select(chunk, queries, keys, scale), self.method)
+            kept = shares[:, :, seen].sum(dim=-1)
+            out = _weighted(scores[:, :, seen].softmax(dim=-1), values[:, seen])
+            off = (out - full).norm(dim=(0, 2)) / full.norm(dim=(0, 2))
+            found[way] = float(kept.mean()), float(off.mean())
+        return found
+
+
+def reuse_of(
+    query: torch.Tensor, num_kv_heads: int, tail: list[Chunk], method: Method
+) -> float | None:
+    """Share of consecutive single tokens that would reuse a selection, as the Selection Cache decides."""
+    if not method.reuses_selections or not tail:
+        return None
+    last: tuple[torch.Tensor, int] | None = None
+    reused = 0
+    for chunk in tail:
+        own = query[:, chunk.start].reshape(num_kv_heads, -1).float()
+        if last is not None:
+            similarity = float(torch.cosine_similarity(own, last[0], dim=1).min())
+            if (
+                similarity >= method.similarity_threshold
+                and chunk.start - last[1] <= method.refresh_interval
+            ):
+                reused += 1
+                continue
+        last = own, chunk.start
+    return reused / len(tail)
+
+
+def _weighted(shares: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Outputs [Hq, n, D] of shares [Hq, n, m] over values [Hkv, m, D]."""
+    heads, count, length = shares.shape
+    grouped = shares.reshape(len(values), -1, length)
+    return (grouped @ values).view(heads, count, -1)
+
+
+def _means(measured: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, float]]:
+    return {kind: {way: fmean(v) for way, v in ways.items()} for kind, ways in measured.items()}

@@ -1,0 +1,52 @@
+"""What a model is tried on: the user's own prompts, or numbers hidden in real text, and real text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from vllm_tokenselect.tools.evaluate.hidden import needle_prompts
+from vllm_tokenselect.tools.evaluate.text import document, encode, prefix
+from vllm_tokenselect.tools.inspect.losses import Passage
+
+NEEDLES, TEXT, OWN = "needles", "text", "your prompts"
+TEXT_COUNT = 128  # tokens of a text that are predicted
+NEEDLES_PER_TEXT = 8
+
+
+class TooShort(ValueError):
+    """A prompt has no token to predict. The message names it."""
+
+
+def built_in_passages(tokenizer: Any, length: int, samples: int, seed: int) -> list[Passage]:
+    """`samples` questions about numbers in real text, and as many texts a quarter, of `length` tokens."""
+    found = needle_passages(tokenizer, length, samples, seed)
+    for number in range(max(samples // 4, 2)):
+        tokens = [*prefix(tokenizer), *document(tokenizer, seed + number, length)][:length]
+        found.append(Passage(TEXT, tokens, TEXT_COUNT))
+    return found
+
+
+def needle_passages(tokenizer: Any, length: int, samples: int, seed: int) -> list[Passage]:
+    """`samples` questions about numbers in real text, with their answers to be predicted."""
+    found = []
+    for number in range(-(-samples // NEEDLES_PER_TEXT)):
+        for prompt in needle_prompts(tokenizer, length, seed + number, NEEDLES_PER_TEXT):
+            answer = encode(tokenizer, prompt.expected)
+            found.append(Passage(NEEDLES, [*prompt.tokens, *answer], len(answer)))
+    return found[:samples]
+
+
+def own_passages(tokenizer: Any, files: list[Path], count: int) -> list[Passage]:
+    """Passages of text files, of each of which the last `count` tokens are predicted.
+
+    Raises:
+        TooShort: when a file has no more tokens than that.
+    """
+    found = []
+    for file in files:
+        tokens = tokenizer(file.read_text())["input_ids"]
+        if len(tokens) <= count:
+            raise TooShort(f"{file} has {len(tokens)} tokens; {count} of them are to be predicted")
+        found.append(Passage(OWN, tokens, count))
+    return found

@@ -1,0 +1,107 @@
+"""Attention of a model that reads one sequence, over what a way of selecting chooses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+
+from vllm_tokenselect.method.settings import Method
+from vllm_tokenselect.tools.inspect.selections import (
+    Chunk,
+    Select,
+    attended_positions,
+    by_vote,
+    by_votes,
+)
+
+BATCH = 16  # single tokens that are attended for together
+
+
+class SelectiveAttention:
+    """Attention of every layer over the sink, what was selected, and the local window.
+
+    Args:
+        method: the settings, with native positions.
+        chunks: of the sequence. Some of its beginning may have been read before, and some of its end may
+            be read later, in whole chunks; only one that attends to everything may be divided.
+        select: how each chunk selects; the method's own if it is left out.
+    """
+
+    def __init__(self, method: Method, chunks: Sequence[Chunk], select: Select = by_vote) -> None:
+        self._method = method
+        self._chunks = chunks
+        self._select = select
+
+    def __call__(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor | None:
+        if layer < self._method.dense_layers:
+            return None
+        out = torch.empty_like(query)
+        first = key.shape[1] - query.shape[1]  # the position of the first query
+        chunks = self._chunks_of(first, key.shape[1])
+        singles = [chunk for chunk in chunks if _selects_alone(chunk)]
+        for chunk in chunks:
+            if chunk in singles:
+                continue
+            rows = slice(chunk.start - first, chunk.end - first)
+            seen: slice | torch.Tensor = slice(0, chunk.end)
+            if chunk.candidates is not None:
+                chosen = self._select(chunk, query[:, rows], key, scale)
+                seen = attended_positions(chunk, chosen, self._method)
+            keys, values = key[:, seen], value[:, seen]
+            n, m = chunk.end - chunk.start, keys.shape[1]
+            mask = torch.ones(n, m, dtype=torch.bool, device=query.device).tril(m - n)
+            out[:, rows] = _attend(query[:, rows], keys, values, mask, scale)
+        for start in range(0, len(singles), BATCH):
+            batch = singles[start : start + BATCH]
+            places = [chunk.start - first for chunk in batch]
+            asking = query[:, places]  # [Hq, n, D]
+            selections = self._select_each(batch, asking, key, scale)
+            attended = torch.stack(
+                [
+                    attended_positions(chunk, chosen, self._method)
+                    for chunk, chosen in zip(batch, selections, strict=True)
+                ]
+            )
+            # A mask over all tokens: to gather each query's own takes longer.
+            mask = torch.zeros(len(batch), key.shape[1], dtype=torch.bool, device=query.device)
+            out[:, places] = _attend(asking, key, value, mask.scatter_(1, attended, True), scale)
+        return out
+
+    def _chunks_of(self, first: int, end: int) -> list[Chunk]:
+        """The chunks of tokens [first, end)."""
+        chunks = [chunk for chunk in self._chunks if chunk.start < end and first < chunk.end]
+        chunks = [
+            replace(chunk, start=max(chunk.start, first), end=min(chunk.end, end))
+            if chunk.candidates is None
+            else chunk
+            for chunk in chunks
+        ]
+        if sum(chunk.end - chunk.start for chunk in chunks) != end - first:
+            raise ValueError(f"tokens {first:,} to {end:,} are no whole chunks")
+        return chunks
+
+    def _select_each(
+        self, singles: Sequence[Chunk], asking: torch.Tensor, key: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        if self._select is by_vote:
+            return by_votes(singles, asking, key, scale)
+        queries = [asking[:, index : index + 1] for index in range(len(singles))]
+        each = zip(singles, queries, strict=True)
+        return torch.stack([self._select(chunk, query, key, scale) for chunk, query in each])
+
+
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scale: float
+) -> torch.Tensor:
+    # In four dimensions: with three PyTorch takes a slower way.
+    inputs = (query[None], key[None], value[None])
+    return F.scaled_dot_product_attention(*inputs, attn_mask=mask, scale=scale, enable_gqa=True)[0]
+
+
+def _selects_alone(chunk: Chunk) -> bool:
+    return chunk.candidates is not None and chunk.end - chunk.start == 1

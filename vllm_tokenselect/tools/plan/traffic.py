@@ -1,0 +1,211 @@
+"""What a GPU reads of its KV cache, and what it sends to others. Bytes, not seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from vllm_tokenselect.method.plan import SelectionPlan
+from vllm_tokenselect.method.requests import BatchRequests
+from vllm_tokenselect.tools.plan.layouts import Layout, Stage
+from vllm_tokenselect.tools.plan.memory import GpuMemory, RankShape, step_limits
+from vllm_tokenselect.tools.plan.models import ModelShape
+from vllm_tokenselect.tools.plan.server import Server
+
+# Hidden states and the residual beside them, which vLLM hands from stage to stage.
+HANDED_ON = 2
+# Gathered keys and values are read, written, and read again.
+GATHERED_TIMES = 3
+
+
+@dataclass(frozen=True)
+class Attended:
+    """Tokens that the method attends to of a context.
+
+    Attributes:
+        decoding: by a token generated at the context's end that selects.
+        reusing: most by one that reuses a selection.
+        candidates: whose keys are scored for it; 0 when everything is attended.
+        prompt: share of what full attention attends to, over a prompt of that length.
+        prompt_rows: candidates of each selecting row of the prompt, its tail's single queries last.
+        chunk: candidates of the prompt's last chunk; None when it selects nothing.
+    """
+
+    context: int
+    decoding: int
+    reusing: int
+    candidates: int
+    prompt: float
+    prompt_rows: tuple[int, ...]
+    chunk: int | None
+
+    @classmethod
+    def of(cls, server: Server) -> Attended:
+        """By the plans of a decoding step and of a prompt of the longest context."""
+        method, context = server.config.method, server.context
+        step = _plan(server, context - 1, context, context - 1)
+        prompt = _plan(server, 0, context, context)
+        attended, full = prompt.num_attended(method), prompt.num_in_context()
+        decoding = int(step.num_attended(method)[0])
+        rows = prompt.candidate_end - method.n_init
+        chunks = rows[~prompt.dense & (prompt.query_len > 1)]
+        dense = bool(step.dense[0])
+        reuses = method.reuses_selections and not dense
+        return cls(
+            context=context,
+            decoding=decoding,
+            reusing=min(decoding + method.refresh_interval, context) if reuses else decoding,
+            candidates=0 if dense else int(step.candidate_end[0]) - method.n_init,
+            prompt=float(attended.sum() / full.sum()),
+            prompt_rows=tuple(map(int, rows[~prompt.dense])),
+            chunk=int(chunks[-1]) if len(chunks) else None,
+        )
+
+
+@dataclass(frozen=True)
+class Reads:
+    """Bytes of a GPU's memory that attention reads for one generated token at the context's end.
+
+    Attributes:
+        full: full attention.
+        selecting: a token that selects: all keys, the scores written and read, and what was selected;
+            and what dense layers read.
+        reusing: likewise, most for a token that reuses a selection.
+    """
+
+    full: int
+    selecting: int
+    reusing: int
+
+
+@dataclass(frozen=True)
+class Network:
+    """Bytes that a GPU sends to others.
+
+    Attributes:
+        activations: all-reduces of tensor parallelism, two a layer, and one of the embedding.
+        logits: their all-gather.
+        pipeline: what goes to the next stage.
+        votes, queries: of `vote: "global"`, in every layer that selects.
+        collectives: how often GPUs wait for each other.
+    """
+
+    activations: int
+    logits: int
+    pipeline: int
+    votes: int
+    queries: int
+    collectives: int
+
+    @property
+    def total(self) -> int:
+        return self.activations + self.logits + self.pipeline + self.votes + self.queries
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Of one GPU.
+
+    Attributes:
+        decoding: sent for one generated token.
+        chunk: sent for the last chunk of a prompt that fills the context.
+        prompt: sent for all of that prompt.
+    """
+
+    reads: Reads
+    decoding: Network
+    chunk: Network
+    prompt: Network
+
+
+def traffic(
+    model: ModelShape,
+    server: Server,
+    layout: Layout,
+    stage: Stage,
+    memory: GpuMemory,
+    attended: Attended,
+) -> Traffic:
+    """Traffic of a GPU of a stage."""
+    limits = step_limits(server, RankShape.of(model, layout.tp))
+    chunk = min(server.config.method.query_chunk, server.context)
+    method = server.config.method
+
+    def widths(rows: Iterable[int]) -> list[int]:
+        return [limits.width_of(row + method.n_init) for row in rows]
+
+    def sent(tokens: int, vote_widths: list[int], decoding: bool) -> Network:
+        return _network(model, server, layout, stage, tokens, vote_widths, decoding)
+
+    return Traffic(
+        reads=_reads(server, stage, memory, attended, limits.row_bytes(attended.candidates)),
+        # A CUDA graph is captured for the longest context that there may be.
+        decoding=sent(1, [limits.max_width], decoding=True),
+        chunk=sent(chunk, widths([attended.chunk] if attended.chunk else []), decoding=False),
+        prompt=sent(server.context, widths(attended.prompt_rows), decoding=False),
+    )
+
+
+def _plan(server: Server, start: int, end: int, prompt: int) -> SelectionPlan:
+    lens = np.array([end - start, end, prompt], np.int32)
+    return SelectionPlan.build(
+        np.array([0, lens[0]], np.int32),
+        lens[1:2],
+        BatchRequests.without_seats(lens[2:], server.config.top_k),
+        server.config.method,
+    )
+
+
+def _reads(
+    server: Server, stage: Stage, memory: GpuMemory, attended: Attended, score_bytes: int
+) -> Reads:
+    times = 1 if server.attends_in_place else GATHERED_TIMES
+    # A stage may have no layer with full attention.
+    selecting = memory.kv_token * stage.selecting // max(stage.full_attention, 1)
+    keys = attended.candidates * selecting // 2
+    scores = 2 * score_bytes * stage.selecting
+    dense = attended.context * (memory.kv_token - selecting)
+    return Reads(
+        full=attended.context * memory.kv_token,
+        selecting=keys + scores + times * attended.decoding * selecting + dense,
+        reusing=times * attended.reusing * selecting + dense,
+    )
+
+
+def _network(
+    model: ModelShape,
+    server: Server,
+    layout: Layout,
+    stage: Stage,
+    tokens: int,
+    vote_widths: list[int],
+    decoding: bool,
+) -> Network:
+    """What a GPU sends for `tokens` tokens of which one makes logits, by rings of GPUs.
+
+    Args:
+        vote_widths: votes of each row that selects.
+        decoding: whether the rows take part in the Selection Cache.
+    """
+    tp, itemsize = layout.tp, server.dtype.itemsize
+    hidden = tokens * model.hidden_size * itemsize
+    gathered = (tp - 1) / tp  # sent in an all-gather, of what everybody has in the end
+    reduced = 2 * gathered  # sent in an all-reduce
+    all_reduces = 2 * len(stage.layers) + stage.first
+    votes_together = server.config.vote == "global" and tp > 1 and bool(vote_widths)
+    layers = stage.selecting if votes_together else 0
+    compares = layers if decoding and server.config.method.reuses_selections else 0
+    query = model.num_heads * model.head_size * itemsize
+    # A stage's GPUs send their parts, and put them together in the next.
+    handed = HANDED_ON * hidden * ((not stage.last) / tp + (not stage.first) * gathered)
+    waits = (all_reduces + stage.last + layers + compares + (not stage.first)) * (tp > 1)
+    return Network(
+        activations=int(all_reduces * reduced * hidden),
+        logits=int(stage.last * gathered * model.vocab_size * itemsize),
+        pipeline=int(handed),
+        votes=int(layers * reduced * 4 * sum(vote_widths)),
+        queries=int(compares * gathered * query),
+        collectives=waits + (not stage.last),
+    )
