@@ -9,12 +9,13 @@ from functools import partial
 import numpy as np
 import torch
 
-from vllm_tokenselect.gpu.attention import GatherBuffer, LayerCache, RowAttention, SdpaAttention
+from vllm_tokenselect.gpu.attention import GatherBuffer, RowAttention, SdpaAttention
 from vllm_tokenselect.gpu.flash_attention import PagedFlashAttention
 from vllm_tokenselect.gpu.limits import StepLimits
 from vllm_tokenselect.gpu.rows import RowBuffers, RowGroup, graph_rows, step_rows
 from vllm_tokenselect.gpu.step import GpuStep
 from vllm_tokenselect.gpu.workspace import Workspace
+from vllm_tokenselect.kernels.layer_cache import LayerCache
 from vllm_tokenselect.method.plan import SelectionPlan
 from vllm_tokenselect.method.requests import BatchRequests
 from vllm_tokenselect.method.settings import Method

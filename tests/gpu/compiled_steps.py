@@ -12,12 +12,13 @@ import numpy as np
 import torch
 
 from tests.kernels_gpu.compile_ahead import compiling_for
-from vllm_tokenselect.gpu.attention import GatherBuffer, LayerCache, RowAttention
+from vllm_tokenselect.gpu.attention import GatherBuffer, RowAttention
 from vllm_tokenselect.gpu.limits import StepLimits
 from vllm_tokenselect.gpu.rows import RowBuffers, RowGroup, graph_rows, step_rows
 from vllm_tokenselect.gpu.step import GpuStep
 from vllm_tokenselect.gpu.warmup import compile_gpu_kernels
 from vllm_tokenselect.gpu.workspace import Workspace
+from vllm_tokenselect.kernels.layer_cache import LayerCache
 from vllm_tokenselect.kernels.rotate.rotation import Rotation
 from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
 from vllm_tokenselect.method.plan import SelectionPlan

@@ -6,7 +6,7 @@ import torch
 from tests.gpu.flash_model import FlashAttentionModel
 from tests.gpu.test_step import ends_of, on_device, plan_of
 from vllm_tokenselect.gpu import attention as gpu_attention
-from vllm_tokenselect.gpu.attention import GatherBuffer, LayerCache
+from vllm_tokenselect.gpu.attention import GatherBuffer
 from vllm_tokenselect.gpu.flash_attention import (
     SPLIT_BYTES,
     GatheredFlashAttention,
@@ -14,6 +14,7 @@ from vllm_tokenselect.gpu.flash_attention import (
 )
 from vllm_tokenselect.gpu.limits import StepLimits
 from vllm_tokenselect.gpu.rows import RowBuffers, graph_rows, step_rows
+from vllm_tokenselect.kernels.layer_cache import LayerCache
 from vllm_tokenselect.method.settings import Method
 
 CPU = torch.device("cpu")

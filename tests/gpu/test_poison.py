@@ -6,7 +6,8 @@ import torch
 from tests.gpu.test_attention import buffer_of, flash
 from tests.gpu.test_step import REASSIGNING, Graph, Layer, groups_of
 from tests.method.definition import BLOCK_SIZE, CONFIG, REQUESTS
-from vllm_tokenselect.gpu.attention import LayerCache, SdpaAttention
+from vllm_tokenselect.gpu.attention import SdpaAttention
+from vllm_tokenselect.kernels.layer_cache import LayerCache
 
 POISON = [float("nan"), float("inf"), float("-inf")]
 

@@ -9,9 +9,9 @@ from tests.gpu.test_attention import flash
 from tests.gpu.test_step import MAX_TOKENS, REASSIGNING, Graph, Layer, ends_of, groups_of
 from tests.kernels_gpu.cases import DEVICE
 from tests.method.definition import HEAD_SIZE, REQUESTS
-from vllm_tokenselect.gpu.attention import LayerCache
 from vllm_tokenselect.gpu.warmup import compile_gpu_kernels
 from vllm_tokenselect.gpu.workspace import Workspace
+from vllm_tokenselect.kernels.layer_cache import LayerCache
 
 
 def reassigning(requests, heads=(6, 2), *arguments) -> Layer:

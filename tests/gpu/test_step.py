@@ -16,11 +16,12 @@ from tests.method.definition import (
     paged_step,
     rotation,
 )
-from vllm_tokenselect.gpu.attention import GatherBuffer, LayerCache, SdpaAttention
+from vllm_tokenselect.gpu.attention import GatherBuffer, SdpaAttention
 from vllm_tokenselect.gpu.limits import StepLimits
 from vllm_tokenselect.gpu.rows import RowBuffers, graph_rows, step_rows
 from vllm_tokenselect.gpu.step import GpuStep
 from vllm_tokenselect.gpu.workspace import Workspace
+from vllm_tokenselect.kernels.layer_cache import LayerCache
 from vllm_tokenselect.kernels.rotate.rotation import Rotation
 from vllm_tokenselect.method.plan import SelectionPlan
 from vllm_tokenselect.method.requests import BatchRequests

@@ -19,13 +19,14 @@ from vllm_tokenselect.backend.gpu_attention import (
 from vllm_tokenselect.backend.gpu_metadata import GpuTokenSelectMetadata, step_limits
 from vllm_tokenselect.backend.impl import TokenSelectImpl
 from vllm_tokenselect.counters import worker_counters
-from vllm_tokenselect.gpu.attention import FP8_DTYPES, LayerCache, RowAttention
+from vllm_tokenselect.gpu.attention import FP8_DTYPES, RowAttention
 from vllm_tokenselect.gpu.flash_attention import PagedFlashAttention
 from vllm_tokenselect.gpu.limits import StepLimits
 from vllm_tokenselect.gpu.warmup import compile_gpu_kernels
 from vllm_tokenselect.gpu.workspace import Workspace
 from vllm_tokenselect.hooks.log import get_logger
 from vllm_tokenselect.kernels.head_group import HeadGroup, num_voting_heads
+from vllm_tokenselect.kernels.layer_cache import LayerCache
 from vllm_tokenselect.kernels.rotate.rotation import Rotation
 from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
 

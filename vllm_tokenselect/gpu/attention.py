@@ -8,7 +8,6 @@ through the sparse block table itself (`flash_attention.py`); what stands here g
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -17,8 +16,7 @@ import torch.nn.functional as F
 from vllm_tokenselect.device_memory import make_lasting
 from vllm_tokenselect.gpu.rows import RowGroup
 from vllm_tokenselect.kernels.gather.gpu import gather_rows
-from vllm_tokenselect.kernels.rotate.rotation import Rotation
-from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
+from vllm_tokenselect.kernels.layer_cache import LayerCache
 
 # Keys and values of the rows that are gathered together; at least one row's.
 GATHER_BYTES = 256 << 20
@@ -30,29 +28,6 @@ FP8_DTYPES = {
     "fp8_e4m3": torch.float8_e4m3fn,
     "fp8_e5m2": torch.float8_e5m2,
 }
-
-
-@dataclass(frozen=True)
-class LayerCache:
-    """What a layer keeps: of the requests, and of its own that attention reads.
-
-    Attributes:
-        pages: fp32, bf16, fp16 or fp8 [num_blocks, Hkv, 2, block_size, D], any strides whose last is 1.
-        key_scale, value_scale: fp32 [1] on the device, what a quantized cache is multiplied by; None
-            for one that is not quantized.
-        selections: the Selection Cache; None for a layer without.
-        rotation: of queries and keys to the positions that they are given anew; None for a layer whose
-            cache holds keys that the model has rotated.
-        sinks: fp32, bf16 or fp16 [Hq], of each head a logit that adds to the denominator of its softmax,
-            whatever a query attends to; None for a layer without.
-    """
-
-    pages: torch.Tensor
-    key_scale: torch.Tensor | None = None
-    value_scale: torch.Tensor | None = None
-    selections: SelectionCacheState | None = None
-    rotation: Rotation | None = None
-    sinks: torch.Tensor | None = None
 
 
 class RowAttention(Protocol):

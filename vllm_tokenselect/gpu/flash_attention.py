@@ -8,9 +8,10 @@ from __future__ import annotations
 import torch
 
 from vllm_tokenselect.device_memory import make_lasting
-from vllm_tokenselect.gpu.attention import PAGE_TOKENS, GatherBuffer, LayerCache
+from vllm_tokenselect.gpu.attention import PAGE_TOKENS, GatherBuffer
 from vllm_tokenselect.gpu.flash_varlen import VarlenFunction, attend_with_sinks
 from vllm_tokenselect.gpu.rows import RowGroup
+from vllm_tokenselect.kernels.layer_cache import LayerCache
 
 # What FlashAttention allocates at most for the partial outputs of the parts that it splits a row's tokens
 # into, to have work for every multiprocessor.

@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 
 from vllm_tokenselect.device_memory import make_lasting
-from vllm_tokenselect.gpu.attention import GatherBuffer, LayerCache
+from vllm_tokenselect.gpu.attention import GatherBuffer
 from vllm_tokenselect.gpu.rows import RowGroup
+from vllm_tokenselect.kernels.layer_cache import LayerCache
 
 # Widened keys and values, and logits, of what is attended together; at least of one query.
 PLAIN_BYTES = 64 << 20

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 
 import torch
 
-from vllm_tokenselect.gpu.attention import LayerCache, RowAttention
+from vllm_tokenselect.gpu.attention import RowAttention
 from vllm_tokenselect.gpu.rows import RowGroup, ScorePass
 from vllm_tokenselect.gpu.workspace import Workspace
 from vllm_tokenselect.kernels.block_table.gpu import build_sparse_block_table
+from vllm_tokenselect.kernels.layer_cache import LayerCache
 from vllm_tokenselect.kernels.mean_query.gpu import mean_queries
 from vllm_tokenselect.kernels.rotate.gpu import rotate_means, rotate_queries
 from vllm_tokenselect.kernels.score.gpu import Scores, score_paged_keys

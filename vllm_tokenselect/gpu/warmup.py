@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from vllm_tokenselect.gpu.attention import LayerCache, RowAttention
+from vllm_tokenselect.gpu.attention import RowAttention
 from vllm_tokenselect.gpu.rows import RowBuffers, graph_rows, step_rows
 from vllm_tokenselect.gpu.step import GpuStep
 from vllm_tokenselect.gpu.workspace import Workspace
+from vllm_tokenselect.kernels.layer_cache import LayerCache
 from vllm_tokenselect.method.plan import SelectionPlan
 from vllm_tokenselect.method.requests import BatchRequests
 

@@ -6,8 +6,9 @@ import torch
 from xformers.ops import memory_efficient_attention_forward
 from xformers.ops.fmha.attn_bias import BlockDiagonalCausalWithOffsetPaddedKeysMask
 
-from vllm_tokenselect.gpu.attention import GatherBuffer, LayerCache
+from vllm_tokenselect.gpu.attention import GatherBuffer
 from vllm_tokenselect.gpu.rows import RowGroup
+from vllm_tokenselect.kernels.layer_cache import LayerCache
 
 
 class XformersAttention:
