@@ -11,7 +11,7 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup constraints newest demo test lint types pytest check-vllm bench gpu-check endurance models scaling clean
+.PHONY: help setup constraints newest demo test lint types pytest docs settings check-vllm bench gpu-check endurance models scaling clean
 
 help:
 	@echo "make demo                        a real model answers about a document, with and without TOKENSELECT"
@@ -19,7 +19,9 @@ help:
 	@echo "make setup                       create $(VENV) and install what is missing"
 	@echo "make constraints                 resolve the newest releases anew, into constraints/"
 	@echo "make newest                      import the package beside the newest releases that it allows"
-	@echo "make lint                        ruff, mypy and the import contracts"
+	@echo "make lint                        ruff, mypy, the import contracts and the links of the documentation"
+	@echo "make docs                        build the documentation: build/site/index.html"
+	@echo "make settings                    write the table of docs/settings.md anew"
 	@echo "make check-vllm VERSION=0.33.0   check every hook against a vLLM release"
 	@echo "make gpu-check                   every check and benchmark that wants a GPU, in ten minutes"
 	@echo "make endurance                   an hour and more of random load on real servers"
@@ -59,11 +61,17 @@ test: lint pytest
 pytest: setup
 	@$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
-lint: setup
+lint: setup docs
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-logo
+
+docs: setup
+	@$(BIN)/mkdocs build --strict
+
+settings: setup
+	@$(BIN)/python docs/settings_table.py
 
 check-vllm: setup
 	@$(BIN)/python -m vllm_tokenselect.hooks.check --version $(VERSION) $(ARGS)

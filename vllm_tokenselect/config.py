@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -19,6 +19,15 @@ ADDITIONAL_CONFIG_KEY = misplaced.KEY
 DEFAULT_WORKSPACE_MB = {"cpu": 32, "cuda": 512}
 
 
+class DescribedSetting(NamedTuple):
+    """A setting in words."""
+
+    name: str
+    values: str
+    default: str
+    meaning: str
+
+
 class TokenSelectConfig(BaseModel):
     """Settings of the selection, read from `--additional-config '{"tokenselect": {...}}'`."""
 
@@ -27,63 +36,63 @@ class TokenSelectConfig(BaseModel):
     top_k: int = Field(
         default=Method.top_k,
         ge=1,
-        description="tokens selected by vote for each chunk, in every layer",
+        description="how many tokens each chunk of queries selects by vote, in every layer",
     )
     n_init: int = Field(
         default=Method.n_init,
         ge=0,
-        description="first tokens of the context, always attended (attention sinks)",
+        description="how many tokens at the start of the context are always attended (attention sinks)",
     )
     n_local: int = Field(
         default=Method.n_local,
         ge=1,
-        description="tokens directly before a chunk, always attended",
+        description="how many tokens directly before a chunk are always attended",
     )
     query_chunk: int = Field(
         default=Method.query_chunk,
         ge=1,
-        description="most queries of a prompt that select together; fewer where the KV block size is "
-        "neither a divisor nor a multiple",
+        description="most queries of a prompt that select together. The server lowers it where KV blocks "
+        "need it (264 with blocks of 528), and the log says so",
     )
     tail_queries: int = Field(
         default=Method.tail_queries,
         ge=0,
-        description="queries at the end of the prompt that each select for themselves",
+        description="how many queries at the end of the prompt select each for itself",
     )
     similarity_threshold: float = Field(
         default=Method.similarity_threshold,
         ge=0,
-        description="cosine of queries, in every KV head, from which a generated token reuses the last "
-        "selection; 1 for never",
+        description="a generated token reuses the last selection if the cosine of its query with that "
+        "selection's query is at least this in every KV head; 1 turns the Selection Cache off",
     )
     refresh_interval: int = Field(
         default=Method.refresh_interval,
         ge=0,
-        description="most tokens by which a reused selection may be out of date",
+        description="most tokens that may have left the local window since a reused selection was made",
     )
     dense_layers: int = Field(
         default=Method.dense_layers,
         ge=0,
-        description="first layers of the model, which attend to everything, on vLLM's own backend",
+        description="how many of the model's first layers attend to everything, on vLLM's own backend",
     )
     vote: Literal["local", "global"] = Field(
         default=Method.vote,
-        description="with tensor parallelism: every rank selects with its own heads, or all select the "
-        "same tokens, for an exchange of votes in every layer",
+        description="with tensor parallelism: local lets every rank select with its own heads; global lets "
+        "all ranks exchange votes in every layer and select the same tokens",
     )
     positions: Literal["native", "reassigned"] = Field(
         default=Method.positions,
-        description="reassigned reads past the trained length: attended tokens are numbered anew",
+        description="reassigned reads past the trained length: the attended tokens are numbered anew",
     )
     workspace_mb: int = Field(
         default=0,
         ge=0,
-        description="memory for scores, MiB; rows are scored in passes that fit it; 0 for "
+        description="memory for scores in MiB; rows are scored in passes that fit it. 0 takes "
         + " and ".join(f"{mb} on {kind}" for kind, mb in DEFAULT_WORKSPACE_MB.items()),
     )
     attention: Literal["auto", "flash", "xformers", "sdpa"] = Field(
         default="auto",
-        description="library that attends on a GPU; auto takes the first that can",
+        description="the library that attends on a GPU; auto takes the first that can",
     )
     log_requests: bool = Field(
         default=False,
@@ -153,17 +162,24 @@ class TokenSelectConfig(BaseModel):
     def allowed(cls) -> str:
         """The settings with their types, defaults and meaning, one a line."""
         lines = ["Allowed settings (--additional-config '{\"tokenselect\": {...}}'):"]
+        for setting in cls.described():
+            lines.append("  {}: {}, default {}; {}".format(*setting))
+        return "\n".join(lines)
+
+    @classmethod
+    def described(cls) -> Iterator[DescribedSetting]:
+        """The settings, for messages and for the documentation."""
         for name, field in cls.model_fields.items():
             if field.annotation is bool:
-                kind = "true or false"
+                values = "true or false"
             elif get_args(field.annotation):
-                kind = " or ".join(f'"{value}"' for value in get_args(field.annotation))
+                values = " or ".join(f'"{value}"' for value in get_args(field.annotation))
             else:
                 low = next(m.ge for m in field.metadata if hasattr(m, "ge"))
-                kind = f"{'number' if field.annotation is float else 'integer'} >= {low}"
-            default = str(field.default).lower()
-            lines.append(f"  {name}: {kind}, default {default}; {field.description}")
-        return "\n".join(lines)
+                values = f"{'number' if field.annotation is float else 'integer'} >= {low}"
+            yield DescribedSetting(
+                name, values, str(field.default).lower(), field.description or ""
+            )
 
     def check_engine(
         self,
