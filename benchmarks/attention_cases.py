@@ -12,7 +12,8 @@ import torch
 from vllm_tokenselect.gpu.attention import GatherBuffer, RowAttention, SdpaAttention
 from vllm_tokenselect.gpu.flash_attention import PagedFlashAttention
 from vllm_tokenselect.gpu.limits import StepLimits
-from vllm_tokenselect.gpu.rows import RowBuffers, RowGroup, graph_rows, step_rows
+from vllm_tokenselect.gpu.rows import RowGroup, graph_rows, step_rows
+from vllm_tokenselect.gpu.sending import RowBuffers
 from vllm_tokenselect.gpu.step import GpuStep
 from vllm_tokenselect.gpu.workspace import Workspace
 from vllm_tokenselect.kernels.layer_cache import LayerCache

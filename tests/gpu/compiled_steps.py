@@ -14,7 +14,8 @@ import torch
 from tests.kernels_gpu.compile_ahead import compiling_for
 from vllm_tokenselect.gpu.attention import GatherBuffer, RowAttention
 from vllm_tokenselect.gpu.limits import StepLimits
-from vllm_tokenselect.gpu.rows import RowBuffers, RowGroup, graph_rows, step_rows
+from vllm_tokenselect.gpu.rows import RowGroup, graph_rows, step_rows
+from vllm_tokenselect.gpu.sending import RowBuffers
 from vllm_tokenselect.gpu.step import GpuStep
 from vllm_tokenselect.gpu.warmup import compile_gpu_kernels
 from vllm_tokenselect.gpu.workspace import Workspace

@@ -13,7 +13,8 @@ from vllm_tokenselect.gpu.flash_attention import (
     PagedFlashAttention,
 )
 from vllm_tokenselect.gpu.limits import StepLimits
-from vllm_tokenselect.gpu.rows import RowBuffers, graph_rows, step_rows
+from vllm_tokenselect.gpu.rows import graph_rows, step_rows
+from vllm_tokenselect.gpu.sending import RowBuffers
 from vllm_tokenselect.kernels.layer_cache import LayerCache
 from vllm_tokenselect.method.settings import Method
 

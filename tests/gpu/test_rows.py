@@ -9,7 +9,8 @@ from tests.gpu.test_step import ends_of, on_device, plan_of
 from tests.kernels_gpu.cases import DEVICE
 from tests.method.definition import CONFIG
 from vllm_tokenselect.gpu.limits import StepLimits
-from vllm_tokenselect.gpu.rows import RowBuffers, graph_rows, step_rows
+from vllm_tokenselect.gpu.rows import graph_rows, step_rows
+from vllm_tokenselect.gpu.sending import RowBuffers
 from vllm_tokenselect.kernels.score.gpu import tile_rows
 from vllm_tokenselect.method.plan import SelectionPlan
 from vllm_tokenselect.method.requests import BatchRequests

@@ -16,7 +16,8 @@ from tests.method.definition import CONFIG, HEAD_SIZE, SCALE, best, paged_step, 
 from vllm_tokenselect.gpu.attention import GatherBuffer, RowAttention
 from vllm_tokenselect.gpu.flash_attention import GatheredFlashAttention, PagedFlashAttention
 from vllm_tokenselect.gpu.limits import StepLimits
-from vllm_tokenselect.gpu.rows import RowBuffers, RowGroup, graph_rows, step_rows
+from vllm_tokenselect.gpu.rows import RowGroup, graph_rows, step_rows
+from vllm_tokenselect.gpu.sending import RowBuffers
 from vllm_tokenselect.gpu.step import GpuStep
 from vllm_tokenselect.gpu.workspace import Workspace
 from vllm_tokenselect.kernels.head_group import HeadGroup

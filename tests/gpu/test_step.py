@@ -18,7 +18,8 @@ from tests.method.definition import (
 )
 from vllm_tokenselect.gpu.attention import GatherBuffer, SdpaAttention
 from vllm_tokenselect.gpu.limits import StepLimits
-from vllm_tokenselect.gpu.rows import RowBuffers, graph_rows, step_rows
+from vllm_tokenselect.gpu.rows import graph_rows, step_rows
+from vllm_tokenselect.gpu.sending import RowBuffers
 from vllm_tokenselect.gpu.step import GpuStep
 from vllm_tokenselect.gpu.workspace import Workspace
 from vllm_tokenselect.kernels.layer_cache import LayerCache

@@ -16,7 +16,8 @@ from vllm_tokenselect.backend.metadata import TokenSelectMetadataBuilder
 from vllm_tokenselect.config import TokenSelectConfig
 from vllm_tokenselect.gpu.graph_size import count_launches, num_passes
 from vllm_tokenselect.gpu.limits import StepLimits
-from vllm_tokenselect.gpu.rows import RowBuffers, graph_rows, step_rows
+from vllm_tokenselect.gpu.rows import graph_rows, step_rows
+from vllm_tokenselect.gpu.sending import RowBuffers
 from vllm_tokenselect.gpu.step import GpuStep
 from vllm_tokenselect.hooks.graph_sizes import captured_steps, queries_per_request
 from vllm_tokenselect.hooks.log import get_logger

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from vllm_tokenselect.gpu.cutting import graph_spans
 from vllm_tokenselect.gpu.limits import GRAPH_PASSES, StepLimits
-from vllm_tokenselect.gpu.rows import cut_for_graph
 from vllm_tokenselect.kernels.block_table.gpu import DIGIT_BITS, choose_parts
 
 
 def num_passes(limits: StepLimits, num_tokens: int, queries_per_request: int) -> int:
     """Passes of scoring of a captured step."""
-    groups = cut_for_graph(limits, num_tokens, queries_per_request)
+    groups = graph_spans(limits, num_tokens, queries_per_request)
     return sum(len(passes) for _, _, passes in groups)
 
 
@@ -47,7 +47,7 @@ def count_launches(
     """
     reuses, rotates = limits.method.reuses_selections, limits.method.reassigns_positions
     launches = 0
-    for first, last, passes in cut_for_graph(limits, num_tokens, queries_per_request):
+    for first, last, passes in graph_spans(limits, num_tokens, queries_per_request):
         rows = last - first
         if reuses:
             launches += 1 + 3 * together  # decide; clamp, gather and exchange the heads' queries

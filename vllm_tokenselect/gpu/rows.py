@@ -1,29 +1,23 @@
-"""The rows of one step on a GPU.
+"""The rows of one step as the layers of a GPU see them.
 
-The host knows how a step is cut into rows and an upper bound of every context; what a context's length
-really is only the device knows (draft tokens may have been rejected meanwhile). So the host sends how
-far each row ends before its request does, and positions are computed on the device.
+They differ from a CPU's in two ways. Positions are computed on the device: the host knows an upper bound
+of every context only, since draft tokens may have been rejected meanwhile, so it sends how far each row
+ends before its request does. And a CUDA graph replays a step: what it reads must lie at fixed addresses,
+and shapes may depend on the number of tokens alone.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from vllm_tokenselect.gpu.cutting import GroupCut, PassCut, cut_graph_step, cut_step
 from vllm_tokenselect.gpu.limits import StepLimits
-from vllm_tokenselect.kernels.score.gpu import tile_rows
-from vllm_tokenselect.kernels.selection_cache.state import SELECTS
+from vllm_tokenselect.gpu.sending import DeviceRows, RowBuffers, pack_rows, send_rows
 from vllm_tokenselect.method.plan import SelectionPlan
-from vllm_tokenselect.method.requests import NO_SEAT, Int32
-from vllm_tokenselect.method.settings import Method
-
-# Entries of what the host sends of a row: five numbers, a tile, a chain and where its queries start (one
-# more for each group, of which there are no more than rows); and of what is found there.
-FIELDS, SENT_FIELDS, ENDS = 5, 5 + 3 + 4 + 2, 5
+from vllm_tokenselect.method.requests import Int32
 
 
 @dataclass(frozen=True)
@@ -108,21 +102,6 @@ class RowGroup:
         return len(self.row_seq)
 
 
-class RowBuffers:
-    """Device arrays for the rows of a step.
-
-    Args:
-        capacity: most rows.
-        device: where the arrays lie.
-    """
-
-    def __init__(self, capacity: int, device: torch.device) -> None:
-        self.capacity = capacity
-        size = _field_size(capacity)
-        self.sent = torch.zeros(SENT_FIELDS * size, dtype=torch.int32, device=device)
-        self.ends = torch.zeros(ENDS * size, dtype=torch.int32, device=device)
-
-
 def step_rows(
     plan: SelectionPlan,
     seq_lens: Int32,
@@ -137,39 +116,11 @@ def step_rows(
         device_seq_lens: int32 [S] on the device, the contexts' real lengths.
         limits: of the buffers.
     """
-    most_rows = tile_rows(limits.num_heads, limits.num_kv_heads)
-    sent = _Sent(plan.num_rows)
-    sent.write_rows(plan, seq_lens)
-    groups: list[_GroupSizes] = []
-    for first, last in _cut_groups(plan, limits):
-        width = _width(plan, first, last, limits)
-        passes = []
-        for start, end in _cut_passes(first, last, limits.pass_rows(last - first, width)):
-            found = _tile_runs(plan, start, end, most_rows)
-            # A tile of one row is padded to a small product, any other to a full one: two compiled
-            # kernels serve every step.
-            single, shared = found[found[:, 2] == 1], found[found[:, 2] > 1]
-            sent.tiles[start : start + len(found)] = np.concatenate([single, shared])
-            classes = [(len(t), size) for t, size in ((single, 1), (shared, most_rows)) if len(t)]
-            if classes:
-                passes.append(_PassSizes(start, end, classes))
-        chains = sent.write_chains(plan, first, last)
-        longest = _max_length(plan, first, last, limits)
-        max_query_len = int(plan.query_len[first:last].max())
-        queries = slice(
-            int(plan.query_start[first]),
-            int(plan.query_start[last - 1] + plan.query_len[last - 1]),
-        )
-        starts = sent.write_starts(plan, first, last, queries, len(groups))
-        groups.append(
-            _GroupSizes(
-                *(first, last, queries, starts, passes, chains),
-                *(width, max_query_len, longest, limits.table_width),
-            )
-        )
-    buffers = RowBuffers(plan.num_rows, device_seq_lens.device)
-    device = sent.send(buffers, device_seq_lens, limits.method)
-    return [device.group(sent, group) for group in groups]
+    groups, num_rows = cut_step(plan, limits), plan.num_rows
+    buffers = RowBuffers(num_rows, device_seq_lens.device)
+    packed = pack_rows(plan, seq_lens, groups, num_rows)
+    rows = send_rows(packed, num_rows, buffers, device_seq_lens, limits.method)
+    return _groups(groups, rows, limits)
 
 
 def graph_rows(
@@ -192,253 +143,47 @@ def graph_rows(
         num_tokens: tokens of the step, padding included.
         queries_per_request: most tokens of a request.
     """
-    most_rows = min(queries_per_request, tile_rows(limits.num_heads, limits.num_kv_heads))
-    sent = _Sent(num_tokens)
-    sent.write_rows(plan, seq_lens)
-    groups: list[_GroupSizes] = []
-    for first, last, cut in cut_for_graph(limits, num_tokens, queries_per_request):
-        passes = []
-        for start, end in cut:
-            found = _tile_runs(plan, start, min(end, plan.num_rows), most_rows)
-            sent.tiles[start : start + len(found)] = found
-            passes.append(_PassSizes(start, end, [(end - start, most_rows)]))
-        sent.write_chains(plan, first, min(last, plan.num_rows))
-        chains = last - first if limits.method.reuses_selections else 0
-        # A row has a query at least: those of row `r` are not before query `r`.
-        queries = slice(first, min(last * queries_per_request, num_tokens))
-        starts = sent.write_starts(plan, first, last, queries, len(groups))
+    groups = cut_graph_step(plan, limits, num_tokens, queries_per_request)
+    packed = pack_rows(plan, seq_lens, groups, num_tokens)
+    rows = send_rows(packed, num_tokens, buffers, device_seq_lens, limits.method)
+    return _groups(groups, rows, limits)
+
+
+def _groups(cuts: list[GroupCut], rows: DeviceRows, limits: StepLimits) -> list[RowGroup]:
+    """The groups' views of the step's rows."""
+    groups = []
+    for number, cut in enumerate(cuts):
+        first, last = cut.first, cut.last
+        candidate_end, context_end, scored_end, table_end, reused_end = rows.ends[:, first:last]
         groups.append(
-            _GroupSizes(
-                *(first, last, queries, starts, passes, chains),
-                *(limits.max_width, queries_per_request, limits.table_width, limits.table_width),
+            RowGroup(
+                queries=cut.queries,
+                row_seq=rows.row_seq[first:last],
+                query_start_loc=rows.query_start_loc[first + number :][: last - first + 1],
+                query_len=rows.query_len[first:last],
+                top_k=rows.top_k[first:last],
+                seat=rows.seat[first:last],
+                candidate_end=candidate_end,
+                context_end=context_end,
+                scored_end=scored_end,
+                table_end=table_end,
+                reused_end=reused_end,
+                chains=rows.chains[first:][: len(cut.chains)],
+                passes=tuple(_score_pass(part, first, rows.tiles) for part in cut.passes),
+                width=cut.width,
+                query_starts=cut.query_start_loc[:-1],
+                query_lens=np.diff(cut.query_start_loc),
+                max_query_len=cut.max_query_len,
+                max_length=cut.max_length,
+                table_width=limits.table_width,
             )
         )
-    device = sent.send(buffers, device_seq_lens, limits.method)
-    return [device.group(sent, group) for group in groups]
-
-
-def cut_for_graph(
-    limits: StepLimits, num_tokens: int, queries_per_request: int
-) -> list[tuple[int, int, list[tuple[int, int]]]]:
-    """Groups of a step that a CUDA graph may replay: first row, last row, and those of each pass."""
-    width = limits.max_width
-    rows = _whole_requests(limits.group_rows(width), queries_per_request)
-    groups = []
-    for first in range(0, num_tokens, rows):
-        last = min(first + rows, num_tokens)
-        pass_rows = _whole_requests(limits.pass_rows(last - first, width), queries_per_request)
-        groups.append((first, last, _cut_passes(first, last, pass_rows) if width else []))
     return groups
 
 
-def _whole_requests(rows: int, queries_per_request: int) -> int:
-    """So many rows at most: those of a request share a tile, and stay together where possible."""
-    return rows - rows % queries_per_request if rows > queries_per_request else rows
-
-
-def _cut_passes(first: int, last: int, rows: int) -> list[tuple[int, int]]:
-    """First and last row of each pass."""
-    return [(start, min(start + rows, last)) for start in range(first, last, rows)]
-
-
-def _field_size(num_rows: int) -> int:
-    """Entries of a field: one more than rows, and a multiple of 16 bytes."""
-    return -(-(num_rows + 1) // 4) * 4
-
-
-def _split(sent: Any, size: int) -> tuple[Any, Any, Any, Any]:
-    """Fields, tiles, chains and starts in an array or tensor that is sent."""
-    fields, tiles, chains = FIELDS * size, (FIELDS + 3) * size, (FIELDS + 7) * size
-    return (
-        sent[:fields].reshape(FIELDS, size),
-        sent[fields:tiles].reshape(-1, 3),
-        sent[tiles:chains].reshape(-1, 4),
-        sent[chains:],
-    )
-
-
-@dataclass(frozen=True)
-class _PassSizes:
-    """What the host decides of a pass: the step's rows [first, last), and see `ScorePass`.
-
-    Attributes:
-        tiles: number of tiles and most rows of a tile, of each class.
-    """
-
-    first: int
-    last: int
-    tiles: list[tuple[int, int]]
-
-
-@dataclass(frozen=True)
-class _GroupSizes:
-    """What the host decides of a group: rows [first, last), and see `RowGroup`.
-
-    Attributes:
-        queries: as `RowGroup.queries`.
-        starts: first entry of its `query_start_loc`.
-        chains: number of chains.
-    """
-
-    first: int
-    last: int
-    queries: slice
-    starts: int
-    passes: list[_PassSizes]
-    chains: int
-    width: int
-    max_query_len: int
-    max_length: int
-    table_width: int
-
-
-class _Sent:
-    """What the host sends of a step, in one array: one copy to the device."""
-
-    def __init__(self, num_rows: int) -> None:
-        self.num_rows = num_rows
-        self.size = size = _field_size(num_rows)
-        self.array = np.zeros(SENT_FIELDS * size, np.int32)
-        fields, tiles, chains, self.starts = _split(self.array, size)
-        self.row_seq, self.query_len, self.after, self.top_k, self.seat = fields
-        self.seat[:] = NO_SEAT
-        self.tiles, self.chains = tiles, chains
-
-    def write_rows(self, plan: SelectionPlan, seq_lens: Int32) -> None:
-        rows = slice(plan.num_rows)
-        self.row_seq[rows] = plan.row_seq
-        self.query_len[rows] = plan.query_len
-        self.after[rows] = seq_lens[plan.row_seq] - plan.chunk_end
-        self.top_k[rows] = plan.top_k
-        self.seat[rows] = plan.seat
-
-    def write_starts(
-        self, plan: SelectionPlan, first: int, last: int, queries: slice, group: int
-    ) -> int:
-        """Where the queries of the rows [first, last) start in the group's; returns the first entry.
-
-        Padded rows are without queries behind the others.
-        """
-        starts = np.full(last - first + 1, int(plan.query_len.sum()))
-        known = plan.query_start[first : last + 1]
-        starts[: len(known)] = known
-        entry = first + group
-        self.starts[entry : entry + len(starts)] = np.clip(
-            starts - queries.start, 0, queries.stop - queries.start
-        )
-        return entry
-
-    def write_chains(self, plan: SelectionPlan, first: int, last: int) -> int:
-        """Chains of the rows [first, last); returns how many there are."""
-        rows, counts = _runs(plan.caches[first:last], plan.row_seq[first:last])
-        seat, owner = plan.seat[first:last][rows], plan.owner[first:last][rows]
-        self.chains[first : first + len(rows)] = np.stack([rows, counts, seat, owner], axis=1)
-        return len(rows)
-
-    def send(self, buffers: RowBuffers, seq_lens: torch.Tensor, method: Method) -> _OnDevice:
-        source = torch.from_numpy(self.array)
-        if buffers.sent.is_cuda:
-            source = source.pin_memory()  # a copy from pageable memory would wait for the device
-        sent = buffers.sent[: len(source)]
-        sent.copy_(source, non_blocking=True)
-        rows, tiles, chains, starts = _split(sent, self.size)
-        row_seq, query_len, after, top_k, _ = rows
-        context_end = (seq_lens[row_seq.long()] - after) * (query_len > 0)
-        candidate_end = context_end - query_len - method.n_local
-        selects = candidate_end - method.n_init > top_k
-        scored_end = torch.where(selects, candidate_end, method.n_init)
-        reused_end = torch.full_like(context_end, SELECTS)
-        ends = buffers.ends[: ENDS * self.size].view(ENDS, self.size)
-        torch.stack([candidate_end, context_end, scored_end, context_end, reused_end], out=ends)
-        return _OnDevice(rows, ends, tiles, chains, starts)
-
-
-@dataclass(frozen=True)
-class _OnDevice:
-    rows: torch.Tensor
-    ends: torch.Tensor
-    tiles: torch.Tensor
-    chains: torch.Tensor
-    starts: torch.Tensor
-
-    def group(self, sent: _Sent, sizes: _GroupSizes) -> RowGroup:
-        first, last = sizes.first, sizes.last
-        row_seq, query_len, _, top_k, seat = self.rows
-        starts = slice(sizes.starts, sizes.starts + last - first + 1)
-        candidate_end, context_end, scored_end, table_end, reused_end = self.ends[:, first:last]
-        return RowGroup(
-            queries=sizes.queries,
-            row_seq=row_seq[first:last],
-            query_start_loc=self.starts[starts],
-            query_len=query_len[first:last],
-            top_k=top_k[first:last],
-            seat=seat[first:last],
-            candidate_end=candidate_end,
-            context_end=context_end,
-            scored_end=scored_end,
-            table_end=table_end,
-            reused_end=reused_end,
-            chains=self.chains[first : first + sizes.chains],
-            passes=tuple(self._score_pass(part, first) for part in sizes.passes),
-            width=sizes.width,
-            query_starts=sent.starts[starts][:-1],
-            query_lens=sent.query_len[first:last],
-            max_query_len=sizes.max_query_len,
-            max_length=sizes.max_length,
-            table_width=sizes.table_width,
-        )
-
-    def _score_pass(self, sizes: _PassSizes, group_first: int) -> ScorePass:
-        tiles, start = [], sizes.first
-        for count, rows_per_tile in sizes.tiles:
-            tiles.append(Tiles(self.tiles[start : start + count], rows_per_tile))
-            start += count
-        return ScorePass(sizes.first - group_first, sizes.last - group_first, tuple(tiles))
-
-
-def _cut_groups(plan: SelectionPlan, limits: StepLimits) -> list[tuple[int, int]]:
-    """First and last row of each group."""
-    if plan.num_rows <= limits.group_rows(_width(plan, 0, plan.num_rows, limits)):
-        return [(0, plan.num_rows)] if plan.num_rows else []
-    groups: list[tuple[int, int]] = []
-    first, widest = 0, 0
-    for row in range(plan.num_rows):
-        width = 0 if plan.dense[row] else limits.width_of(int(plan.candidate_end[row]))
-        widest = max(widest, width)
-        if row > first and row - first + 1 > limits.group_rows(widest):
-            groups.append((first, row))
-            first, widest = row, width
-    groups.append((first, plan.num_rows))
-    return groups
-
-
-def _width(plan: SelectionPlan, first: int, last: int, limits: StepLimits) -> int:
-    ends = plan.candidate_end[first:last][~plan.dense[first:last]]
-    return limits.width_of(int(ends.max())) if len(ends) else 0
-
-
-def _max_length(plan: SelectionPlan, first: int, last: int, limits: StepLimits) -> int:
-    """Most tokens that a row of [first, last) attends to."""
-    dense = plan.chunk_end[first:last][plan.dense[first:last]]
-    sparse = 0 if len(dense) == last - first else limits.method.max_attended
-    return max(int(dense.max(initial=0)), sparse)
-
-
-def _tile_runs(plan: SelectionPlan, first: int, last: int, most_rows: int) -> Int32:
-    """Runs of rows of one request that may select, int32 [runs, 3], rows counted from `first`."""
-    seqs = plan.row_seq[first:last]
-    rows, counts = _runs(~plan.dense[first:last], seqs, most_rows)
-    return np.stack([seqs[rows], rows, counts], axis=1).astype(np.int32)
-
-
-def _runs(
-    chosen: npt.NDArray[np.bool_], seqs: Int32, most_rows: int | None = None
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Runs of chosen rows of one request, no longer than `most_rows`: first rows and lengths."""
-    rows = np.flatnonzero(chosen)
-    order = np.arange(len(rows))
-    breaks = np.ones(len(rows), bool)
-    breaks[1:] = (np.diff(seqs[rows]) != 0) | (np.diff(rows) != 1)
-    in_run = order - np.maximum.accumulate(np.where(breaks, order, 0))
-    starts = np.flatnonzero(in_run % (most_rows or len(rows) + 1) == 0)
-    return rows[starts], np.diff(starts, append=len(rows))
+def _score_pass(cut: PassCut, group_first: int, tiles: torch.Tensor) -> ScorePass:
+    found, start = [], cut.first
+    for table, rows_per_tile in cut.tiles:
+        found.append(Tiles(tiles[start : start + len(table)], rows_per_tile))
+        start += len(table)
+    return ScorePass(cut.first - group_first, cut.last - group_first, tuple(found))

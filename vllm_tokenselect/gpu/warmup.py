@@ -6,7 +6,8 @@ import numpy as np
 import torch
 
 from vllm_tokenselect.gpu.attention import RowAttention
-from vllm_tokenselect.gpu.rows import RowBuffers, graph_rows, step_rows
+from vllm_tokenselect.gpu.rows import graph_rows, step_rows
+from vllm_tokenselect.gpu.sending import RowBuffers
 from vllm_tokenselect.gpu.step import GpuStep
 from vllm_tokenselect.gpu.workspace import Workspace
 from vllm_tokenselect.kernels.layer_cache import LayerCache

@@ -1,0 +1,223 @@
+"""How the host cuts the rows of a step into groups, and those of a group into passes.
+
+A group is selected and attended together: its votes fit the workspace beside the scores of one of its
+passes. Everything here is NumPy; `sending` takes what was cut to the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_tokenselect.gpu.limits import StepLimits
+from vllm_tokenselect.kernels.score.gpu import tile_rows
+from vllm_tokenselect.method.plan import SelectionPlan
+from vllm_tokenselect.method.requests import Int32
+
+
+class Span(NamedTuple):
+    """Rows [first, last) of a step."""
+
+    first: int
+    last: int
+
+
+class TilesCut(NamedTuple):
+    """As `rows.Tiles`, on the host: `table` is int32 [tiles, 3]."""
+
+    table: Int32
+    rows_per_tile: int
+
+
+class PassCut(NamedTuple):
+    """Rows [first, last) of a step that are scored together, and the tiles of those that may select."""
+
+    first: int
+    last: int
+    tiles: tuple[TilesCut, ...]
+
+
+@dataclass(frozen=True)
+class GroupCut:
+    """Rows [first, last) of a step; the other attributes are those of `rows.RowGroup`, on the host.
+
+    Attributes:
+        query_start_loc: int32 [R + 1].
+        chains: int32 [chains, 4].
+    """
+
+    first: int
+    last: int
+    queries: slice
+    query_start_loc: Int32
+    chains: Int32
+    passes: tuple[PassCut, ...]
+    width: int
+    max_query_len: int
+    max_length: int
+
+
+def cut_step(plan: SelectionPlan, limits: StepLimits) -> list[GroupCut]:
+    """Groups that are as large as the contexts of their rows allow."""
+    most_rows = tile_rows(limits.num_heads, limits.num_kv_heads)
+    groups = []
+    for first, last in _cut_groups(plan, limits):
+        width = _width(plan, first, last, limits)
+        passes = []
+        for start, end in _cut_passes(first, last, limits.pass_rows(last - first, width)):
+            tiles = _tile_runs(plan, start, end, most_rows)
+            # A tile of one row is padded to a small product, any other to a full one: two compiled
+            # kernels serve every step.
+            single, shared = tiles[tiles[:, 2] == 1], tiles[tiles[:, 2] > 1]
+            classes = (TilesCut(single, 1), TilesCut(shared, most_rows))
+            passes.append(PassCut(start, end, tuple(c for c in classes if len(c.table))))
+        queries = slice(
+            int(plan.query_start[first]),
+            int(plan.query_start[last - 1] + plan.query_len[last - 1]),
+        )
+        groups.append(
+            GroupCut(
+                first=first,
+                last=last,
+                queries=queries,
+                query_start_loc=_query_start_loc(plan, first, last, queries),
+                chains=_chain_runs(plan, first, last),
+                passes=tuple(part for part in passes if part.tiles),
+                width=width,
+                max_query_len=int(plan.query_len[first:last].max()),
+                max_length=_max_length(plan, first, last, limits),
+            )
+        )
+    return groups
+
+
+def cut_graph_step(
+    plan: SelectionPlan, limits: StepLimits, num_tokens: int, queries_per_request: int
+) -> list[GroupCut]:
+    """Groups whose shapes depend on `num_tokens` and `queries_per_request` alone.
+
+    There is a row for every token, padded ones behind those of the plan, with a tile and a chain each:
+    those behind the plan's are without rows.
+    """
+    most_rows = min(queries_per_request, tile_rows(limits.num_heads, limits.num_kv_heads))
+    groups = []
+    for first, last, spans in graph_spans(limits, num_tokens, queries_per_request):
+        passes = []
+        for start, end in spans:
+            tiles = _tile_runs(plan, start, min(end, plan.num_rows), most_rows)
+            passes.append(PassCut(start, end, (TilesCut(_padded(tiles, end - start), most_rows),)))
+        chains = _chain_runs(plan, first, min(last, plan.num_rows))
+        # A row has a query at least: those of row `r` are not before query `r`.
+        queries = slice(first, min(last * queries_per_request, num_tokens))
+        groups.append(
+            GroupCut(
+                first=first,
+                last=last,
+                queries=queries,
+                query_start_loc=_query_start_loc(plan, first, last, queries),
+                chains=_padded(chains, last - first if limits.method.reuses_selections else 0),
+                passes=tuple(passes),
+                width=limits.max_width,
+                max_query_len=queries_per_request,
+                max_length=limits.table_width,
+            )
+        )
+    return groups
+
+
+def graph_spans(
+    limits: StepLimits, num_tokens: int, queries_per_request: int
+) -> Iterator[tuple[int, int, list[Span]]]:
+    """First and last row of each group that a CUDA graph may replay, and the rows of its passes.
+
+    They are cut for the longest context that the model may have.
+    """
+    width = limits.max_width
+    rows = _whole_requests(limits.group_rows(width), queries_per_request)
+    for first in range(0, num_tokens, rows):
+        last = min(first + rows, num_tokens)
+        pass_rows = _whole_requests(limits.pass_rows(last - first, width), queries_per_request)
+        yield first, last, _cut_passes(first, last, pass_rows) if width else []
+
+
+def _whole_requests(rows: int, queries_per_request: int) -> int:
+    """So many rows at most: those of a request share a tile, and stay together where possible."""
+    return rows - rows % queries_per_request if rows > queries_per_request else rows
+
+
+def _cut_passes(first: int, last: int, rows: int) -> list[Span]:
+    return [Span(start, min(start + rows, last)) for start in range(first, last, rows)]
+
+
+def _cut_groups(plan: SelectionPlan, limits: StepLimits) -> list[Span]:
+    if plan.num_rows <= limits.group_rows(_width(plan, 0, plan.num_rows, limits)):
+        return [Span(0, plan.num_rows)] if plan.num_rows else []
+    groups: list[Span] = []
+    first, widest = 0, 0
+    for row in range(plan.num_rows):
+        width = 0 if plan.dense[row] else limits.width_of(int(plan.candidate_end[row]))
+        widest = max(widest, width)
+        if row > first and row - first + 1 > limits.group_rows(widest):
+            groups.append(Span(first, row))
+            first, widest = row, width
+    groups.append(Span(first, plan.num_rows))
+    return groups
+
+
+def _width(plan: SelectionPlan, first: int, last: int, limits: StepLimits) -> int:
+    ends = plan.candidate_end[first:last][~plan.dense[first:last]]
+    return limits.width_of(int(ends.max())) if len(ends) else 0
+
+
+def _max_length(plan: SelectionPlan, first: int, last: int, limits: StepLimits) -> int:
+    """Most tokens that a row of [first, last) attends to."""
+    dense = plan.chunk_end[first:last][plan.dense[first:last]]
+    sparse = 0 if len(dense) == last - first else limits.method.max_attended
+    return max(int(dense.max(initial=0)), sparse)
+
+
+def _query_start_loc(plan: SelectionPlan, first: int, last: int, queries: slice) -> Int32:
+    """Where the queries of the rows [first, last) start among `queries`; padded rows have none."""
+    starts = np.full(last - first + 1, int(plan.query_len.sum()), np.int32)
+    known = plan.query_start[first : last + 1]
+    starts[: len(known)] = known
+    starts -= queries.start
+    return starts.clip(0, queries.stop - queries.start, out=starts)
+
+
+def _tile_runs(plan: SelectionPlan, first: int, last: int, most_rows: int) -> Int32:
+    """Runs of rows of one request that may select, int32 [runs, 3], rows counted from `first`."""
+    seqs = plan.row_seq[first:last]
+    rows, counts = _runs(~plan.dense[first:last], seqs, most_rows)
+    return np.stack([seqs[rows], rows, counts], axis=1).astype(np.int32)
+
+
+def _chain_runs(plan: SelectionPlan, first: int, last: int) -> Int32:
+    """Runs of rows of one request in the Selection Cache, int32 [runs, 4], counted from `first`."""
+    rows, counts = _runs(plan.caches[first:last], plan.row_seq[first:last])
+    seat, owner = plan.seat[first:last][rows], plan.owner[first:last][rows]
+    return np.stack([rows, counts, seat, owner], axis=1).astype(np.int32)
+
+
+def _runs(
+    chosen: npt.NDArray[np.bool_], seqs: Int32, most_rows: int | None = None
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Runs of chosen rows of one request, no longer than `most_rows`: first rows and lengths."""
+    rows = np.flatnonzero(chosen)
+    order = np.arange(len(rows))
+    breaks = np.ones(len(rows), bool)
+    breaks[1:] = (np.diff(seqs[rows]) != 0) | (np.diff(rows) != 1)
+    in_run = order - np.maximum.accumulate(np.where(breaks, order, 0))
+    starts = np.flatnonzero(in_run % (most_rows or len(rows) + 1) == 0)
+    return rows[starts], np.diff(starts, append=len(rows))
+
+
+def _padded(table: Int32, length: int) -> Int32:
+    """The table with zeros up to `length` lines."""
+    padded = np.zeros((length, table.shape[1]), np.int32)
+    padded[: len(table)] = table
+    return padded

@@ -1,0 +1,128 @@
+"""How the rows of a step reach the device: the host packs one array, which takes one copy.
+
+What follows from the contexts' real lengths, which only the device knows, is computed there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from vllm_tokenselect.gpu.cutting import GroupCut
+from vllm_tokenselect.kernels.selection_cache.state import SELECTS
+from vllm_tokenselect.method.plan import SelectionPlan
+from vllm_tokenselect.method.requests import NO_SEAT, Int32
+from vllm_tokenselect.method.settings import Method
+
+# Entries of what the host sends of a row: five numbers, a tile, a chain and where its queries start (one
+# more for each group, of which there are no more than rows); and of what the device computes of it.
+FIELDS, SENT_FIELDS, ENDS = 5, 5 + 3 + 4 + 2, 5
+
+
+class RowBuffers:
+    """Device arrays for the rows of a step.
+
+    Args:
+        capacity: most rows.
+        device: where the arrays lie.
+    """
+
+    def __init__(self, capacity: int, device: torch.device) -> None:
+        self.capacity = capacity
+        size = _field_size(capacity)
+        self.sent = torch.zeros(SENT_FIELDS * size, dtype=torch.int32, device=device)
+        self.ends = torch.zeros(ENDS * size, dtype=torch.int32, device=device)
+
+
+class DeviceRows(NamedTuple):
+    """The rows of a step on the device; see `rows.RowGroup`.
+
+    Attributes:
+        ends: int32 [5, R], `candidate_end`, `context_end`, `scored_end`, `table_end` and `reused_end`.
+        tiles: int32 [R, 3], those of a pass from its first row on.
+        chains: int32 [R, 4], those of a group from its first row on.
+        query_start_loc: int32, of one group behind the other.
+    """
+
+    row_seq: torch.Tensor
+    query_len: torch.Tensor
+    top_k: torch.Tensor
+    seat: torch.Tensor
+    ends: torch.Tensor
+    tiles: torch.Tensor
+    chains: torch.Tensor
+    query_start_loc: torch.Tensor
+
+
+def pack_rows(
+    plan: SelectionPlan, seq_lens: Int32, groups: Sequence[GroupCut], num_rows: int
+) -> Int32:
+    """Everything that the host sends of a step.
+
+    Args:
+        seq_lens: int32 [S], an upper bound of every context; what the plan was built from.
+        num_rows: of the groups; those that the plan lacks are padded rows.
+    """
+    packed = np.zeros(SENT_FIELDS * _field_size(num_rows), np.int32)
+    fields, tiles, chains, starts = _split(packed, num_rows)
+    row_seq, query_len, after, top_k, seat = fields
+    rows = slice(plan.num_rows)
+    row_seq[rows] = plan.row_seq
+    query_len[rows] = plan.query_len
+    after[rows] = seq_lens[plan.row_seq] - plan.chunk_end
+    top_k[rows] = plan.top_k
+    seat[:] = NO_SEAT
+    seat[rows] = plan.seat
+    for number, group in enumerate(groups):
+        chains[group.first :][: len(group.chains)] = group.chains
+        starts[group.first + number :][: len(group.query_start_loc)] = group.query_start_loc
+        for part in group.passes:
+            table = np.concatenate([each.table for each in part.tiles])
+            tiles[part.first :][: len(table)] = table
+    return packed
+
+
+def send_rows(
+    packed: Int32, num_rows: int, buffers: RowBuffers, seq_lens: torch.Tensor, method: Method
+) -> DeviceRows:
+    """Copy what was packed into the buffers, and compute there what depends on the contexts' lengths.
+
+    Args:
+        buffers: for at least `num_rows` rows; overwritten.
+        seq_lens: int32 [S] on the device, the contexts' real lengths.
+    """
+    source = torch.from_numpy(packed)
+    if buffers.sent.is_cuda:
+        source = source.pin_memory()  # a copy from pageable memory would wait for the device
+    sent = buffers.sent[: len(source)]
+    sent.copy_(source, non_blocking=True)
+    fields, tiles, chains, starts = _split(sent, num_rows)
+    row_seq, query_len, after, top_k, seat = fields
+    context_end = (seq_lens[row_seq.long()] - after) * (query_len > 0)
+    candidate_end = context_end - query_len - method.n_local
+    selects = candidate_end - method.n_init > top_k
+    scored_end = torch.where(selects, candidate_end, method.n_init)
+    reused_end = torch.full_like(context_end, SELECTS)
+    ends = buffers.ends[: ENDS * len(row_seq)].view(ENDS, -1)
+    torch.stack([candidate_end, context_end, scored_end, context_end, reused_end], out=ends)
+    return DeviceRows(row_seq, query_len, top_k, seat, ends, tiles, chains, starts)
+
+
+def _field_size(num_rows: int) -> int:
+    """Entries of a field: one more than rows, and a multiple of 16 bytes."""
+    return -(-(num_rows + 1) // 4) * 4
+
+
+def _split(sent: Any, num_rows: int) -> tuple[Any, Any, Any, Any]:
+    """Fields, tiles, chains and starts in an array or tensor that is sent."""
+    size = _field_size(num_rows)
+    fields, tiles, chains = FIELDS * size, (FIELDS + 3) * size, (FIELDS + 7) * size
+    return (
+        sent[:fields].reshape(FIELDS, size),
+        sent[fields:tiles].reshape(-1, 3),
+        sent[tiles:chains].reshape(-1, 4),
+        sent[chains:],
+    )
