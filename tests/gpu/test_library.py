@@ -17,6 +17,7 @@ from tests.gpu.flash_model import FlashAttentionModel
 from tests.gpu.test_layouts import GPUS, on_gpu
 from tests.kernels_gpu.cases import DEVICE
 from vllm_tokenselect.backend import TokenSelectBackend, gpu_attention
+from vllm_tokenselect.engine import gpu_libraries
 from vllm_tokenselect.gpu.flash_attention import GatheredFlashAttention, PagedFlashAttention
 from vllm_tokenselect.gpu.plain_attention import PlainAttention
 from vllm_tokenselect.method.settings import SettingsError
@@ -39,7 +40,7 @@ def test_only_keys_that_are_attended_as_they_are_cached_are_read_in_place(
     lines: list[str] = []
     log = SimpleNamespace(info=lambda line, *values: lines.append(line % values))
     monkeypatch.setattr(gpu_attention, "get_logger", lambda name: log)
-    monkeypatch.setattr(gpu_attention, "get_flash_attn_version", lambda head_size: 3)
+    monkeypatch.setattr(gpu_libraries, "get_flash_attn_version", lambda head_size: 3)
     monkeypatch.setattr(fa_utils, "flash_attn_varlen_func", FlashAttentionModel(3), raising=False)
     attention = gpu_attention.make_attention(
         *("flash", 2, 64, torch.bfloat16, quantized, reassigned, 128, torch.device(DEVICE))
@@ -54,15 +55,15 @@ def test_only_keys_that_are_attended_as_they_are_cached_are_read_in_place(
     [({"has_sinks": True}, "has no attention sinks"), ({"soft_cap": 50.0}, "no logits soft cap")],
 )
 def test_sinks_and_soft_caps_keep_xformers_away(asked, reason, monkeypatch):
-    monkeypatch.setattr(gpu_attention, "get_flash_attn_version", lambda head_size: None)
-    monkeypatch.setattr(gpu_attention, "find_spec", lambda name: name)
+    monkeypatch.setattr(gpu_libraries, "get_flash_attn_version", lambda head_size: None)
+    monkeypatch.setattr(gpu_libraries, "find_spec", lambda name: name)
     kind = (64, torch.bfloat16)
-    assert gpu_attention.choose_library("auto", *kind) == "xformers"
-    assert gpu_attention.choose_library("auto", *kind, **asked) == "sdpa"
+    assert gpu_libraries.choose_library("auto", *kind) == "xformers"
+    assert gpu_libraries.choose_library("auto", *kind, **asked) == "sdpa"
     with pytest.raises(
         SettingsError, match=f"attention='xformers' cannot be used: xformers .*{reason}"
     ):
-        gpu_attention.choose_library("xformers", *kind, **asked)
+        gpu_libraries.choose_library("xformers", *kind, **asked)
 
 
 @pytest.mark.parametrize("asked", [{"has_sinks": True}, {"soft_cap": 50.0}])
@@ -101,15 +102,15 @@ def test_a_head_size_that_no_library_has_is_refused_by_name(monkeypatch):
 )
 def test_large_heads_go_to_a_library_that_takes_them(version, library, monkeypatch):
     """FlashAttention 2, of GPUs before Hopper and of Blackwell's large heads, ends at 256."""
-    monkeypatch.setattr(gpu_attention, "get_flash_attn_version", lambda head_size: version)
-    monkeypatch.setattr(gpu_attention, "find_spec", lambda name: "xformers is installed")
-    assert gpu_attention.choose_library("auto", 512, torch.bfloat16) == library
+    monkeypatch.setattr(gpu_libraries, "get_flash_attn_version", lambda head_size: version)
+    monkeypatch.setattr(gpu_libraries, "find_spec", lambda name: "xformers is installed")
+    assert gpu_libraries.choose_library("auto", 512, torch.bfloat16) == library
     for asked in {"flash", "xformers"} - {library}:
         with pytest.raises(SettingsError, match=f"attention='{asked}' cannot be used"):
-            gpu_attention.choose_library(asked, 512, torch.bfloat16)
+            gpu_libraries.choose_library(asked, 512, torch.bfloat16)
 
 
 def test_full_attention_is_not_served_at_reassigned_positions():
     settings = {"tokenselect": {"positions": "reassigned"}}
-    answer = gpu_attention.serves_full_attention(SimpleNamespace(additional_config=settings))
+    answer = gpu_libraries.serves_full_attention(SimpleNamespace(additional_config=settings))
     assert answer.startswith("positions are reassigned")

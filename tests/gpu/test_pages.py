@@ -31,6 +31,7 @@ from tests.gpu.test_step import Layer, groups_of
 from tests.kernels_gpu.cases import DEVICE
 from tests.method.definition import BLOCK_SIZE, HEAD_SIZE, REQUESTS, SCALE
 from vllm_tokenselect.backend import gpu_attention
+from vllm_tokenselect.engine import gpu_libraries
 from vllm_tokenselect.gpu.flash_attention import (
     SPLIT_BYTES,
     GatheredFlashAttention,
@@ -69,7 +70,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch):
     """The module of the layers, with what only a GPU has, and the lines that it logs."""
     monkeypatch.setattr(fa_utils, "reshape_and_cache_flash", None, raising=False)
     monkeypatch.setattr(fa_utils, "flash_attn_varlen_func", FlashAttentionModel(3), raising=False)
-    monkeypatch.setattr(gpu_attention, "get_flash_attn_version", lambda head_size: 3)
+    monkeypatch.setattr(gpu_libraries, "get_flash_attn_version", lambda head_size: 3)
     lines: list[str] = []
     log = SimpleNamespace(info=lambda line, *values: lines.append(line % values))
     monkeypatch.setattr(gpu_attention, "get_logger", lambda name: log)

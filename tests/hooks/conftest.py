@@ -79,12 +79,13 @@ def load_patched(tmp_path_factory):
     The module lives beside vLLM's own, in the same package.
     """
     vllm = pytest.importorskip("vllm")
-    from vllm_tokenselect.hooks import check
+    from vllm_tokenselect.hooks.check.__main__ import REPOSITORY
+    from vllm_tokenselect.hooks.check.release import check_release
 
     release = vllm.__version__.split("+")[0]
-    diffs = sorted((check.REPOSITORY / "patches" / release).glob("*.patch"))
+    diffs = sorted((REPOSITORY / "patches" / release).glob("*.patch"))
     tree = tmp_path_factory.mktemp("patched")
-    report = check.check_release(Path(vllm.__file__).parents[1], diffs, tree)
+    report = check_release(Path(vllm.__file__).parents[1], diffs, tree)
     assert report.problems == []
 
     def load(name: str):

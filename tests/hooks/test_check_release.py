@@ -9,8 +9,8 @@ pytest.importorskip("vllm")
 
 import vllm
 
-from vllm_tokenselect.hooks.check_names import check_names
-from vllm_tokenselect.hooks.check_start import rehearse
+from vllm_tokenselect.hooks.check.names import check_names
+from vllm_tokenselect.hooks.check.start import rehearse
 
 INSTALLED = Path(vllm.__file__).parents[1]
 RELEASE = vllm.__version__.split("+")[0]

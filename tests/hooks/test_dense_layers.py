@@ -9,7 +9,8 @@ pytest.importorskip("vllm")
 from torch import nn
 
 from vllm_tokenselect.config import TokenSelectConfig
-from vllm_tokenselect.hooks import dense_layers, engine_config, layer_backends
+from vllm_tokenselect.engine import dense_layers
+from vllm_tokenselect.hooks import engine_config, layer_backends
 from vllm_tokenselect.hooks.registration import backend_member
 from vllm_tokenselect.method.settings import SettingsError
 

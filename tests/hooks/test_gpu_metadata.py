@@ -15,10 +15,10 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from tests.hooks.conftest import BLOCK_SIZE, MAX_NUM_SEQS
 from tests.kernels_gpu.cases import DEVICE
 from tests.models.families import FAMILIES, save_config
-from vllm_tokenselect.backend import gpu_attention, gpu_metadata
-from vllm_tokenselect.backend.gpu_attention import choose_library, serves_full_attention
+from vllm_tokenselect.backend import gpu_metadata
 from vllm_tokenselect.backend.gpu_metadata import GpuTokenSelectMetadataBuilder
-from vllm_tokenselect.hooks import runner_v2
+from vllm_tokenselect.engine import gpu_libraries, graph_sizes, step_requests
+from vllm_tokenselect.engine.gpu_libraries import choose_library, serves_full_attention
 from vllm_tokenselect.method.requests import RequestTable
 from vllm_tokenselect.method.settings import FULL_ATTENTION, Method, SettingsError
 
@@ -26,12 +26,12 @@ SPEC = FullAttentionSpec(block_size=BLOCK_SIZE, num_kv_heads=1, head_size=32, dt
 
 
 @pytest.fixture
-def builder(make_vllm_config, monkeypatch):
+def builder(make_vllm_config):
     config = make_vllm_config()
     built = GpuTokenSelectMetadataBuilder(SPEC, ["layer"], config, torch.device(DEVICE))
     built.model_runner_v2 = True
     built.table = RequestTable(MAX_NUM_SEQS)
-    monkeypatch.setitem(runner_v2._tables, id(config), built.table)
+    step_requests.publish_table(config, built.table)
     return built
 
 
@@ -136,14 +136,14 @@ def test_full_attention_is_served_where_the_cache_is_read_in_place(
 ):
     config = make_vllm_config()
     config.cache_config.cache_dtype = cache_dtype
-    monkeypatch.setattr(gpu_attention, "choose_library", lambda *arguments: library)
-    monkeypatch.setattr(gpu_attention, "get_flash_attn_version", lambda head_size: version)
+    monkeypatch.setattr(gpu_libraries, "choose_library", lambda *arguments: library)
+    monkeypatch.setattr(gpu_libraries, "get_flash_attn_version", lambda head_size: version)
     answer = serves_full_attention(config)
     if reason is None:
         assert answer is None
     else:
         assert re.match(reason, answer)
-    limits = gpu_metadata.step_limits(config, 2, 1)
+    limits = graph_sizes.step_limits(config, 2, 1)
     longest = config.model_config.max_model_len
     assert (limits.table_width == longest) == (reason is None)
 
@@ -158,7 +158,7 @@ def test_full_attention_is_served_only_where_the_largest_heads_are_read_in_place
     config = make_vllm_config()
     config.model_config = ModelConfig(model=str(model), skip_tokenizer_init=True, dtype="bfloat16")
     monkeypatch.setattr(
-        gpu_attention, "get_flash_attn_version", lambda head_size: 3 if head_size <= 256 else 4
+        gpu_libraries, "get_flash_attn_version", lambda head_size: 3 if head_size <= 256 else 4
     )
     answer = serves_full_attention(config)
     assert (answer is None) == served

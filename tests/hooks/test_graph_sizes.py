@@ -8,8 +8,9 @@ pytest.importorskip("vllm")
 
 from vllm.config import CUDAGraphMode
 
+from vllm_tokenselect.engine import graph_sizes
 from vllm_tokenselect.gpu.limits import StepLimits
-from vllm_tokenselect.hooks import engine_config, graph_sizes
+from vllm_tokenselect.hooks import engine_config
 from vllm_tokenselect.method.settings import Method, SettingsError
 
 SIZES = [1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)]

@@ -11,8 +11,8 @@ pytest.importorskip("vllm")
 from vllm.config.cache import CacheDType
 
 from vllm_tokenselect.config import SettingsError
+from vllm_tokenselect.engine.kv_cache import check_kv_cache_dtype
 from vllm_tokenselect.hooks.engine_config import configure
-from vllm_tokenselect.hooks.kv_cache_dtype import check_kv_cache_dtype
 from vllm_tokenselect.hooks.registration import backend_member
 
 MODELS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

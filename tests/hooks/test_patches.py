@@ -16,12 +16,14 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.selector import AttentionSelectorConfig
 
 from vllm_tokenselect.config import SettingsError
-from vllm_tokenselect.hooks import all_seams, check
+from vllm_tokenselect.hooks import all_seams
+from vllm_tokenselect.hooks.check import release
+from vllm_tokenselect.hooks.check.__main__ import REPOSITORY, main
 from vllm_tokenselect.hooks.registration import BACKEND_PATH, backend_member
 
 RELEASE = vllm.__version__.split("+")[0]
 INSTALLED = Path(vllm.__file__).parents[1]
-DIFFS = sorted((check.REPOSITORY / "patches" / RELEASE).glob("*.patch"))
+DIFFS = sorted((REPOSITORY / "patches" / RELEASE).glob("*.patch"))
 RUNNER = "vllm/v1/worker/gpu/model_runner.py"
 
 
@@ -44,7 +46,7 @@ def work(tmp_path):
 
 
 def test_every_diff_applies_and_makes_its_seams_patched(work):
-    report = check.check_release(INSTALLED, DIFFS, work)
+    report = release.check_release(INSTALLED, DIFFS, work)
     assert report.problems == []
     patched = {name for name, _, _, after in report.lines if after == "patched"}
     assert patched == {diff.stem for diff in DIFFS}
@@ -52,7 +54,7 @@ def test_every_diff_applies_and_makes_its_seams_patched(work):
 
 
 def applied(tree: Path) -> bool:
-    errors = [check.apply_diff(diff, tree) for diff in DIFFS]
+    errors = [release.apply_diff(diff, tree) for diff in DIFFS]
     return not any(errors) and "vllm_tokenselect" in (tree / RUNNER).read_text()
 
 
@@ -71,7 +73,7 @@ def test_the_diffs_apply_in_a_folder_of_another_repository(released):
 
 def test_a_machine_without_git_and_patch_is_told(released, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(check.CheckFailed, match="neither git nor patch is installed"):
+    with pytest.raises(release.CheckFailed, match="neither git nor patch is installed"):
         applied(released)
 
 
@@ -108,14 +110,14 @@ def test_a_patched_platform_checks_the_settings(load_patched, make_vllm_config):
 def test_a_release_whose_function_changed_is_told(released, work):
     source = (released / RUNNER).read_text()
     (released / RUNNER).write_text(source.replace("def add_requests(", "def insert_requests("))
-    problems = check.check_release(released, DIFFS, work).problems
+    problems = release.check_release(released, DIFFS, work).problems
     assert any("GPUModelRunner.add_requests does not exist" in problem for problem in problems)
 
 
 def test_a_diff_that_no_longer_fits_is_told(released, work):
     source = (released / RUNNER).read_text()
     (released / RUNNER).write_text(source.replace("import gc\n", "import gc as garbage\n"))
-    [problem] = check.check_release(released, DIFFS, work).problems
+    [problem] = release.check_release(released, DIFFS, work).problems
     assert "runner_v2.patch" in problem
     assert "does not apply" in problem
 
@@ -124,7 +126,7 @@ def test_a_diff_that_calls_what_we_do_not_have_is_told(tmp_path, work):
     diff = tmp_path / "runner_v2.patch"
     original = next(diff for diff in DIFFS if diff.stem == "runner_v2").read_text()
     diff.write_text(original.replace("import add_to_seat", "import add_to_row"))
-    problems = check.check_release(INSTALLED, [diff], work).problems
+    problems = release.check_release(INSTALLED, [diff], work).problems
     assert problems == [
         f"{RUNNER}: imports add_to_row from vllm_tokenselect.hooks.runner_v2, "
         "which has no such name"
@@ -132,7 +134,7 @@ def test_a_diff_that_calls_what_we_do_not_have_is_told(tmp_path, work):
 
 
 def run(*arguments, capsys) -> tuple[int, str]:
-    code = check.main([str(argument) for argument in arguments])
+    code = main([str(argument) for argument in arguments])
     captured = capsys.readouterr()
     return code, captured.out + captured.err
 
@@ -176,13 +178,13 @@ def test_a_release_that_pip_cannot_get_is_said_plainly(capsys, monkeypatch):
 
 def test_the_check_does_not_import_vllm():
     script = (
-        "import sys; from vllm_tokenselect.hooks import check;"
-        f"code = check.main(['--version', {RELEASE!r}, '--source', {str(INSTALLED)!r}, '--no-start']);"
+        "import sys; from vllm_tokenselect.hooks.check.__main__ import main;"
+        f"code = main(['--version', {RELEASE!r}, '--source', {str(INSTALLED)!r}, '--no-start']);"
         "sys.exit(code or 'vllm' in sys.modules)"
     )
     child = subprocess.run(
         [sys.executable, "-c", script],
-        env=os.environ | {"PYTHONPATH": str(check.REPOSITORY)},
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         check=False,
     )

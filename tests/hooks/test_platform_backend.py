@@ -14,6 +14,7 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionType
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.selector import AttentionSelectorConfig
 
+from vllm_tokenselect.engine.refusals import refuse_model
 from vllm_tokenselect.hooks import platform_backend
 from vllm_tokenselect.hooks.platform_backend import choose_backend, install
 from vllm_tokenselect.hooks.registration import BACKEND_PATH, backend_member
@@ -116,7 +117,7 @@ def test_a_refusal_names_the_model(make_vllm_config):
         set_current_vllm_config(make_vllm_config()),
         pytest.raises(SettingsError, match="cannot serve LlamaForCausalLM: it is made of cheese"),
     ):
-        platform_backend.refuse_model("it is made of cheese")
+        refuse_model("it is made of cheese")
 
 
 def test_the_installed_hook_changes_the_choice_of_tokenselect_only():

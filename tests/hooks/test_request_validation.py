@@ -182,7 +182,7 @@ def test_true_is_no_number_though_vllm_reads_it_as_one(ask):
 
 
 @pytest.fixture
-def gpu_attention(monkeypatch):
+def gpu_libraries(monkeypatch):
     """Stands in for the module that knows the GPU's libraries; counts how often it is asked."""
     module = SimpleNamespace(asked=0, reason=None)
 
@@ -191,26 +191,26 @@ def gpu_attention(monkeypatch):
         return module.reason
 
     module.serves_full_attention = serves_full_attention
-    monkeypatch.setitem(sys.modules, "vllm_tokenselect.backend.gpu_attention", module)
+    monkeypatch.setitem(sys.modules, "vllm_tokenselect.engine.gpu_libraries", module)
     return module
 
 
 OFF = {"tokenselect": "off"}
 
 
-def test_off_is_refused_where_the_gpu_cannot_attend_to_everything(gpu_attention):
-    gpu_attention.reason = "SDPA copies what it attends to"
+def test_off_is_refused_where_the_gpu_cannot_attend_to_everything(gpu_libraries):
+    gpu_libraries.reason = "SDPA copies what it attends to"
     engine = request_validation.Engine(None, Method(), "cuda")
     for _ in range(2):
         with pytest.raises(VLLMValidationError, match='="off" cannot be served here: SDPA copies'):
             engine.check(OFF)
-    assert gpu_attention.asked == 1
+    assert gpu_libraries.asked == 1
     engine.check({"tokenselect_top_k": 5})
 
 
-def test_off_is_served_elsewhere(gpu_attention):
+def test_off_is_served_elsewhere(gpu_libraries):
     request_validation.Engine(None, Method(), "cuda").check(OFF)
-    gpu_attention.reason = "not asked on a CPU"
+    gpu_libraries.reason = "not asked on a CPU"
     request_validation.Engine(None, Method(), "cpu").check(OFF)
 
 

@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from vllm_tokenselect.hooks.runner_v1 import current_requests, requests_of_step, update_seats
+from vllm_tokenselect.engine.step_requests import current_requests
+from vllm_tokenselect.hooks.runner_v1 import requests_of_step, update_seats
 from vllm_tokenselect.method.requests import RequestTable
 from vllm_tokenselect.method.settings import FULL_ATTENTION
 

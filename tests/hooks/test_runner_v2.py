@@ -11,6 +11,7 @@ import torch
 from vllm.sampling_params import SamplingParams
 from vllm.v1.worker.gpu import model_runner, states
 
+from vllm_tokenselect.engine.step_requests import request_table
 from vllm_tokenselect.hooks import runner_v2
 from vllm_tokenselect.method.requests import Activity
 from vllm_tokenselect.method.settings import FULL_ATTENTION
@@ -83,7 +84,7 @@ class Runner:
 
     @property
     def table(self):
-        return runner_v2.request_table(self.vllm.vllm_config)
+        return request_table(self.vllm.vllm_config)
 
     def row(self, request_id: str) -> int:
         return self.vllm.req_states.req_id_to_index[request_id]

@@ -13,7 +13,7 @@ from vllm_tokenselect.backend.cpu_metadata import CpuTokenSelectMetadata
 from vllm_tokenselect.backend.impl import TokenSelectImpl
 from vllm_tokenselect.cpu.attention import attend
 from vllm_tokenselect.cpu.warmup import compile_cpu_kernels
-from vllm_tokenselect.hooks.log import get_logger
+from vllm_tokenselect.engine.log import get_logger
 from vllm_tokenselect.kernels.cpu_cache import is_temporary, kept_in
 from vllm_tokenselect.kernels.head_group import HeadGroup
 from vllm_tokenselect.kernels.write.cpu import write_tokens

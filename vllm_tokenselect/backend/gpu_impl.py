@@ -10,21 +10,18 @@ from vllm.config import VllmConfig
 from vllm.v1.attention.backend import AttentionLayer
 from vllm.v1.attention.backends.fa_utils import reshape_and_cache_flash
 
-from vllm_tokenselect.backend.gpu_attention import (
-    Library,
-    choose_library,
-    make_attention,
-    pages_may_be_padded,
-)
-from vllm_tokenselect.backend.gpu_metadata import GpuTokenSelectMetadata, step_limits
+from vllm_tokenselect.backend.gpu_attention import make_attention, pages_may_be_padded
+from vllm_tokenselect.backend.gpu_metadata import GpuTokenSelectMetadata
 from vllm_tokenselect.backend.impl import TokenSelectImpl
 from vllm_tokenselect.counters import worker_counters
+from vllm_tokenselect.engine.gpu_libraries import Library, choose_library
+from vllm_tokenselect.engine.graph_sizes import step_limits
+from vllm_tokenselect.engine.log import get_logger
 from vllm_tokenselect.gpu.attention import FP8_DTYPES, RowAttention
 from vllm_tokenselect.gpu.flash_attention import PagedFlashAttention
 from vllm_tokenselect.gpu.limits import StepLimits
 from vllm_tokenselect.gpu.warmup import compile_gpu_kernels
 from vllm_tokenselect.gpu.workspace import Workspace
-from vllm_tokenselect.hooks.log import get_logger
 from vllm_tokenselect.kernels.head_group import HeadGroup, num_voting_heads
 from vllm_tokenselect.kernels.layer_cache import LayerCache
 from vllm_tokenselect.kernels.rotate.rotation import Rotation

@@ -11,16 +11,19 @@ from vllm.config import VllmConfig
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadata, CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 
-from vllm_tokenselect.backend.gpu_attention import choose_library, serves_full_attention
 from vllm_tokenselect.backend.metadata import TokenSelectMetadataBuilder
 from vllm_tokenselect.config import TokenSelectConfig
+from vllm_tokenselect.engine.gpu_libraries import choose_library
+from vllm_tokenselect.engine.graph_sizes import (
+    captured_steps,
+    queries_per_request,
+    step_limits,
+)
+from vllm_tokenselect.engine.log import get_logger
 from vllm_tokenselect.gpu.graph_size import count_launches, num_passes
-from vllm_tokenselect.gpu.limits import StepLimits
 from vllm_tokenselect.gpu.rows import graph_rows, step_rows
 from vllm_tokenselect.gpu.sending import RowBuffers
 from vllm_tokenselect.gpu.step import GpuStep
-from vllm_tokenselect.hooks.graph_sizes import captured_steps, queries_per_request
-from vllm_tokenselect.hooks.log import get_logger
 
 # Of FlashAttention for a group of rows: it prepares, attends and combines.
 ATTENTION_LAUNCHES = 3
@@ -39,24 +42,6 @@ class GpuTokenSelectMetadata(AttentionMetadata):
     """What the layers of one step share."""
 
     step: GpuStep
-
-
-def step_limits(vllm_config: VllmConfig, num_heads: int, num_kv_heads: int) -> StepLimits:
-    """What the workspace of layers with so many heads is cut for.
-
-    Raises:
-        SettingsError: when the setting `workspace_mb` is too small for the longest context.
-    """
-    config = TokenSelectConfig.from_additional_config(vllm_config.additional_config)
-    return StepLimits(
-        method=config.method,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        max_model_len=vllm_config.model_config.max_model_len,
-        workspace_bytes=config.workspace_bytes("cuda"),
-        full_attention=serves_full_attention(vllm_config) is None,
-        max_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
-    )
 
 
 class GpuTokenSelectMetadataBuilder(TokenSelectMetadataBuilder[GpuTokenSelectMetadata]):

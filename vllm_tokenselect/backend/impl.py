@@ -12,8 +12,8 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionMetadata, Attentio
 
 from vllm_tokenselect.backend.tensor_parallel import heads_that_vote_together
 from vllm_tokenselect.config import TokenSelectConfig
+from vllm_tokenselect.engine.refusals import refuse_model
 from vllm_tokenselect.hooks import install_in_worker, rotary_embedding
-from vllm_tokenselect.hooks.platform_backend import refuse_model
 from vllm_tokenselect.kernels.head_group import num_voting_heads
 from vllm_tokenselect.kernels.rotate.rotation import Rotation
 from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState

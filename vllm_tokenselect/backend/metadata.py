@@ -14,16 +14,13 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
 )
 from vllm.v1.attention.backends.utils import get_num_attention_heads_from_layers
-from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheSpec
+from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_tokenselect.backend.tensor_parallel import heads_that_vote_together
-from vllm_tokenselect.config import TokenSelectConfig
-from vllm_tokenselect.hooks.dense_layers import refuse_selecting
-from vllm_tokenselect.hooks.log import get_logger
-from vllm_tokenselect.hooks.platform_backend import refuse_model
-from vllm_tokenselect.hooks.runner_v1 import current_requests
-from vllm_tokenselect.hooks.runner_v2 import request_table
-from vllm_tokenselect.hooks.step_size import check_steps, ends_steps_at_blocks
+from vllm_tokenselect.engine.dense_layers import refuse_selecting
+from vllm_tokenselect.engine.kv_cache import check_cache
+from vllm_tokenselect.engine.log import get_logger
+from vllm_tokenselect.engine.step_requests import current_requests, request_table
 from vllm_tokenselect.kernels.head_group import num_voting_heads
 from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
 from vllm_tokenselect.method.plan import SelectionPlan
@@ -32,23 +29,6 @@ from vllm_tokenselect.method.requests import Activity, BatchRequests, StepReques
 M = TypeVar("M", bound=AttentionMetadata)
 
 logger = get_logger(__name__)
-
-
-def check_cache(
-    kv_cache_spec: KVCacheSpec, layer_name: str, vllm_config: VllmConfig
-) -> TokenSelectConfig:
-    """Check that a layer's KV cache is one that TOKENSELECT can serve; returns the settings.
-
-    Raises:
-        SettingsError: saying what is allowed.
-    """
-    if not isinstance(kv_cache_spec, FullAttentionSpec):
-        kind = type(kv_cache_spec).__name__.removesuffix("Spec")
-        refuse_model(f"{layer_name} caches keys for {kind}, not for full attention")
-    config = TokenSelectConfig.from_additional_config(vllm_config.additional_config)
-    block_size = vllm_config.cache_config.block_size
-    check_steps(config, vllm_config, block_size, ends_steps_at_blocks(vllm_config))
-    return config
 
 
 class TokenSelectMetadataBuilder(AttentionMetadataBuilder[M]):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vllm_tokenselect.hooks.log import get_logger
+from vllm_tokenselect.engine.log import get_logger
 from vllm_tokenselect.method.requests import Activity
 
 

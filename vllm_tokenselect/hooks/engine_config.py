@@ -16,18 +16,13 @@ from vllm_tokenselect.config import (
     DEFAULT_WORKSPACE_MB,
     TokenSelectConfig,
 )
-from vllm_tokenselect.hooks import (
-    dense_layers,
-    graph_sizes,
-    metrics,
-    model_length,
-    request_validation,
-)
-from vllm_tokenselect.hooks.kv_cache_dtype import check_kv_cache_dtype
-from vllm_tokenselect.hooks.log import get_logger
+from vllm_tokenselect.engine import dense_layers, graph_sizes
+from vllm_tokenselect.engine.kv_cache import check_kv_cache_dtype
+from vllm_tokenselect.engine.log import get_logger
+from vllm_tokenselect.engine.step_size import check_steps
+from vllm_tokenselect.hooks import metrics, model_length, request_validation
 from vllm_tokenselect.hooks.registration import is_selected
 from vllm_tokenselect.hooks.seam import Seam
-from vllm_tokenselect.hooks.step_size import check_steps
 from vllm_tokenselect.method.settings import SettingsError
 
 if TYPE_CHECKING:

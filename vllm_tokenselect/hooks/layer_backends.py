@@ -19,12 +19,13 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from vllm_tokenselect.config import TokenSelectConfig
-from vllm_tokenselect.hooks.dense_layers import is_dense, leave_dense
-from vllm_tokenselect.hooks.log import get_logger
-from vllm_tokenselect.hooks.platform_backend import refuse_model
+from vllm_tokenselect.engine.dense_layers import is_dense
+from vllm_tokenselect.engine.log import get_logger
+from vllm_tokenselect.engine.refusals import refuse_model
+from vllm_tokenselect.engine.step_size import check_hybrid_steps
+from vllm_tokenselect.hooks.dense_layers import leave_dense
 from vllm_tokenselect.hooks.registration import BACKEND_NAME, backend_member, is_selected
 from vllm_tokenselect.hooks.seam import Seam, replace_everywhere
-from vllm_tokenselect.hooks.step_size import check_hybrid_steps
 
 _FUNCTION = "initialize_model"
 

@@ -146,7 +146,7 @@ def _check_cache(vllm_config: VllmConfig) -> int:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
     from vllm.v1.worker.worker_base import WorkerBase
 
-    from vllm_tokenselect.backend.metadata import check_cache
+    from vllm_tokenselect.engine.kv_cache import check_cache
     from vllm_tokenselect.hooks.layer_backends import describe_layers, selects
 
     current_platform.update_block_size_for_backend(vllm_config)

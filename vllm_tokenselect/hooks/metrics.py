@@ -36,7 +36,7 @@ from vllm_tokenselect.counters import (
     shared_directory,
     worker_counters,
 )
-from vllm_tokenselect.hooks.log import get_logger
+from vllm_tokenselect.engine.log import get_logger
 from vllm_tokenselect.hooks.registration import is_selected
 from vllm_tokenselect.hooks.seam import Seam
 from vllm_tokenselect.method.settings import SettingsError

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from vllm_tokenselect.config import TokenSelectConfig
-from vllm_tokenselect.hooks.log import get_logger
+from vllm_tokenselect.engine.log import get_logger
 from vllm_tokenselect.hooks.registration import BACKEND_NAME, is_selected
 from vllm_tokenselect.hooks.rotary_kinds import reads_only_text
 from vllm_tokenselect.hooks.seam import Seam

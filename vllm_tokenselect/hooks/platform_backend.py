@@ -8,11 +8,11 @@ layer. `layer_backends` says in the log which layers run on what.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
+from vllm_tokenselect.engine.refusals import refuse_model
 from vllm_tokenselect.hooks.registration import BACKEND_NAME, BACKEND_PATH
 from vllm_tokenselect.hooks.seam import Seam
-from vllm_tokenselect.method.settings import SettingsError
 
 _PARAMETERS = ("cls", "selected_backend", "attn_selector_config", "num_heads")
 _WHY = "puts full-attention layers on TOKENSELECT and leaves the others on vLLM's own backend"
@@ -71,23 +71,6 @@ def choose_backend(
     if reasons:
         refuse_model(*(_in_words(reason, layer, backend, capability) for reason in reasons))
     return BACKEND_PATH
-
-
-def refuse_model(*reasons: str) -> NoReturn:
-    """Say why TOKENSELECT does not serve the model that is being made.
-
-    Raises:
-        SettingsError: always.
-    """
-    from vllm.config import get_current_vllm_config_or_none
-
-    config = get_current_vllm_config_or_none()
-    model_config = config.model_config if config is not None else None
-    name = "this model" if model_config is None else model_config.architecture
-    raise SettingsError(
-        f"TOKENSELECT cannot serve {name}: {'; '.join(reasons)}. Leave out --attention-backend "
-        "TOKENSELECT for this model."
-    )
 
 
 def default_backend(head_size: int, dtype: Any, kv_cache_dtype: str, **kind: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vllm_tokenselect.config import TokenSelectConfig
-from vllm_tokenselect.hooks.log import get_logger
+from vllm_tokenselect.engine.log import get_logger
 from vllm_tokenselect.hooks.registration import is_selected
 from vllm_tokenselect.method.request_settings import requested_top_k
 from vllm_tokenselect.method.settings import FULL_ATTENTION, SettingsError

@@ -85,7 +85,7 @@ class Engine:
             )
         if self.device_type != "cuda":
             return None
-        from vllm_tokenselect.backend.gpu_attention import serves_full_attention
+        from vllm_tokenselect.engine.gpu_libraries import serves_full_attention
 
         return serves_full_attention(self.vllm_config)
 

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from vllm_tokenselect.engine.log import get_logger
 from vllm_tokenselect.hooks import transformers_rope
-from vllm_tokenselect.hooks.log import get_logger
 from vllm_tokenselect.hooks.rotary_kinds import (
     Unrotated,
     num_positions,

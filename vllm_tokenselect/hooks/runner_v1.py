@@ -10,9 +10,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
+from vllm_tokenselect.engine.step_requests import publish_requests
 from vllm_tokenselect.hooks.activity import log_activity
 from vllm_tokenselect.hooks.request_top_k import top_k_of
 from vllm_tokenselect.hooks.seam import Seam
@@ -44,14 +44,6 @@ SEAMS = (
     ),
 )
 
-# A variable of the context: engines of one process may run in threads of their own.
-_current: ContextVar[StepRequests | None] = ContextVar("tokenselect_requests", default=None)
-
-
-def current_requests() -> StepRequests | None:
-    """Requests of the step whose metadata is being built; None in dummy and profiling runs."""
-    return _current.get()
-
 
 def update_seats(table: RequestTable, runner: Any, output: SchedulerOutput) -> None:
     """Bring the table up to date after `_update_states`."""
@@ -71,11 +63,8 @@ def requests_of_step(
 ) -> Iterator[None]:
     """Publish the rows' requests while the metadata is built."""
     seats = None if dummy else table.seats_of(runner.input_batch.req_ids[:num_reqs])
-    published = _current.set(None if seats is None else StepRequests(table, seats))
-    try:
+    with publish_requests(None if seats is None else StepRequests(table, seats)):
         yield
-    finally:
-        _current.reset(published)
 
 
 def table_of(runner: Any) -> RequestTable:

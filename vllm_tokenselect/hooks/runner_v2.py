@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import functools
 from typing import TYPE_CHECKING, Any
-from weakref import WeakValueDictionary
 
+from vllm_tokenselect.engine.step_requests import publish_table
 from vllm_tokenselect.hooks.activity import log_activity
 from vllm_tokenselect.hooks.request_top_k import top_k_of
 from vllm_tokenselect.hooks.seam import Seam
@@ -59,14 +59,6 @@ SEAMS = (
     ),
 )
 
-# By the configuration's id: builders know nothing else of their runner, which keeps both alive.
-_tables: WeakValueDictionary[int, RequestTable] = WeakValueDictionary()
-
-
-def request_table(vllm_config: Any) -> RequestTable | None:
-    """The requests of the runner of an engine; None before the first was added."""
-    return _tables.get(id(vllm_config))
-
 
 def add_to_seat(runner: Any, new: NewRequestData) -> None:
     """Give the request the seat of the row that V2 chose."""
@@ -74,7 +66,8 @@ def add_to_seat(runner: Any, new: NewRequestData) -> None:
     table: RequestTable | None = runner.__dict__.get("_tokenselect_requests")
     if table is None:
         table = RequestTable(states.max_num_reqs)
-        runner._tokenselect_requests = _tables[id(runner.vllm_config)] = table
+        runner._tokenselect_requests = table
+        publish_table(runner.vllm_config, table)
     table.add(
         new.req_id,
         new.prompt_len,

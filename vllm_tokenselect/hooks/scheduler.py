@@ -27,13 +27,13 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from vllm_tokenselect.config import TokenSelectConfig
+from vllm_tokenselect.engine.log import get_logger
+from vllm_tokenselect.engine.step_size import check_steps
 from vllm_tokenselect.hooks import block_hashes
 from vllm_tokenselect.hooks.encoder_inputs import EncodeWholeChunks
 from vllm_tokenselect.hooks.hybrid_steps import EndStepsWithStates
-from vllm_tokenselect.hooks.log import get_logger
 from vllm_tokenselect.hooks.preemption import PreemptFewestComputed
 from vllm_tokenselect.hooks.scheduler_seams import SEAMS
-from vllm_tokenselect.hooks.step_size import check_steps
 from vllm_tokenselect.hooks.watchdog import EndStuckRequests
 from vllm_tokenselect.method.settings import SettingsError
 

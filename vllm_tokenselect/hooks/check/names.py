@@ -1,8 +1,8 @@
 """Check every name of vLLM that the package uses, against the source of a release.
 
-A type checker reads `backend/`, `hooks/` and the plugin beside that source, without running either: every
-module and name that is imported or replaced, every attribute of what has a type, the parameters of what is
-called or overridden. What concerns only types (an optional value, a wider union) is left out.
+A type checker reads our rooms that know vLLM beside that source, and runs neither. It looks for every
+module and name that is imported or replaced, every attribute of what has a type, and the parameters of what
+is called or overridden. What concerns types alone (an optional value, a wider union) is left out.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-PACKAGE = Path(__file__).resolve().parents[1]
+PACKAGE = Path(__file__).resolve().parents[2]
 
 # What pyrefly calls a name that is missing, or a call or an override that does not fit.
 _KINDS = frozenset(
@@ -59,7 +59,8 @@ def check_names(source: Path, package: Path = PACKAGE) -> list[str]:
     """
     settings = {
         "project-includes": [
-            str(package / pattern) for pattern in ("backend/**/*.py", "hooks/**/*.py", "plugin.py")
+            *(str(package / room / "**/*.py") for room in ("backend", "engine", "hooks")),
+            str(package / "plugin.py"),
         ],
         # The release goes before a vLLM that is installed; everything else comes from this Python.
         "search-path": [str(package.parent), str(source)],

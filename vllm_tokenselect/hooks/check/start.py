@@ -20,7 +20,7 @@ from typing import Literal
 Machine = Literal["cpu", "cuda"]
 MACHINES: tuple[Machine, ...] = ("cuda", "cpu")
 
-PACKAGE = Path(__file__).resolve().parents[1]
+PACKAGE = Path(__file__).resolve().parents[2]
 _NVML = "vllm/third_party/pynvml.py"
 _TIMEOUT = 600.0
 
@@ -77,7 +77,7 @@ def rehearse(source: Path, version: str, machine: Machine, folder: Path) -> list
         folder: for the copy; made here.
     """
     environment = {**os.environ, **stage(source, version, machine, folder)}
-    command = [sys.executable, "-m", "vllm_tokenselect.hooks.rehearsal", machine]
+    command = [sys.executable, "-m", "vllm_tokenselect.hooks.check.rehearsal", machine]
     result = subprocess.run(
         command,
         env=environment,

@@ -1,4 +1,4 @@
-"""What a server does with the plugin before it loads a model: `check_start` runs this beside a release."""
+"""What a server does with the plugin before it loads a model: `start` runs this beside a release."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ _problems: list[str] = []
 
 
 def import_modules(machine: str) -> None:
-    """Import every module of the backend and the hooks, but for the other kind of machine."""
+    """Import every module that knows vLLM, but for the other kind of machine."""
     others = "cpu_" if machine == "cuda" else "gpu_"
-    for package in ("backend", "hooks"):
+    for package in ("engine", "backend", "hooks"):
         package = f"vllm_tokenselect.{package}"
         for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
-            if not module.name.startswith((others, "stand_in")):
+            if not module.name.startswith(others):
                 with _told(f"{package}.{module.name} cannot be imported"):
                     importlib.import_module(f"{package}.{module.name}")
 
@@ -115,9 +115,9 @@ def main(machine: str) -> int:
         _problems.append(f"vLLM found the platform {current_platform.device_type!r}")
     import_modules(machine)
     with _told("the plugin cannot be registered"):
-        from vllm_tokenselect.plugin import register
+        from vllm_tokenselect.hooks import install_in_every_process
 
-        register()
+        install_in_every_process()
     with _told("an engine cannot be configured"):
         choose_backend(configure_engine())
     install_hooks()

@@ -1,4 +1,4 @@
-"""Stand-ins for vLLM's compiled modules. `check_start` copies this file as `sitecustomize.py`.
+"""Stand-ins for vLLM's compiled modules. `start` copies this file as `sitecustomize.py`.
 
 Python imports it at the start of every process, also of those that vLLM starts.
 """

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm_tokenselect.config import TokenSelectConfig
+from vllm_tokenselect.engine.log import get_logger
 from vllm_tokenselect.gpu.graph_size import fits_a_graph, workspace_for
 from vllm_tokenselect.gpu.limits import StepLimits
-from vllm_tokenselect.hooks.log import get_logger
 
 
 def queries_per_request(vllm_config: Any) -> int:
@@ -30,14 +31,32 @@ def captured_steps(vllm_config: Any) -> list[int]:
     return [size for size in compilation.cudagraph_capture_sizes or () if size <= most]
 
 
+def step_limits(vllm_config: Any, num_heads: int, num_kv_heads: int) -> StepLimits:
+    """What the workspace of layers with so many heads is cut for.
+
+    Raises:
+        SettingsError: when the setting `workspace_mb` is too small for the longest context.
+    """
+    from vllm_tokenselect.engine.gpu_libraries import serves_full_attention
+
+    config = TokenSelectConfig.from_additional_config(vllm_config.additional_config)
+    return StepLimits(
+        method=config.method,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        max_model_len=vllm_config.model_config.max_model_len,
+        workspace_bytes=config.workspace_bytes("cuda"),
+        full_attention=serves_full_attention(vllm_config) is None,
+        max_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
+    )
+
+
 def limit_engine(vllm_config: Any) -> None:
     """As `limit_captured_sizes`, with the limits of the model's layers on one rank.
 
     Raises:
         SettingsError: when the setting `workspace_mb` is too small for the longest context.
     """
-    from vllm_tokenselect.backend.gpu_metadata import step_limits
-
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     heads = model.get_num_attention_heads(parallel), model.get_num_kv_heads(parallel)
     limit_captured_sizes(vllm_config, step_limits(vllm_config, *heads))

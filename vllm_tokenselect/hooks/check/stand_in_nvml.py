@@ -1,4 +1,4 @@
-"""Stand-in for NVML: a machine with one H200. `check_start` puts it in the place of vLLM's own."""
+"""Stand-in for NVML: a machine with one H200. `start` puts it in the place of vLLM's own."""
 
 from types import SimpleNamespace
 
