@@ -50,7 +50,7 @@ RUN --mount=type=bind,from=wheel,source=/dist,target=/dist \
     pip install --no-cache-dir --constraint /src/constraints/cpu.txt "$(echo /dist/*.whl)[cpu]" \
     && tokenselect doctor --fix
 # hadolint ignore=DL3059
-RUN python -c 'from pathlib import Path; from vllm_tokenselect.tools.cli.model import ensure_smollm2; ensure_smollm2(Path("/opt/models"), progress=False)'
+RUN python -c 'from pathlib import Path; from vllm_tokenselect.tools.common.smollm2 import ensure_smollm2; ensure_smollm2(Path("/opt/models"), progress=False)'
 
 # As many threads as cores that the container may run on (--cpuset-cpus), or OMP_NUM_THREADS: vLLM
 # itself would bind its worker to all cores of the machine but one.

@@ -33,9 +33,9 @@ from benchmarks.accuracy_questions import QUESTIONS, digits_only
 from benchmarks.accuracy_report import draw, summarize, table
 from benchmarks.accuracy_ways import FULL, Way, ways
 from benchmarks.extrapolation_report import CannotResume, Cell, Report
-from vllm_tokenselect.tools.cli.model import ensure_smollm2
-from vllm_tokenselect.tools.evaluate.hidden import HiddenPrompt, needle_prompts
-from vllm_tokenselect.tools.evaluate.text import encode
+from vllm_tokenselect.tools.common.hidden import HiddenPrompt, needle_prompts
+from vllm_tokenselect.tools.common.smollm2 import ensure_smollm2
+from vllm_tokenselect.tools.common.text import encode
 from vllm_tokenselect.tools.inspect.model import DiagnosedModel
 
 K = 1024

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm_tokenselect.tools.evaluate.hidden import ASKED_AT_THE_END, Wording
+from vllm_tokenselect.tools.common.hidden import ASKED_AT_THE_END, Wording
 
 _INTRODUCTION = "Read this text.\n\n"
 _QUESTION = 'Finish the sentence with the number from the text: "{fact}'

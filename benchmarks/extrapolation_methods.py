@@ -12,7 +12,7 @@ from typing import Any
 import openai
 
 from vllm_tokenselect.config import TokenSelectConfig
-from vllm_tokenselect.tools.cli.server import VllmServer
+from vllm_tokenselect.tools.common.server import VllmServer
 
 FULL, NATIVE, REASSIGNED = "full", "native", "reassigned"
 SINK_LOCAL, WINDOW = "sink+local", "window"

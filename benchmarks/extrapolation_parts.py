@@ -16,15 +16,15 @@ from benchmarks.constructed_model import retrieval_prompts, write_constructed_mo
 from benchmarks.extrapolation_losses import BLOCK, TARGET, block_means, loss_tables, summarize
 from benchmarks.extrapolation_methods import FULL, NATIVE, Asker, trained_length
 from benchmarks.extrapolation_report import Cell, rate_table, rates
-from vllm_tokenselect.tools.cli.model import ensure_smollm2
-from vllm_tokenselect.tools.evaluate.hidden import (
+from vllm_tokenselect.tools.common.hidden import (
     ANSWER_TOKENS,
     HiddenPrompt,
     is_right,
     needle_prompts,
     passkey_prompt,
 )
-from vllm_tokenselect.tools.evaluate.text import document
+from vllm_tokenselect.tools.common.smollm2 import ensure_smollm2
+from vllm_tokenselect.tools.common.text import document
 
 TEXT, SHORTENED = "text", "shortened text"
 

@@ -12,7 +12,7 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.extrapolation_losses import BLOCK, TARGET, longest_of_each
-from vllm_tokenselect.tools.evaluate.plots import DepthPoint, draw_depths, draw_rates, length_axis
+from vllm_tokenselect.tools.common.plots import DepthPoint, draw_depths, draw_rates, length_axis
 
 _SMOOTHED = 16  # blocks that a point of the loss over position stands for
 

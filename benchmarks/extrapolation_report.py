@@ -10,9 +10,9 @@ from typing import Any
 
 from benchmarks.device import environment
 from vllm_tokenselect.tools.bench.machine import cpu_name
+from vllm_tokenselect.tools.common.intervals import wilson
 from vllm_tokenselect.tools.evaluate import cells
 from vllm_tokenselect.tools.evaluate.cells import CannotResume, Cell
-from vllm_tokenselect.tools.evaluate.intervals import wilson
 from vllm_tokenselect.tools.evaluate.rates import rate_table, rates
 
 __all__ = ["CannotResume", "Cell", "Report", "rate_table", "rates", "wilson"]

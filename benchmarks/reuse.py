@@ -33,7 +33,7 @@ from rich.table import Table
 from transformers import AutoTokenizer
 
 from tests.oracle.model import OracleModel, Selection
-from vllm_tokenselect.tools.cli.model import ensure_smollm2
+from vllm_tokenselect.tools.common.smollm2 import ensure_smollm2
 
 TEXTS = ("specialnames", "compound", "types", "formatstrings", "typesseq", "string-methods")
 BLOCK = 32

@@ -37,8 +37,8 @@ from transformers import AutoTokenizer
 from vllm_tokenselect.kernels.attend.reference import cap_scores
 from vllm_tokenselect.kernels.vote.reference import soft_vote
 from vllm_tokenselect.method.settings import Method
-from vllm_tokenselect.tools.cli.model import ensure_smollm2
-from vllm_tokenselect.tools.evaluate.intervals import mean_interval
+from vllm_tokenselect.tools.common.intervals import mean_interval
+from vllm_tokenselect.tools.common.smollm2 import ensure_smollm2
 from vllm_tokenselect.tools.inspect.model import DiagnosedModel
 from vllm_tokenselect.tools.inspect.selections import (
     Chunk,

@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
     # Triton reads it when it is imported, which may be by any of the tests.
     os.environ["TRITON_INTERPRET"] = "1"
 
-from vllm_tokenselect.tools.cli.model import ensure_smollm2
+from vllm_tokenselect.tools.common.smollm2 import ensure_smollm2
 
 # A hundred thousand steps of each state machine: `make endurance`.
 settings.register_profile("endurance", max_examples=1000, stateful_step_count=100)

@@ -34,7 +34,7 @@ def run_tests(tmp_path):
 
 
 def test_too_little_memory_for_the_servers_is_said_in_one_line(run_tests):
-    status, [line] = run_tests("-n", "2", "tests/server", "tests/tools/cli/test_server.py")
+    status, [line] = run_tests("-n", "2", "tests/server", "tests/tools/common/test_server.py")
     assert status == 2
     assert "need 10 GiB of free memory, for 2 server(s) at a time; 6.0 GiB are free" in line
     assert "make test JOBS=1" in line

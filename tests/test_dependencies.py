@@ -14,7 +14,7 @@ from packaging.utils import canonicalize_name
 from typer.testing import CliRunner
 
 from vllm_tokenselect.tools.cli.app import app
-from vllm_tokenselect.tools.cli.extras import EXTRA_OF_COMMAND, EXTRAS
+from vllm_tokenselect.tools.common.extras import EXTRA_OF_COMMAND, EXTRAS
 
 REPOSITORY = Path(__file__).parents[1]
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
@@ -79,12 +79,12 @@ def graph():
 
 # Where the work of a command is done.
 MODULES = {
-    "bench": "vllm_tokenselect.tools.cli.speed",
-    "demo": "vllm_tokenselect.tools.cli.demo",
-    "eval": "vllm_tokenselect.tools.cli.evaluation",
-    "inspect": "vllm_tokenselect.tools.cli.inspect",
-    "plan": "vllm_tokenselect.tools.cli.planning",
-    "tune": "vllm_tokenselect.tools.cli.inspect",
+    "bench": "vllm_tokenselect.tools.bench.command",
+    "demo": "vllm_tokenselect.tools.demo.command",
+    "eval": "vllm_tokenselect.tools.evaluate.command",
+    "inspect": "vllm_tokenselect.tools.inspect.command",
+    "plan": "vllm_tokenselect.tools.plan.command",
+    "tune": "vllm_tokenselect.tools.inspect.command",
 }
 
 

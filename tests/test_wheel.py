@@ -14,7 +14,7 @@ import pytest
 
 from tests.models.shortened import first_layers
 from tests.prometheus import metric
-from vllm_tokenselect.tools.cli.server import VllmServer
+from vllm_tokenselect.tools.common.server import VllmServer
 
 REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "vllm_tokenselect"

@@ -19,14 +19,14 @@ from benchmarks.extrapolation_parts import SHORTENED, TEXT, Needles, Perplexity
 from benchmarks.extrapolation_plots import draw
 from benchmarks.extrapolation_report import CannotResume, Cell, Report, rates, wilson
 from vllm_tokenselect.config import TokenSelectConfig
-from vllm_tokenselect.tools.evaluate.hidden import (
+from vllm_tokenselect.tools.common.hidden import (
     NEEDLE,
     PASSKEY,
     is_right,
     needle_prompts,
     passkey_prompt,
 )
-from vllm_tokenselect.tools.evaluate.text import document
+from vllm_tokenselect.tools.common.text import document
 
 CHAT_END = "<|im_end|>\n<|im_start|>assistant\n"
 

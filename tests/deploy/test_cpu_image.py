@@ -18,8 +18,8 @@ import pytest
 
 from tests.deploy.dockerfile import command, environment, stages, values
 from tests.deploy.tools import REPOSITORY
-from vllm_tokenselect.tools.cli.server import free_port
-from vllm_tokenselect.tools.cli.watcher import watch_group
+from vllm_tokenselect.tools.common.server import free_port
+from vllm_tokenselect.tools.common.watcher import watch_group
 
 # Of the image, and of this machine: made by hand, or there already.
 LEFT_OUT = ("apt-get", "useradd")

@@ -39,8 +39,8 @@ from tests.endurance.requests import (
 from tests.oracle.cases import CACHED_SETTINGS
 from tests.oracle.prompts import prompt_tokens
 from tests.prometheus import metric
-from vllm_tokenselect.tools.cli.model import ensure_smollm2
-from vllm_tokenselect.tools.cli.server import VllmServer
+from vllm_tokenselect.tools.common.server import VllmServer
+from vllm_tokenselect.tools.common.smollm2 import ensure_smollm2
 
 MAX_NUM_SEQS, CLIENTS, BLOCK_SIZE, BLOCKS = 16, 24, 128, 60
 LEAST, MOST = 20, 3000

@@ -115,7 +115,7 @@ def main() -> None:
     from rich.progress import track
     from transformers import AutoTokenizer
 
-    from vllm_tokenselect.tools.cli.model import ensure_smollm2
+    from vllm_tokenselect.tools.common.smollm2 import ensure_smollm2
 
     model = ensure_smollm2()
     tokenizer = AutoTokenizer.from_pretrained(model)

@@ -14,7 +14,7 @@ import pytest
 
 from tests.oracle.cases import SETTINGS
 from tests.prometheus import metric
-from vllm_tokenselect.tools.cli.server import ServerFailed, VllmServer
+from vllm_tokenselect.tools.common.server import ServerFailed, VllmServer
 
 SPARSE = {**asdict(SETTINGS), "log_requests": True}
 BLOCK_SIZE = 128  # vLLM's default on CPUs

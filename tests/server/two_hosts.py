@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_tokenselect.tools.cli.watcher import Watcher
+from vllm_tokenselect.tools.common.watcher import Watcher
 
 RAY = Path(sys.executable).parent / "ray"
 RAY_PORT = 6379

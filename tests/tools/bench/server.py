@@ -9,7 +9,7 @@ from typing import Any
 from aiohttp import web
 
 from tests.tools.evaluate.server import MODEL, SmallServer
-from vllm_tokenselect.tools.evaluate.client import Client, Endpoint
+from vllm_tokenselect.tools.common.client import Client, Endpoint
 
 MAX_MODEL_LEN = 4096
 

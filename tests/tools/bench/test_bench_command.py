@@ -8,11 +8,10 @@ from typer.testing import CliRunner
 
 from tests.tools.bench.server import MAX_MODEL_LEN, StreamingServer
 from tests.tools.evaluate.server import MODEL
-from vllm_tokenselect.tools.bench import run
-from vllm_tokenselect.tools.cli import contenders
+from vllm_tokenselect.tools.bench import contenders, run
+from vllm_tokenselect.tools.bench.command import _model_name
 from vllm_tokenselect.tools.cli.app import app
-from vllm_tokenselect.tools.cli.server import ServerFailed
-from vllm_tokenselect.tools.cli.speed import _model_name
+from vllm_tokenselect.tools.common.server import ServerFailed
 
 FEW = ("--lengths", "100,200", "--rounds", "2", "--generations", "2", "--output-tokens", "4")
 FEW += ("--requests", "3", "--rates", "100")

@@ -10,7 +10,7 @@ from tests.tools.evaluate.server import MODEL
 from tests.tools.evaluate.words import Words
 from vllm_tokenselect.tools.bench.prompts import Prompts
 from vllm_tokenselect.tools.bench.run import RATE_SHARES, Bench, Contender, Settings
-from vllm_tokenselect.tools.evaluate.client import Endpoint, ServerError
+from vllm_tokenselect.tools.common.client import Endpoint, ServerError
 
 SETTINGS = Settings(
     lengths=(100, 400),

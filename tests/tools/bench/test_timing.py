@@ -7,7 +7,7 @@ import pytest
 from tests.tools.bench.server import StreamingServer, client_of
 from tests.tools.evaluate.server import MODEL, SmallServer
 from vllm_tokenselect.tools.bench.timing import timed
-from vllm_tokenselect.tools.evaluate.client import Client, Endpoint
+from vllm_tokenselect.tools.common.client import Client, Endpoint
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ from itertools import pairwise
 import pytest
 
 from tests.tools.evaluate.words import CHAT, Words
-from vllm_tokenselect.tools.evaluate.hidden import NUMBER, NUMBER_DIGITS, number_string_prompt
+from vllm_tokenselect.tools.common.hidden import NUMBER, NUMBER_DIGITS, number_string_prompt
+from vllm_tokenselect.tools.common.text import around, chapters_of, document, prefix
 from vllm_tokenselect.tools.evaluate.run import Settings, cells, question, refuse_what_does_not_fit
 from vllm_tokenselect.tools.evaluate.tasks import DEFAULT, LOSSES, TASKS, UnknownTask, known_tasks
-from vllm_tokenselect.tools.evaluate.text import around, chapters_of, document, prefix
 
 RULER = [name for name, task in TASKS.items() if "RULER" in task.about]
 ASKED_FOR_ONE = ["niah_single_1", "niah_multikey_2", "niah_multikey_3"]

@@ -7,9 +7,11 @@ import pytest
 
 from tests.tools.evaluate.server import MODEL, SmallServer, text_of
 from tests.tools.evaluate.words import Words
+from vllm_tokenselect.tools.common.client import Endpoint, ServerError
+from vllm_tokenselect.tools.common.server_facts import ask_server, attended_tokens
+from vllm_tokenselect.tools.common.tokenizers import ServerTokenizer
 from vllm_tokenselect.tools.evaluate.cells import Report
-from vllm_tokenselect.tools.evaluate.client import Endpoint, ServerError
-from vllm_tokenselect.tools.evaluate.pictures import draw
+from vllm_tokenselect.tools.evaluate.plots import draw
 from vllm_tokenselect.tools.evaluate.run import (
     Settings,
     refuse_what_a_server_cannot,
@@ -17,9 +19,7 @@ from vllm_tokenselect.tools.evaluate.run import (
     summarize,
 )
 from vllm_tokenselect.tools.evaluate.run import new_client as client_with
-from vllm_tokenselect.tools.evaluate.servers import ask_server, attended_tokens
 from vllm_tokenselect.tools.evaluate.tasks import REPLAY, STEPS
-from vllm_tokenselect.tools.evaluate.tokenizers import ServerTokenizer
 
 SETTINGS = Settings(
     ("passkey", "number_string", "perplexity"),

@@ -7,7 +7,7 @@ import torch
 
 from vllm_tokenselect.config import TokenSelectConfig
 from vllm_tokenselect.tools.plan.models import ModelShape, read_model
-from vllm_tokenselect.tools.plan.server import GPUS, Server
+from vllm_tokenselect.tools.plan.planned_server import GPUS, Server
 
 TINY = {
     "architectures": ["LlamaForCausalLM"],

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from random import Random
 
 from vllm_tokenselect.tools.bench.timing import Answer, timed
-from vllm_tokenselect.tools.evaluate.client import Client
+from vllm_tokenselect.tools.common.client import Client
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import count
 from typing import Any
 
-from vllm_tokenselect.tools.evaluate.text import document, encode, prefix
+from vllm_tokenselect.tools.common.text import document, encode, prefix
 
 SHORTEST = 64  # tokens: room for what makes a prompt begin as no other does
 _SEEDS_APART = 10**6  # numbers of prompts from one seed to the next

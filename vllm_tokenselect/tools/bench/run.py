@@ -15,7 +15,7 @@ from vllm_tokenselect.tools.bench.prompts import Prompts
 from vllm_tokenselect.tools.bench.samples import Measured, Sample, Selected
 from vllm_tokenselect.tools.bench.selection import SelectionCounter
 from vllm_tokenselect.tools.bench.timing import timed
-from vllm_tokenselect.tools.evaluate.client import Client, Endpoint, ServerError
+from vllm_tokenselect.tools.common.client import Client, Endpoint, ServerError
 
 # Rates, unless others are asked for, as shares of what the first server does one request after the other.
 RATE_SHARES = (0.5, 1.0, 2.0)

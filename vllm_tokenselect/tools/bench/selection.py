@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from vllm_tokenselect.tools.bench.timing import Answer
-from vllm_tokenselect.tools.evaluate.servers import ROW_KINDS, selection_counts
+from vllm_tokenselect.tools.common.server_facts import ROW_KINDS, selection_counts
 
 
 class SelectionCounter:

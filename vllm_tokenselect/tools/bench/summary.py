@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 from vllm_tokenselect.tools.bench.samples import Measured, Sample, Selected
-from vllm_tokenselect.tools.evaluate.intervals import mean_interval
+from vllm_tokenselect.tools.common.intervals import mean_interval
 
 Rows = list[dict[str, Any]]
 _TIMES = ("ttft_s", "tpot_ms")

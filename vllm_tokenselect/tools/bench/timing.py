@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from vllm_tokenselect.tools.evaluate.client import Client, ServerError
+from vllm_tokenselect.tools.common.client import Client, ServerError
 
 
 @dataclass(frozen=True)

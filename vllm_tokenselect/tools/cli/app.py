@@ -11,9 +11,9 @@ from rich.console import Console
 
 from vllm_tokenselect.tools.cli.bench import bench
 from vllm_tokenselect.tools.cli.evaluate import evaluate
-from vllm_tokenselect.tools.cli.extras import check_extras_first
 from vllm_tokenselect.tools.cli.plan import plan
-from vllm_tokenselect.tools.cli.refusals import said_in_words
+from vllm_tokenselect.tools.common.extras import check_extras_first
+from vllm_tokenselect.tools.common.refusals import said_in_words
 
 app = typer.Typer(
     name="tokenselect",
@@ -33,8 +33,8 @@ def demo(
     port: Annotated[int | None, typer.Option(help="Port; default: a free one.")] = None,
 ) -> None:
     """Ask a small real model about a long document, on TOKENSELECT and with full attention."""
-    from vllm_tokenselect.tools.cli.demo import run_demo
-    from vllm_tokenselect.tools.cli.progress import open_console
+    from vllm_tokenselect.tools.common.progress import open_console
+    from vllm_tokenselect.tools.demo.command import run_demo
 
     raise typer.Exit(run_demo(open_console(), port=port, keep=keep))
 
@@ -54,8 +54,8 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show versions, hooks and layers, and what to do where something is wrong."""
-    from vllm_tokenselect.tools.cli import doctor as examination
-    from vllm_tokenselect.tools.cli.environment import CannotFix, fix_environment
+    from vllm_tokenselect.tools.doctor import examine as examination
+    from vllm_tokenselect.tools.doctor.environment import CannotFix, fix_environment
 
     try:
         json.loads(settings)
@@ -104,7 +104,7 @@ def inspect(
     Beside the method: the same budget as a longer local window, at random, and on what full attention
     looks at most. The model is read by transformers, without a server.
     """
-    from vllm_tokenselect.tools.cli.inspect import Subject, run_inspect
+    from vllm_tokenselect.tools.inspect.command import Subject, run_inspect
 
     with said_in_words():
         subject = Subject(model, settings, device, length, seed)
@@ -133,7 +133,7 @@ def tune(
     json_path: _Json = None,
 ) -> None:
     """Propose the smallest top_k that keeps a model's loss, on your prompts or on built-in ones."""
-    from vllm_tokenselect.tools.cli.inspect import Subject, run_tune
+    from vllm_tokenselect.tools.inspect.command import Subject, run_tune
 
     with said_in_words():
         subject = Subject(model, settings, device, length, seed)

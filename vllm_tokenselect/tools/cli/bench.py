@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from vllm_tokenselect.tools.cli.options import json_object, lengths_of, rates_of
-from vllm_tokenselect.tools.cli.refusals import said_in_words
+from vllm_tokenselect.tools.common.options import json_object, lengths_of, rates_of
+from vllm_tokenselect.tools.common.refusals import said_in_words
 
 _SUCH_AS = '{"top_k": 1024}'
 
@@ -99,8 +99,9 @@ def bench(
     (TPOT) is measured again and again with the same one. Then requests arrive at rates, as a Poisson
     process. The exit status is 1 when a request failed. OPENAI_API_KEY is sent, if it is set.
     """
-    from vllm_tokenselect.tools.cli.contenders import RunningServers, StartedServers
-    from vllm_tokenselect.tools.cli.speed import Request, run_bench
+    from vllm_tokenselect.config import TokenSelectConfig
+    from vllm_tokenselect.tools.bench.command import Request, run_bench
+    from vllm_tokenselect.tools.bench.contenders import RunningServers, StartedServers
 
     with said_in_words():
         of_started = {
@@ -110,7 +111,7 @@ def bench(
             "arguments behind --": bool(serve_args),
         }
         if a is None and b is None:
-            servers: StartedServers | RunningServers = StartedServers(
+            started = StartedServers(
                 model,
                 baseline,
                 json_object(settings, "--settings", _SUCH_AS),
@@ -118,6 +119,9 @@ def bench(
                 tuple(serve_args or ()),
                 start_timeout,
             )
+            for of_one in started.contenders.values():
+                TokenSelectConfig.from_mapping(of_one or {})
+            servers: StartedServers | RunningServers = started
         elif given := [option for option, is_given in of_started.items() if is_given]:
             raise ValueError(
                 f"{', '.join(given)}: only for servers that are started here, without --a and --b"

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vllm_tokenselect.tools.cli.refusals import said_in_words
+from vllm_tokenselect.tools.common.refusals import said_in_words
 
 
 def plan(
@@ -61,7 +61,7 @@ def plan(
     run, and the model's weights are not read. Sizes are those of one GPU, in units of 1,024.
     """
     with said_in_words():
-        from vllm_tokenselect.tools.cli.planning import Question, run_plan
+        from vllm_tokenselect.tools.plan.command import Question, run_plan
 
         run_plan(
             Question(

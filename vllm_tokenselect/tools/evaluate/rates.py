@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from vllm_tokenselect.tools.evaluate.intervals import mean_of_estimates, paired_difference, wilson
+from vllm_tokenselect.tools.common.intervals import mean_of_estimates, paired_difference, wilson
 
 Rows = list[dict[str, Any]]
 

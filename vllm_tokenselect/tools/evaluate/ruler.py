@@ -21,7 +21,7 @@ from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
-from vllm_tokenselect.tools.evaluate.text import around, encode
+from vllm_tokenselect.tools.common.text import around, encode
 
 _MODULES = "lm_eval.tasks.ruler"
 _EXAMPLE_LINES = (

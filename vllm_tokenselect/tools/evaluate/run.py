@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from vllm_tokenselect.tools.common.client import Client, Endpoint, ServerError, is_masked
+from vllm_tokenselect.tools.common.text import document, encode, prefix
 from vllm_tokenselect.tools.evaluate.cells import Cell, Report
-from vllm_tokenselect.tools.evaluate.client import Client, Endpoint, ServerError, is_masked
-from vllm_tokenselect.tools.evaluate.losses import loss_differences, loss_rows
+from vllm_tokenselect.tools.evaluate.perplexity import loss_differences, loss_rows
 from vllm_tokenselect.tools.evaluate.rates import rate_differences, rates, task_means
 from vllm_tokenselect.tools.evaluate.tasks import LOSSES, REPLAY, STEPS, TASKS, Prompt
-from vllm_tokenselect.tools.evaluate.text import document, encode, prefix
 
 BEFORE, AFTER = "A", "B"
 SEEDS_APART = 10**6  # numbers of texts from one seed to the next

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from vllm_tokenselect.tools.evaluate import ruler
-from vllm_tokenselect.tools.evaluate.hidden import (
+from vllm_tokenselect.tools.common.hidden import (
     ANSWER_TOKENS,
     NUMBER_DIGITS,
     HiddenPrompt,
@@ -17,6 +16,7 @@ from vllm_tokenselect.tools.evaluate.hidden import (
     number_string_prompt,
     passkey_prompt,
 )
+from vllm_tokenselect.tools.evaluate import ruler
 
 STEPS, REPLAY = "perplexity", "perplexity_decode"
 _NEEDLES = 8  # questions about one haystack

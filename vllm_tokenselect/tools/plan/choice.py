@@ -12,7 +12,7 @@ from vllm_tokenselect.method.settings import SettingsError
 from vllm_tokenselect.tools.plan.layouts import Layout, cut_stages, find_layouts
 from vllm_tokenselect.tools.plan.memory import GpuMemory, gpu_memory
 from vllm_tokenselect.tools.plan.models import ModelShape
-from vllm_tokenselect.tools.plan.server import BLOCK_SIZE, Server
+from vllm_tokenselect.tools.plan.planned_server import BLOCK_SIZE, Server
 from vllm_tokenselect.tools.plan.traffic import Attended, Traffic, traffic
 from vllm_tokenselect.tools.plan.units import show_bytes
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from vllm_tokenselect.tools.plan.choice import Comparison, LayoutPlan
 from vllm_tokenselect.tools.plan.models import ModelShape
-from vllm_tokenselect.tools.plan.server import Server
+from vllm_tokenselect.tools.plan.planned_server import Server
 from vllm_tokenselect.tools.plan.traffic import Attended
 
 

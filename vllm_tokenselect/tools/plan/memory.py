@@ -12,7 +12,7 @@ from vllm_tokenselect.gpu.workspace import Workspace
 from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
 from vllm_tokenselect.tools.plan.layouts import Layout, Stage
 from vllm_tokenselect.tools.plan.models import ModelShape
-from vllm_tokenselect.tools.plan.server import BLOCK_SIZE, Server
+from vllm_tokenselect.tools.plan.planned_server import BLOCK_SIZE, Server
 
 META = torch.device("meta")
 

@@ -12,7 +12,7 @@ from vllm_tokenselect.method.requests import BatchRequests
 from vllm_tokenselect.tools.plan.layouts import Layout, Stage
 from vllm_tokenselect.tools.plan.memory import GpuMemory, RankShape, step_limits
 from vllm_tokenselect.tools.plan.models import ModelShape
-from vllm_tokenselect.tools.plan.server import Server
+from vllm_tokenselect.tools.plan.planned_server import Server
 
 # Hidden states and the residual beside them, which vLLM hands from stage to stage.
 HANDED_ON = 2

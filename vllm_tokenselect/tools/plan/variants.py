@@ -10,7 +10,7 @@ import torch
 
 from vllm_tokenselect.method.settings import SettingsError
 from vllm_tokenselect.tools.plan.choice import LayoutPlan, plan_layout
-from vllm_tokenselect.tools.plan.server import Server
+from vllm_tokenselect.tools.plan.planned_server import Server
 
 
 def vary(plan: LayoutPlan) -> list[tuple[str, LayoutPlan | str]]:

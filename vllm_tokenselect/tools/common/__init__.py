@@ -1,0 +1,1 @@
+"""What the measuring tools share: servers and their client, prompts, intervals, plots, what is shown."""

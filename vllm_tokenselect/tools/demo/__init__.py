@@ -1,0 +1,1 @@
+"""`tokenselect demo`: a small real model answers questions about a long document."""

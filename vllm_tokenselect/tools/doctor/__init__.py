@@ -1,0 +1,1 @@
+"""`tokenselect doctor`: what is installed, and what to do where something is wrong."""

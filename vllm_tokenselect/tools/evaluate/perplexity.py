@@ -1,0 +1,77 @@
+"""Losses of real text, of servers and between them, as rows and as tables."""
+
+from __future__ import annotations
+
+from math import exp
+from statistics import fmean
+from typing import Any
+
+from rich.table import Table
+
+from vllm_tokenselect.tools.common.intervals import mean_interval
+
+Rows = list[dict[str, Any]]
+
+
+def loss_rows(cells: Rows) -> Rows:
+    """Mean loss of each method at each length, its interval over texts.
+
+    Tokens of one text are not independent of each other, so what is counted is a text.
+
+    Args:
+        cells: one a text, with the `losses` of its tokens, nats.
+    """
+    groups: dict[tuple[str, int, str], Rows] = {}
+    for cell in cells:
+        groups.setdefault((cell["task"], cell["length"], cell["method"]), []).append(cell)
+    rows = []
+    for (task, length, method), group in sorted(groups.items(), key=lambda group: group[0][:2]):
+        loss, low, high = mean_interval([fmean(cell["losses"]) for cell in group])
+        row = {"kind": "loss", "task": task, "length": length, "method": method}
+        tokens = sum(len(cell["losses"]) for cell in group)
+        rows.append(row | _figures(loss, low, high) | {"texts": len(group), "tokens": tokens})
+    return rows
+
+
+def loss_differences(cells: Rows, before: str, after: str) -> Rows:
+    """How much more one method loses than another on the same tokens, nats a token, interval over texts."""
+    means: dict[tuple[str, int], dict[str, dict[int, float]]] = {}
+    for cell in cells:
+        of_task = means.setdefault((cell["task"], cell["length"]), {})
+        of_task.setdefault(cell["method"], {})[cell["number"]] = fmean(cell["losses"])
+    rows = []
+    for (task, length), of_task in sorted(means.items()):
+        first, second = of_task.get(before, {}), of_task.get(after, {})
+        differences = [second[number] - first[number] for number in first if number in second]
+        if differences:
+            row = {"kind": "loss difference", "task": task, "length": length}
+            figures = _figures(*mean_interval(differences))
+            rows.append(row | {"method": f"{after} - {before}"} | figures)
+            rows[-1] |= {"texts": len(differences)}
+    return rows
+
+
+def _figures(loss: float, low: float | None, high: float | None) -> dict[str, Any]:
+    return {"loss": loss, "low": low, "high": high}
+
+
+def loss_table(rows: Rows) -> Table:
+    """Losses and their differences, with perplexities."""
+    table = Table(title="real text: nats per token [95 % interval over texts, Student's t]")
+    table.add_column("task")
+    table.add_column("tokens", justify="right")
+    table.add_column("server")
+    for heading in ("nats per token", "perplexity", "texts"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        compared = row["kind"] == "loss difference"
+        interval = "" if row["low"] is None else f" [{row['low']:+.4f}, {row['high']:+.4f}]"
+        table.add_row(
+            row["task"],
+            f"{row['length']:,}",
+            row["method"],
+            f"{row['loss']:+.4f}{interval}",
+            f"x {exp(row['loss']):.4f}" if compared else f"{exp(row['loss']):.3f}",
+            str(row["texts"]),
+        )
+    return table

@@ -1,0 +1,179 @@
+"""`tokenselect inspect` and `tokenselect tune`: what selection does to a model, before it is served."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+
+from vllm_tokenselect.config import TokenSelectConfig
+from vllm_tokenselect.method.settings import Method, SettingsError
+from vllm_tokenselect.tools.common.smollm2 import ensure_smollm2
+from vllm_tokenselect.tools.inspect.budgets import budget_costs, smallest_budget
+from vllm_tokenselect.tools.inspect.layers import DIFFUSE_BELOW, compare_layers, diffuse_layers
+from vllm_tokenselect.tools.inspect.model import DiagnosedModel
+from vllm_tokenselect.tools.inspect.passages import built_in_passages, needle_passages, own_passages
+from vllm_tokenselect.tools.inspect.tables import budget_table, draw_layers, layer_table
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model and the settings that are looked at.
+
+    Attributes:
+        model: folder or name of a model of transformers; None for SmolLM2-135M-Instruct.
+        settings: tokenselect settings as JSON.
+        device: of torch.
+        length: tokens of the built-in passages.
+        seed: of the built-in passages.
+    """
+
+    model: str | None
+    settings: str
+    device: str
+    length: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return self.model or str(ensure_smollm2())
+
+    def method(self) -> Method:
+        """The settings.
+
+        Raises:
+            SettingsError: when they are no settings, or of reassigned positions.
+        """
+        try:
+            given = json.loads(self.settings)
+        except json.JSONDecodeError as error:
+            raise SettingsError(f"--settings {self.settings!r} is no JSON: {error}") from None
+        method = TokenSelectConfig.from_mapping(given).method
+        if method.reassigns_positions:
+            raise SettingsError(
+                'positions "reassigned" cannot be looked at here: a model of transformers hands over '
+                "keys that are rotated. Leave `positions` out."
+            )
+        return method
+
+    def tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(self.name)
+        tokenizer.model_max_length = 10**9  # its warning about long texts says nothing new
+        return tokenizer
+
+    def load(self) -> DiagnosedModel:
+        return DiagnosedModel(self.name, self.device, "float32" if self.device == "cpu" else "auto")
+
+
+def run_inspect(
+    subject: Subject,
+    prompt: Path | None,
+    console: Console,
+    json_path: Path | None,
+    plot: Path | None,
+) -> None:
+    """Print the layers of a model over one prompt: the user's, or a number hidden in real text.
+
+    Raises:
+        ValueError: what cannot be done, in words for the user.
+    """
+    method, tokenizer = subject.method(), subject.tokenizer()
+    if prompt is None:
+        tokens = needle_passages(tokenizer, subject.length, 1, subject.seed)[0].tokens
+    else:
+        tokens = tokenizer(prompt.read_text())["input_ids"]
+    layers = compare_layers(subject.load(), tokens, method)
+    for kind in layers[0].mass:
+        if layers[0].mass[kind]:
+            console.print(layer_table(layers, kind))
+    diffuse = diffuse_layers(layers)
+    if diffuse:
+        dense = json.dumps({"dense_layers": method.dense_layers + diffuse})
+        console.print(
+            f"The first {'layer keeps' if diffuse == 1 else f'{diffuse} layers keep'} less than "
+            f"{DIFFUSE_BELOW:.0%} of the attention. What it is worth to attend to everything there, "
+            f"`tokenselect tune --settings '{dense}'` tells.",
+            highlight=False,
+            markup=False,
+        )
+    if plot is not None:
+        draw_layers(layers, plot)
+        console.print(f"Drawn into {plot}", highlight=False)
+    _write(
+        json_path,
+        subject,
+        method,
+        {"tokens": len(tokens), "layers": [asdict(layer) for layer in layers]},
+    )
+
+
+def run_tune(
+    subject: Subject,
+    prompts: list[Path],
+    budgets: list[int],
+    max_added: float,
+    samples: int,
+    count: int,
+    console: Console,
+    json_path: Path | None,
+) -> int | None:
+    """Print what each budget costs, and propose the smallest one that keeps the loss.
+
+    Returns:
+        the proposed `top_k`, or None when none of the budgets keeps it.
+
+    Raises:
+        ValueError: what cannot be done, in words for the user.
+    """
+    method, tokenizer = subject.method(), subject.tokenizer()
+    passages = (
+        own_passages(tokenizer, prompts, count)
+        if prompts
+        else built_in_passages(tokenizer, subject.length, samples, subject.seed)
+    )
+    longest = max(len(passage.tokens) for passage in passages)
+    selecting = [k for k in sorted(budgets) if method.n_init + k + method.n_local < longest]
+    if not selecting:
+        raise SettingsError(
+            f"budgets {sorted(budgets)} attend to all of {longest:,} tokens: give longer passages "
+            "(--length) or smaller budgets."
+        )
+    kinds = len({passage.kind for passage in passages})
+    costs = list(
+        track(
+            budget_costs(subject.load(), passages, method, selecting),
+            description="budgets",
+            total=len(selecting) * kinds,
+            console=console,
+        )
+    )
+    console.print(budget_table(costs))
+    chosen = smallest_budget(costs, max_added)
+    if chosen is None:
+        console.print(
+            f"None of these budgets adds at most {max_added} nats a token: give larger ones (--budget)."
+        )
+    else:
+        settings = json.dumps({"tokenselect": {**json.loads(subject.settings), "top_k": chosen}})
+        console.print(f"Smallest budget that adds at most {max_added} nats a token: {chosen}")
+        console.print(f"  --additional-config '{settings}'", highlight=False, markup=False)
+    _write(
+        json_path,
+        subject,
+        method,
+        {"max_added": max_added, "top_k": chosen, "costs": [asdict(cost) for cost in costs]},
+    )
+    return chosen
+
+
+def _write(path: Path | None, subject: Subject, method: Method, found: dict[str, Any]) -> None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        head = {"subject": asdict(subject), "settings": asdict(method)}
+        path.write_text(json.dumps({**head, **found}, indent=1) + "\n")
