@@ -1,7 +1,7 @@
 """Write the tables of SCALING.md anew: `make scaling`.
 
-Each table there stands between a command `tokenselect plan ...`, indented as code, and `<!-- end -->`:
-what the command prints.
+Each table there stands between a block of code with a command `tokenselect plan ...` and `<!-- end -->`.
+It is what the command prints.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from vllm_tokenselect.tools.cli.app import app
 
 DOCUMENT = Path(__file__).parent / "SCALING.md"
 END = "<!-- end -->"
-_TABLES = re.compile(rf"(^    tokenselect (plan [^\n]+)\n)(.*?)^{END}$", re.DOTALL | re.MULTILINE)
+_TABLES = re.compile(
+    rf"(^```bash\ntokenselect (plan [^\n]+)\n```\n)(.*?)^{END}$", re.DOTALL | re.MULTILINE
+)
 
 
 def output_of(command: str) -> str:

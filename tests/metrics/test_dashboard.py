@@ -1,4 +1,4 @@
-"""The dashboard asks for nothing that does not exist, and for everything that we count."""
+"""The dashboard and the alarms ask for nothing that does not exist, and for everything that we count."""
 
 import itertools
 import json
@@ -46,6 +46,12 @@ def test_every_metric_of_the_dashboard_exists():
     queries = [*EXPRESSIONS, VARIABLES["model_name"]["query"]["query"]]
     asked = set().union(*map(named, queries))
     assert asked
+    assert asked <= vllms_series() | our_series()
+
+
+def test_every_metric_of_the_alarms_exists():
+    asked = named((REPOSITORY / "docs/operating.md").read_text())
+    assert our_series() <= asked
     assert asked <= vllms_series() | our_series()
 
 

@@ -20,7 +20,7 @@ class Method:
     The defaults follow the paper (arXiv 2411.02886) but for `tail_queries`, which is ours: averaging
     the question with the text before it was what cost accuracy. `similarity_threshold` is the paper's,
     but asked of every KV head, where the paper asks it of all heads at once: 0.8 reuses four times as
-    many selections, and loses 7 of 96 numbers that 0.9 finds (README, Accuracy).
+    many selections, and loses 7 of 96 numbers that 0.9 finds (docs/accuracy.md).
 
     Attributes:
         top_k: tokens selected by vote for each chunk, in every layer.
