@@ -18,7 +18,7 @@ from vllm_tokenselect.tools.common.extras import EXTRA_OF_COMMAND, EXTRAS
 
 REPOSITORY = Path(__file__).parents[1]
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-OURS = {"benchmarks", "deploy", "tests", "vllm_tokenselect"}
+OURS = {"benchmarks", "deploy", "examples", "tests", "vllm_tokenselect"}
 # The distribution of each module that is installed.
 DISTRIBUTIONS = {
     module: {canonicalize_name(name) for name in names}
@@ -69,7 +69,8 @@ def test_whatever_the_package_imports_is_declared_by_it_or_by_an_extra_of_users(
 
 
 def test_whatever_tests_and_benchmarks_import_comes_with_the_environment_of_tests():
-    assert undeclared(imported("tests", "benchmarks", "deploy"), declared("cpu", "test")) == {}
+    folders = ("tests", "benchmarks", "deploy", "examples")
+    assert undeclared(imported(*folders), declared("cpu", "test")) == {}
 
 
 @pytest.fixture(scope="module")

@@ -12,26 +12,25 @@ from pathlib import Path
 from vllm import LLM, SamplingParams
 from vllm.exceptions import VLLMValidationError
 
+from examples import offline
+
 SETTINGS = {"n_init": 16, "n_local": 64, "query_chunk": 128, "tail_queries": 16}
 PROMPT = [index % 97 + 1 for index in range(700)]
+DOCUMENT = "The cat sat on the mat. " * 100
 
 
 def make(model: str, top_k: int | None) -> LLM:
     """An engine that selects so many tokens, or one on vLLM's own backend."""
-    options: dict = {}
+    options: dict = {
+        "dtype": "float32",
+        "max_model_len": 1024,
+        "max_num_seqs": 2,
+        "enforce_eager": True,
+        "disable_log_stats": True,
+    }
     if top_k is not None:
-        options["attention_backend"] = "TOKENSELECT"
-        options["additional_config"] = {"tokenselect": {**SETTINGS, "top_k": top_k}}
-    return LLM(
-        model,
-        skip_tokenizer_init=True,
-        dtype="float32",
-        max_model_len=1024,
-        max_num_seqs=2,
-        enforce_eager=True,
-        disable_log_stats=True,
-        **options,
-    )
+        return offline.start_engine(model, {**SETTINGS, "top_k": top_k}, **options)
+    return LLM(model, skip_tokenizer_init=True, **options)
 
 
 def ask(engine: LLM, **extra_args: object) -> list[float] | str:
@@ -64,6 +63,10 @@ def main(model: str, out: str) -> None:
     for name, args in requests.items():
         for engine, made in engines.items():
             answers[engine][name] = ask(made, **args)
+    answers["example"] = {
+        name: offline.ask(engines["256"], DOCUMENT, "Say it again.", **args)
+        for name, args in (("default", {}), ("off", {"tokenselect": "off"}))
+    }
     Path(out).write_text(json.dumps(answers))
 
 

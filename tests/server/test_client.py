@@ -6,11 +6,14 @@ import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import openai
 import pytest
 
 pytestmark = pytest.mark.server
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def test_completions_stream_the_same_text_as_they_return_whole(sparse_client, prompts, tokenizer):
@@ -118,3 +121,32 @@ def test_the_log_tells_how_many_tokens_were_attended(sparse_client, prompts):
     assert "of 8010 tokens in context over 4 queries" in line
     # 4 generated queries, each at 16 + 368 + 128 tokens and itself.
     assert "decode attended 2052 of" in line
+
+
+def run_example(name, *arguments):
+    command = [sys.executable, str(EXAMPLES / name), *arguments]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    return finished.stdout.splitlines()
+
+
+def test_the_examples_ask_with_settings_of_their_own_and_read_what_was_attended(
+    sparse_client, prompts, tokenizer, tmp_path
+):
+    document = tmp_path / "document.txt"
+    document.write_text(tokenizer.decode(prompts(207, 1000)))
+    url = sparse_client.server.base_url
+    said = run_example("client.py", url, str(document), "What is this about?", "--top-k", "100")
+    answers = re.findall(
+        r"^(.+): (\S[^\0]+?) \(\d+\.\d\d s to the first token\)$", "\n".join(said), re.M
+    )
+    assert [settings for settings, _ in answers] == [
+        "the settings of the server",
+        "{'tokenselect_top_k': 100}",
+        "{'tokenselect': 'off'}",
+    ]
+    time.sleep(2)  # workers publish about once a second
+    attended, reused, rows = run_example("metrics.py", url)
+    assert 0 < float(attended.split()[2].rstrip("%")) < 100
+    assert reused.startswith("reused 0.0%"), "this server has no Selection Cache"
+    assert re.fullmatch(r"rows: [1-9]\d* reselected, 0 reused, [1-9]\d* dense", rows)

@@ -20,14 +20,15 @@ from tests.server.conftest import ONE_THREAD
 pytestmark = pytest.mark.server
 
 
-@pytest.fixture
-def answers(smollm2, tmp_path) -> dict[str, dict[str, list[float] | str]]:
+@pytest.fixture(scope="module")
+def answers(smollm2, tmp_path_factory) -> dict[str, dict[str, list[float] | str]]:
     """What an engine with top_k 256 answers after one on CPU_ATTN was made, and what that one does."""
-    model = first_layers(smollm2, tmp_path / "shortened", 2)
+    folder = tmp_path_factory.mktemp("engines")
+    model = first_layers(smollm2, folder / "shortened", 2)
     environment = os.environ | ONE_THREAD
     environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
     environment |= {"HF_HUB_OFFLINE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    out = tmp_path / "answers.json"
+    out = folder / "answers.json"
     command = [sys.executable, "-m", "tests.server.engines", str(model), str(out)]
     run = subprocess.run(
         command,
@@ -51,3 +52,8 @@ def test_engines_of_one_process_take_and_refuse_by_their_own_settings(answers):
     assert sparse["default"] != pytest.approx(sparse["few"], abs=1e-3), "they are to be told apart"
     for name, answer in full.items():
         assert answer == pytest.approx(full["default"], abs=1e-3), f"{name} is somebody else's"
+
+
+def test_the_example_without_a_server_answers_by_the_settings_of_each_request(answers):
+    assert all(answers["example"].values()), "two layers of a model say something, if nothing wise"
+    assert answers["example"]["default"] != answers["example"]["off"]
