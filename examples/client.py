@@ -13,14 +13,14 @@ from openai import OpenAI
 
 
 def ask(
-    client: OpenAI, model: str, document: str, question: str, settings: dict[str, str | int]
+    client: OpenAI, model: str, message: str, max_tokens: int, settings: dict[str, str | int]
 ) -> Iterator[str]:
     """Stream an answer; `settings` hold for this request alone."""
     stream = client.chat.completions.create(
         model=model,
-        messages=[{"role": "user", "content": f"{document}\n\n{question}"}],
+        messages=[{"role": "user", "content": message}],
         temperature=0,
-        max_tokens=32,
+        max_tokens=max_tokens,
         stream=True,
         extra_body={"vllm_xargs": settings},
     )
@@ -35,14 +35,15 @@ def main() -> None:
     parser.add_argument("document", type=Path, help="text file")
     parser.add_argument("question")
     parser.add_argument("--top-k", type=int, default=1024, help="no more than the server's top_k")
+    parser.add_argument("--max-tokens", type=int, default=64, help="of an answer")
     asked = parser.parse_args()
     client = OpenAI(base_url=f"{asked.server}/v1", api_key=os.environ.get("VLLM_API_KEY", "none"))
     model = client.models.list().data[0].id
-    document = asked.document.read_text()
+    message = f"{asked.document.read_text()}\n\n{asked.question}"
     for settings in ({}, {"tokenselect_top_k": asked.top_k}, {"tokenselect": "off"}):
         started, first = time.perf_counter(), None
         print(f"{settings or 'the settings of the server'}: ", end="", flush=True)
-        for text in ask(client, model, document, asked.question, settings):
+        for text in ask(client, model, message, asked.max_tokens, settings):
             first = first or time.perf_counter() - started
             print(text, end="", flush=True)
         print(f" ({first or 0:.2f} s to the first token)")

@@ -101,11 +101,14 @@ def _whole_lines(block: Block) -> Iterator[list[str]]:
         raise ValueError(f"a quote is never closed: {pending!r}")
 
 
-def named_paths(page: str) -> Iterator[str]:
-    """Files and folders of the repository that a page names as code."""
-    for token in tokens_of(page):
-        if token.type == "code_inline" and _PATH.fullmatch(token.content):
-            yield token.content
+def names(page: str) -> set[str]:
+    """Whatever a page sets as code within its text."""
+    return {token.content for token in tokens_of(page) if token.type == "code_inline"}
+
+
+def named_paths(page: str) -> list[str]:
+    """Files and folders of the repository that a page names in its text."""
+    return [name for name in sorted(names(page)) if _PATH.fullmatch(name)]
 
 
 def links(page: str) -> Iterator[str]:
