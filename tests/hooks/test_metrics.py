@@ -16,10 +16,11 @@ from prometheus_client import REGISTRY, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from vllm_tokenselect.config import SettingsError
-from vllm_tokenselect.counters import DIRECTORY_VARIABLE, CounterPublisher, worker_counters
+from vllm_tokenselect.counters import worker_counters
 from vllm_tokenselect.hooks import metrics
 from vllm_tokenselect.hooks.engine_config import configure
 from vllm_tokenselect.hooks.registration import backend_member
+from vllm_tokenselect.metrics import DIRECTORY_VARIABLE, CounterPublisher
 
 CPU = torch.device("cpu")
 

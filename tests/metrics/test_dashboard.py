@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from vllm_tokenselect.hooks.metrics import TokenSelectCollector
+from vllm_tokenselect.metrics import TokenSelectCollector
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DASHBOARD = json.loads((REPOSITORY / "deploy/grafana/tokenselect.json").read_text())

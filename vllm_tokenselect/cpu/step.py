@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from vllm_tokenselect.counters import Counter
 from vllm_tokenselect.kernels.head_group import HeadGroup
 from vllm_tokenselect.kernels.operations import Operations
 from vllm_tokenselect.kernels.rotate.reference import rotate
@@ -52,7 +53,7 @@ class StepSelection:
         num_heads: query heads of a layer.
         method: the settings.
         operations: the implementation to use.
-        counts: int64 [5], the counters that rows add to; see `vllm_tokenselect.counters`.
+        counts: int64 [len(Counter)], the counters that rows add to.
         workspace_bytes: for the scores of the rows that are voted on together.
         heads: the processes whose heads vote together; None where a process votes for itself.
 
@@ -63,7 +64,7 @@ class StepSelection:
         single_queries: work of a layer for the rows of one query, which select as they attend.
         groups: rows of several queries that select, cut so that their scores fit the workspace.
         several_queries: all rows of several queries.
-        fixed_counts: int64 [5], what a layer adds to the counters for the rows that do not take part
+        fixed_counts: int64 [len(Counter)], what a layer adds for the rows that do not take part
             in the Selection Cache.
     """
 
@@ -242,13 +243,9 @@ class StepSelection:
 
 def _fixed_counts(plan: SelectionPlan, method: Method) -> npt.NDArray[np.int64]:
     counted = (plan.seat != NO_SEAT) & ~plan.caches
-    return np.array(
-        [
-            (counted & ~plan.dense).sum(),
-            0,
-            (counted & plan.dense).sum(),
-            plan.num_attended(method)[counted].sum(),
-            plan.num_in_context()[counted].sum(),
-        ],
-        np.int64,
-    )
+    counts = np.zeros(len(Counter), np.int64)
+    counts[Counter.RESELECTED] = (counted & ~plan.dense).sum()
+    counts[Counter.DENSE] = (counted & plan.dense).sum()
+    counts[Counter.ATTENDED] = plan.num_attended(method)[counted].sum()
+    counts[Counter.CONTEXT] = plan.num_in_context()[counted].sum()
+    return counts

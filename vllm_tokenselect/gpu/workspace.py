@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_tokenselect.counters import Counter
 from vllm_tokenselect.device_memory import make_lasting
 from vllm_tokenselect.gpu.limits import MAX_GROUP_ROWS, StepLimits
 from vllm_tokenselect.gpu.rows import RowGroup, ScorePass
@@ -32,9 +33,7 @@ class Workspace:
         limits: of the steps; those of steps for shorter contexts will do as well.
         head_size: of a layer.
         device: where the buffers lie.
-        counters: int64 [5] on the device, added to by every layer: rows that selected, reused a
-            selection, and saw their whole context; tokens that were attended, and tokens in context.
-            Zeros of its own when None.
+        counters: int64 [len(Counter)] on the device, added to by every layer. Zeros of its own when None.
         dtype: of the queries; needed where positions are reassigned only.
         heads: the processes whose heads vote together; None where a process votes for itself.
 
@@ -71,7 +70,7 @@ class Workspace:
         )
         self.table_scratch = TableScratch(rows, device)
         if counters is None:
-            counters = torch.zeros(5, dtype=torch.int64, device=device)
+            counters = torch.zeros(len(Counter), dtype=torch.int64, device=device)
         self.counters = counters
 
     @property

@@ -13,6 +13,7 @@ import math
 import numpy as np
 from numba import njit
 
+from vllm_tokenselect.counters import Counter
 from vllm_tokenselect.kernels.block_table.cpu import write_range
 from vllm_tokenselect.kernels.cpu_tiles import widen
 from vllm_tokenselect.kernels.cpu_vectors import dot
@@ -99,6 +100,6 @@ def finish_rows(
             slots[row, :size] = selected[line, :size]
             write_range(block_table, row_seq[row], end, context_end, block_size, slots, row, size)
             lengths[row] = size + context_end - end
-        counts[0 if end == SELECTS else 1] += 1
-        counts[3] += lengths[row]
-        counts[4] += context_end
+        counts[Counter.RESELECTED.value if end == SELECTS else Counter.REUSED.value] += 1
+        counts[Counter.ATTENDED.value] += lengths[row]
+        counts[Counter.CONTEXT.value] += context_end

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_tokenselect.counters import Counter
 from vllm_tokenselect.kernels.block_table.gpu import write_range
 from vllm_tokenselect.kernels.selection_cache import state as cache_state
 from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
@@ -22,6 +23,11 @@ from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
 ENTRIES_PER_PROGRAM = 512  # of a line of the sparse block table
 ROWS_PER_STEP = 512
 SELECTS = tl.constexpr(cache_state.SELECTS)
+RESELECTED = tl.constexpr(Counter.RESELECTED.value)
+REUSED = tl.constexpr(Counter.REUSED.value)
+DENSE = tl.constexpr(Counter.DENSE.value)
+ATTENDED = tl.constexpr(Counter.ATTENDED.value)
+CONTEXT = tl.constexpr(Counter.CONTEXT.value)
 # A kernel is compiled once, not again for every number that 16 happens to divide.
 NUMBERS = ["n_init", "refresh_interval", "num_rows"]
 ROW_ARRAYS = [
@@ -133,7 +139,7 @@ def finish_rows(
         state: `selected` is read and written. None where there is no Selection Cache: rows are counted.
         slots: int32 [R, width], completed.
         lengths: int32 [R], completed.
-        counters: int64 [5], added to.
+        counters: int64 [len(Counter)], added to.
     """
     num_rows = len(row_seq)
     if not num_rows:
@@ -266,11 +272,11 @@ def _add_counts(
         hidden = queries * (queries - 1) // 2
         attended = tl.where(counts, queries * length - hidden, 0)
         context = tl.where(counts, queries * context_end - hidden, 0)
-        tl.atomic_add(counters, tl.sum(selects.to(tl.int64), 0))
-        tl.atomic_add(counters + 1, tl.sum(reuses.to(tl.int64), 0))
-        tl.atomic_add(counters + 2, tl.sum(dense.to(tl.int64), 0))
-        tl.atomic_add(counters + 3, tl.sum(attended, 0))
-        tl.atomic_add(counters + 4, tl.sum(context, 0))
+        tl.atomic_add(counters + RESELECTED, tl.sum(selects.to(tl.int64), 0))
+        tl.atomic_add(counters + REUSED, tl.sum(reuses.to(tl.int64), 0))
+        tl.atomic_add(counters + DENSE, tl.sum(dense.to(tl.int64), 0))
+        tl.atomic_add(counters + ATTENDED, tl.sum(attended, 0))
+        tl.atomic_add(counters + CONTEXT, tl.sum(context, 0))
 
 
 @triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=ROW_ARRAYS)

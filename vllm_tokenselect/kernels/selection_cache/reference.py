@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from vllm_tokenselect.counters import Counter
 from vllm_tokenselect.kernels.selection_cache.state import SELECTS, SelectionCacheState
 
 
@@ -126,17 +127,17 @@ def count_rows(
         reused_ends: int32 [R], what `decide` said.
         context_ends: int32 [R], end of the row's own tokens (exclusive).
         lengths: int32 [R], entries of each row of the sparse block table.
-        counters: int64 [5], added to: rows that selected, reused, and saw their whole context; tokens
-            that their queries attended to, and tokens in their context.
+        counters: int64 [len(Counter)], added to.
     """
     counts = seat >= 0
     reuses = reused_ends != SELECTS
-    for kind, rows in enumerate((selects, reuses, ~selects & ~reuses)):
-        counters[kind] += (rows & counts).sum()
+    counters[Counter.RESELECTED] += (selects & counts).sum()
+    counters[Counter.REUSED] += (reuses & counts).sum()
+    counters[Counter.DENSE] += (~selects & ~reuses & counts).sum()
     queries = query_len.long()
-    for kind, ends in enumerate((lengths, context_ends), start=3):
+    for counter, ends in ((Counter.ATTENDED, lengths), (Counter.CONTEXT, context_ends)):
         seen = queries * (ends.long() - queries) + queries * (queries + 1) // 2
-        counters[kind] += seen[counts].sum()
+        counters[counter] += seen[counts].sum()
 
 
 def _similar(

@@ -49,7 +49,7 @@ class CachingRows:
         seat: int32 [R], the line of the state that is the request's.
         owner: int32 [R], which owner of that line the request is.
         similarity_threshold, refresh_interval: the settings.
-        counts: int64 [5], the counters of `vllm_tokenselect.counters`, added to for rows that do.
+        counts: int64 [len(Counter)], added to for rows that do.
     """
 
     caches: torch.Tensor
