@@ -29,7 +29,7 @@ FEWER = {"tokenselect_top_k": 100}
 @pytest.fixture(params=["hook", "diff"])
 def vllm_utils(request, monkeypatch):
     """vLLM's real hashing, with the hook or with our diff."""
-    original = getattr(kv_cache_utils.generate_block_hash_extra_keys, "_tokenselect_original", None)
+    original = getattr(kv_cache_utils.generate_block_hash_extra_keys, "__wrapped__", None)
     for module in (kv_cache_utils, block_pool):
         monkeypatch.setattr(module, FUNCTION, original or getattr(module, FUNCTION))
     if request.param == "diff":

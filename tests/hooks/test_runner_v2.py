@@ -105,9 +105,7 @@ def new_runner(request, monkeypatch):
             monkeypatch.setattr(module.GPUModelRunner, name, getattr(module.GPUModelRunner, name))
         runner_v2.install()
         runner_v2.install()
-    yield lambda rows: Runner(module, rows)
-    if module is model_runner:
-        del model_runner.GPUModelRunner._tokenselect_add_requests
+    return lambda rows: Runner(module, rows)
 
 
 @pytest.fixture

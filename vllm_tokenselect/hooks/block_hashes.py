@@ -14,14 +14,13 @@ extra keys.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm_tokenselect.config import TokenSelectConfig
 from vllm_tokenselect.hooks.registration import is_selected
-from vllm_tokenselect.hooks.seam import Seam, replace_everywhere
+from vllm_tokenselect.hooks.seam import Seam
 from vllm_tokenselect.method.request_settings import fingerprint, requested_top_k
 
 if TYPE_CHECKING:
@@ -29,14 +28,13 @@ if TYPE_CHECKING:
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.request import Request
 
-_MODULE = "vllm.v1.core.kv_cache_utils"
-_FUNCTION = "generate_block_hash_extra_keys"
+_RETIRED_BY = "vLLM asks a scheduler what else to hash with a request's blocks"
 
 SEAMS = (
     Seam(
         name="block_hashes",
-        module=_MODULE,
-        qualname=_FUNCTION,
+        module="vllm.v1.core.kv_cache_utils",
+        qualname="generate_block_hash_extra_keys",
         parameters=("request", "start_token_idx", "end_token_idx", "start_mm_idx"),
         contains=(
             "if (start_token_idx == 0 and request.cache_salt)",
@@ -44,6 +42,7 @@ SEAMS = (
             "return tuple(extra_keys), new_start_mm_idx",
         ),
         why="keeps what was computed by different settings apart in the prefix cache",
+        retired_by=_RETIRED_BY,
     ),
     Seam(
         name="block_hashes",
@@ -52,6 +51,7 @@ SEAMS = (
         parameters=("self", "request"),
         contains=("Request.from_engine_core_request(request, self.request_block_hasher)",),
         why="tells a request's hasher the settings of its engine, and refuses what no front checked",
+        retired_by=_RETIRED_BY,
     ),
 )
 
@@ -116,31 +116,23 @@ def check_and_bind(engine_core: EngineCore, request: EngineCoreRequest) -> None:
         engine_core.request_block_hasher = SettingsHasher(hasher, config, size, block_size)
 
 
+def _generate_with_settings(
+    generate: Any, request: Request, start_token_idx: int, end_token_idx: int, start_mm_idx: int
+) -> tuple[tuple[Any, ...] | None, int]:
+    keys, next_mm_idx = generate(request, start_token_idx, end_token_idx, start_mm_idx)
+    ours = extra_keys(request, start_token_idx)
+    return ((*(keys or ()), *ours) if ours else keys), next_mm_idx
+
+
+def _check_bind_and_preprocess(
+    preprocess: Any, engine_core: EngineCore, request: EngineCoreRequest
+) -> Any:
+    check_and_bind(engine_core, request)
+    return preprocess(engine_core, request)
+
+
 def install() -> None:
     """Wrap both functions, one in every module that has it; safe to call again."""
-    from vllm.v1.core import kv_cache_utils
-    from vllm.v1.engine.core import EngineCore
-
-    original = kv_cache_utils.generate_block_hash_extra_keys
-    if hasattr(original, "_tokenselect_original"):
-        return
-    if all(seam.require() == "patched" for seam in SEAMS):
-        return
-    preprocess = EngineCore.preprocess_add_request
-
-    @functools.wraps(original)
-    def generate_with_settings(
-        request: Request, start_token_idx: int, end_token_idx: int, start_mm_idx: int
-    ) -> tuple[tuple[Any, ...] | None, int]:
-        keys, next_mm_idx = original(request, start_token_idx, end_token_idx, start_mm_idx)
-        ours = extra_keys(request, start_token_idx)
-        return ((*(keys or ()), *ours) if ours else keys), next_mm_idx
-
-    @functools.wraps(preprocess)
-    def check_bind_and_preprocess(self: EngineCore, request: EngineCoreRequest) -> Any:
-        check_and_bind(self, request)
-        return preprocess(self, request)
-
-    generate_with_settings._tokenselect_original = original  # type: ignore[attr-defined]
-    replace_everywhere(_FUNCTION, original, generate_with_settings)
-    EngineCore.preprocess_add_request = check_bind_and_preprocess
+    generate_keys, preprocess = SEAMS
+    generate_keys.wrap(_generate_with_settings)
+    preprocess.wrap(_check_bind_and_preprocess)

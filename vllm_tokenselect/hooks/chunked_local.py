@@ -25,7 +25,9 @@ SEAM = Seam(
         "underlying_attn_backend = get_attn_backend(head_size, dtype, kv_cache_dtype)",
         "create_chunked_local_attention_backend(underlying_attn_backend, attention_chunk_size)",
     ),
+    calls="get_attn_backend",
     why="leaves layers that attend within a chunk on vLLM's own backend",
+    retired_by="vLLM tells the platform that a layer is local when it asks for the layer's backend",
 )
 
 
@@ -40,8 +42,5 @@ def choose_backend(head_size: int, dtype: Any, kv_cache_dtype: str) -> Any:
 
 
 def install() -> None:
-    """Replace the function in vLLM's module; safe to call again."""
-    from vllm.model_executor.layers.attention import chunked_local_attention
-
-    if SEAM.require() == "holds":
-        chunked_local_attention.get_attn_backend = choose_backend
+    """Wrap the function in vLLM's module; safe to call again."""
+    SEAM.wrap(lambda get_attn_backend, *kind: choose_backend(*kind))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm_tokenselect.config import (
     ADDITIONAL_CONFIG_KEY,
@@ -22,7 +22,7 @@ from vllm_tokenselect.engine.log import get_logger
 from vllm_tokenselect.engine.step_size import check_steps
 from vllm_tokenselect.hooks import metrics, model_length, request_validation
 from vllm_tokenselect.hooks.registration import is_selected
-from vllm_tokenselect.hooks.seam import Seam
+from vllm_tokenselect.hooks.seam import Seam, wrap_function
 from vllm_tokenselect.method.settings import SettingsError
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from vllm.platforms.interface import Platform
 
 _WHY = "checks the settings at start and chooses the scheduler that keeps query chunks whole"
+_RETIRED_BY = "vLLM lets an attention backend check and change the engine's configuration"
 
 SEAMS = {
     "cpu": Seam(
@@ -39,6 +40,7 @@ SEAMS = {
         parameters=("cls", "vllm_config"),
         contains=("scheduler_config.async_scheduling = False",),
         why=_WHY,
+        retired_by=_RETIRED_BY,
     ),
     "cuda": Seam(
         name="engine_config",
@@ -46,6 +48,7 @@ SEAMS = {
         qualname="CudaPlatformBase.check_and_update_config",
         parameters=("cls", "vllm_config"),
         why=_WHY,
+        retired_by=_RETIRED_BY,
     ),
 }
 
@@ -186,18 +189,15 @@ def _choose_scheduler(scheduler_config: SchedulerConfig) -> None:
         )
 
 
+def _check_and_configure(check_and_update_config: Any, cls: Any, vllm_config: VllmConfig) -> None:
+    check_and_update_config(cls, vllm_config)
+    configure(vllm_config, cls.device_name)
+
+
 def install(platform: type[Platform]) -> None:
     """Wrap the platform class; safe to call again. On others than ours only to refuse TOKENSELECT."""
-    device: str = platform.device_name
-    if device in SEAMS and SEAMS[device].require() == "patched":
-        return
-    if "_tokenselect_check_and_update_config" in vars(platform):
-        return
-    original = platform.check_and_update_config
-
-    def check_and_update_config(cls: type[Platform], vllm_config: VllmConfig) -> None:
-        original(vllm_config)
-        configure(vllm_config, device)
-
-    platform._tokenselect_check_and_update_config = original
-    platform.check_and_update_config = classmethod(check_and_update_config)
+    seam = SEAMS.get(platform.device_name)
+    if seam is not None:
+        seam.wrap(_check_and_configure, platform)
+    else:
+        wrap_function(platform, "check_and_update_config", _check_and_configure)

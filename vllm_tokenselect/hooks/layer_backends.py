@@ -11,7 +11,6 @@ retire this with a hook for plugins after a model is made.
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -25,17 +24,16 @@ from vllm_tokenselect.engine.refusals import refuse_model
 from vllm_tokenselect.engine.step_size import check_hybrid_steps
 from vllm_tokenselect.hooks.dense_layers import leave_dense
 from vllm_tokenselect.hooks.registration import BACKEND_NAME, backend_member, is_selected
-from vllm_tokenselect.hooks.seam import Seam, replace_everywhere
-
-_FUNCTION = "initialize_model"
+from vllm_tokenselect.hooks.seam import Seam
 
 SEAM = Seam(
     name="layer_backends",
     module="vllm.model_executor.model_loader.utils",
-    qualname=_FUNCTION,
+    qualname="initialize_model",
     parameters=("vllm_config",),
     contains=("model = model_class(vllm_config=vllm_config, prefix=prefix)", "return model"),
     why="leaves the first layers dense, and refuses models whose layers would not select",
+    retired_by="vLLM calls plugins when a model is made, before its weights are loaded",
 )
 
 
@@ -178,23 +176,21 @@ def _in_ranges(names: list[str]) -> str:
     return ("layer " if len(names) == 1 else "layers ") + ", ".join(texts)
 
 
+def _initialize_and_settle(
+    initialize_model: Any,
+    vllm_config: Any,
+    *,
+    prefix: str = "",
+    model_config: Any = None,
+    **options: Any,
+) -> nn.Module:
+    model: nn.Module = initialize_model(
+        vllm_config, prefix=prefix, model_config=model_config, **options
+    )
+    settle_layers(model, vllm_config, model_config, prefix)
+    return model
+
+
 def install() -> None:
-    """Wrap vLLM's function; safe to call again."""
-    from vllm.model_executor.model_loader import utils
-
-    original: Any = utils.initialize_model
-    if hasattr(original, "_tokenselect") or SEAM.require() == "patched":
-        return
-
-    @functools.wraps(original)
-    def initialize_and_settle(
-        vllm_config: Any, *, prefix: str = "", model_config: Any = None, **options: Any
-    ) -> nn.Module:
-        model: nn.Module = original(
-            vllm_config, prefix=prefix, model_config=model_config, **options
-        )
-        settle_layers(model, vllm_config, model_config, prefix)
-        return model
-
-    initialize_and_settle._tokenselect = True  # type: ignore[attr-defined]
-    replace_everywhere(_FUNCTION, original, initialize_and_settle)
+    """Wrap vLLM's function wherever a loader has imported it; safe to call again."""
+    SEAM.wrap(_initialize_and_settle)

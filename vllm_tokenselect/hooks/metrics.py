@@ -9,8 +9,6 @@ not count, and a thread that reads from the device would break the capture of CU
 
 from __future__ import annotations
 
-import functools
-import importlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +34,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 _WHY = "starts to publish the counters when warm-up and graph capture are over"
+_RETIRED_BY = "vLLM lets an attention backend add counters to the statistics of a worker"
 
 SEAMS = {
     "cpu": Seam(
@@ -44,6 +43,7 @@ SEAMS = {
         qualname="CPUWorker.compile_or_warm_up_model",
         parameters=("self",),
         why=_WHY,
+        retired_by=_RETIRED_BY,
     ),
     "cuda": Seam(
         name="metrics",
@@ -51,6 +51,7 @@ SEAMS = {
         qualname="Worker.compile_or_warm_up_model",
         parameters=("self",),
         why=_WHY,
+        retired_by=_RETIRED_BY,
     ),
 }
 
@@ -120,21 +121,12 @@ def start_publishing(vllm_config: VllmConfig, device: torch.device) -> None:
     CounterPublisher(counters, CounterFile(Path(directory), engine).write).start()
 
 
+def _warm_up_and_publish(compile_or_warm_up_model: Any, worker: Any) -> Any:
+    result = compile_or_warm_up_model(worker)
+    start_publishing(worker.vllm_config, worker.device)
+    return result
+
+
 def install(device_type: str) -> None:
     """Wrap the device's worker class; safe to call again."""
-    seam = SEAMS["cuda" if device_type == "cuda" else "cpu"]
-    if seam.require() == "patched":
-        return
-    worker = getattr(importlib.import_module(seam.module), seam.qualname.split(".")[0])
-    if "_tokenselect_compile_or_warm_up_model" in vars(worker):
-        return
-    original = worker.compile_or_warm_up_model
-
-    @functools.wraps(original)
-    def compile_or_warm_up_and_publish(self: Any) -> Any:
-        result = original(self)
-        start_publishing(self.vllm_config, self.device)
-        return result
-
-    worker._tokenselect_compile_or_warm_up_model = original
-    worker.compile_or_warm_up_model = compile_or_warm_up_and_publish
+    SEAMS["cuda" if device_type == "cuda" else "cpu"].wrap(_warm_up_and_publish)

@@ -8,7 +8,6 @@ vLLM's guard.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -30,7 +29,9 @@ SEAM = Seam(
     qualname="EngineArgs.create_engine_config",
     parameters=("self",),
     contains=("model_config = self.create_model_config()",),
+    calls="EngineArgs.create_model_config",
     why="lets a model read past its trained length where positions are reassigned",
+    retired_by="vLLM asks the attention backend how long a context may be",
 )
 
 
@@ -100,18 +101,11 @@ def check_trained_length(model_config: ModelConfig, config: TokenSelectConfig) -
     )
 
 
+def _create_with_any_length(create_model_config: Any, engine_args: EngineArgs) -> Any:
+    with longer_than_trained(engine_args):
+        return create_model_config(engine_args)
+
+
 def install() -> None:
     """Wrap the method; safe to call again."""
-    from vllm.engine.arg_utils import EngineArgs
-
-    if SEAM.require() == "patched" or "_tokenselect_create_model_config" in vars(EngineArgs):
-        return
-    create_model_config = EngineArgs.create_model_config
-
-    @functools.wraps(create_model_config)
-    def create_with_any_length(self: EngineArgs) -> Any:
-        with longer_than_trained(self):
-            return create_model_config(self)
-
-    EngineArgs._tokenselect_create_model_config = create_model_config
-    EngineArgs.create_model_config = create_with_any_length
+    SEAM.wrap(_create_with_any_length)

@@ -7,6 +7,7 @@ layer. `layer_backends` says in the log which layers run on what.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,9 @@ from vllm_tokenselect.hooks.seam import Seam
 
 _PARAMETERS = ("cls", "selected_backend", "attn_selector_config", "num_heads")
 _WHY = "puts full-attention layers on TOKENSELECT and leaves the others on vLLM's own backend"
+_RETIRED_BY = (
+    "vLLM asks a registered backend which layers it takes, and keeps the others on its own"
+)
 
 SEAMS = {
     "cpu": Seam(
@@ -25,6 +29,7 @@ SEAMS = {
         parameters=_PARAMETERS,
         contains=("return AttentionBackendEnum.CPU_ATTN.get_path()",),
         why=_WHY,
+        retired_by=_RETIRED_BY,
     ),
     "cuda": Seam(
         name="platform_backend",
@@ -33,6 +38,7 @@ SEAMS = {
         parameters=_PARAMETERS,
         contains=("if selected_backend is not None:", "validate_configuration("),
         why=_WHY,
+        retired_by=_RETIRED_BY,
     ),
 }
 
@@ -108,17 +114,18 @@ def _in_words(reason: str, layer: Any, backend: Any, capability: Any) -> str:
     return words.get(reason, reason)
 
 
+def _choose_first(
+    get_attn_backend_cls: Any,
+    cls: type,
+    selected_backend: Any,
+    attn_selector_config: Any,
+    num_heads: int | None = None,
+) -> str:
+    original = functools.partial(get_attn_backend_cls, cls)
+    return choose_backend(original, selected_backend, attn_selector_config, num_heads)
+
+
 def install(platform: type) -> None:
     """Wrap the platform class; safe to call again."""
     seam = SEAMS["cuda" if platform.device_type == "cuda" else "cpu"]  # type: ignore[attr-defined]
-    if seam.require() == "patched" or "_tokenselect_get_attn_backend_cls" in vars(platform):
-        return
-    original = platform.get_attn_backend_cls  # type: ignore[attr-defined]
-
-    def get_attn_backend_cls(
-        cls: type, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
-    ) -> str:
-        return choose_backend(original, selected_backend, attn_selector_config, num_heads)
-
-    platform._tokenselect_get_attn_backend_cls = original  # type: ignore[attr-defined]
-    platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)  # type: ignore[attr-defined]
+    seam.wrap(_choose_first, platform)

@@ -29,6 +29,7 @@ SEAM = Seam(
         "cls._value2member_map_[value] = member",
     ),
     why="registers TOKENSELECT as an enum member that survives pickling into spawned processes",
+    retired_by="vLLM pickles its backends by name, and loads plugins before it unpickles them",
 )
 
 

@@ -15,7 +15,6 @@ processes inputs before it begins a response.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Coroutine, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -39,6 +38,7 @@ SEAMS = (
         parameters=("self", "request_id", "prompt", "params"),
         contains=("current_platform.validate_request(engine_input, params)", "self.vllm_config"),
         why="refuses a request whose own settings cannot be served",
+        retired_by="vLLM tells `Platform.validate_request` which engine the request is for",
     ),
     Seam(
         name="request_validation",
@@ -47,6 +47,7 @@ SEAMS = (
         parameters=("self", "request"),
         contains=("self._is_model_supported(request.model)",),
         why="refuses it before a response is begun",
+        retired_by="vLLM processes a request's input before it begins the response",
     ),
     Seam(
         name="request_validation",
@@ -55,6 +56,8 @@ SEAMS = (
         parameters=("self", "awaitable", "request", "raw_request"),
         contains=("return await awaitable",),
         why="refuses settings that would not be read, or not as they were sent",
+        retired_by="vLLM processes a request's input before it begins the response, and refuses "
+        "arguments that it does not read",
     ),
 )
 
@@ -183,40 +186,34 @@ def _refuse(message: str) -> None:
     raise VLLMValidationError(message, parameter="vllm_xargs") from None
 
 
+def _validate_and_process(
+    process_inputs: Any,
+    processor: InputProcessor,
+    request_id: str,
+    prompt: Any,
+    params: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    validate(processor, params)
+    return process_inputs(processor, request_id, prompt, params, *args, **kwargs)
+
+
+async def _check_request_and_model(check_model: Any, serving: Any, request: Any) -> Any:
+    check_request(serving, request)
+    return await check_model(serving, request)
+
+
+async def _check_as_sent_and_answer(
+    answer: Any, serving: Any, awaitable: Coroutine[Any, Any, Any], request: Any, raw_request: Any
+) -> Any:
+    await check_as_sent(serving, awaitable, request, raw_request)
+    return await answer(serving, awaitable, request, raw_request)
+
+
 def install() -> None:
     """Wrap the functions; safe to call again."""
-    from vllm.entrypoints.generate.base.serving import GenerateBaseServing
-    from vllm.entrypoints.serve.engine.serving import BaseServing
-    from vllm.v1.engine.input_processor import InputProcessor
-
-    if "_tokenselect_process_inputs" in vars(InputProcessor):
-        return
-    if all(seam.require() == "patched" for seam in SEAMS):
-        return
-    process_inputs = InputProcessor.process_inputs
-    check_model = BaseServing._check_model
-    with_cleanup = GenerateBaseServing._with_kv_transfer_rejection_cleanup
-
-    @functools.wraps(process_inputs)
-    def validate_and_process(
-        self: InputProcessor, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        validate(self, params)
-        return process_inputs(self, request_id, prompt, params, *args, **kwargs)
-
-    @functools.wraps(check_model)
-    async def check_request_and_model(self: Any, request: Any) -> Any:
-        check_request(self, request)
-        return await check_model(self, request)
-
-    @functools.wraps(with_cleanup)
-    async def check_first(
-        self: Any, awaitable: Coroutine[Any, Any, Any], request: Any, raw_request: Any
-    ) -> Any:
-        await check_as_sent(self, awaitable, request, raw_request)
-        return await with_cleanup(self, awaitable, request, raw_request)
-
-    InputProcessor._tokenselect_process_inputs = process_inputs
-    InputProcessor.process_inputs = validate_and_process
-    BaseServing._check_model = check_request_and_model
-    GenerateBaseServing._with_kv_transfer_rejection_cleanup = check_first
+    process_inputs, check_model, answer = SEAMS
+    process_inputs.wrap(_validate_and_process)
+    check_model.wrap(_check_request_and_model)
+    answer.wrap(_check_as_sent_and_answer)

@@ -12,7 +12,6 @@ Wraps `process_weights_after_loading` as `BaseModelLoader.load_model` calls it.
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,7 +42,9 @@ SEAM = Seam(
         "process_weights_after_loading(model, model_config, target_device)",
         "return model.eval()",
     ),
+    calls="process_weights_after_loading",
     why="takes the rotation of queries and keys over from the model where positions are reassigned",
+    retired_by="vLLM lets an attention backend rotate queries and keys in the model's stead",
 )
 
 
@@ -259,20 +260,15 @@ def _extend_table(layer: AttentionLayer, max_model_len: int) -> None:
         embedding.cos_sin_cache = table.to(embedding.cos_sin_cache)
 
 
-def install() -> None:
-    """Wrap vLLM's function; safe to call again, also while a model is being loaded."""
+def _process_and_take_over(
+    process_weights: Any, model: nn.Module, model_config: Any, device: torch.device
+) -> None:
     from vllm.config import get_current_vllm_config
-    from vllm.model_executor.model_loader import base_loader
 
-    process = base_loader.process_weights_after_loading
-    # Every layer asks; the check reads vLLM's source.
-    if hasattr(process, "_tokenselect") or SEAM.require() == "patched":
-        return
+    process_weights(model, model_config, device)
+    take_over(model, get_current_vllm_config(), device)
 
-    @functools.wraps(process)
-    def process_and_take_over(model: nn.Module, model_config: Any, device: torch.device) -> None:
-        process(model, model_config, device)
-        take_over(model, get_current_vllm_config(), device)
 
-    process_and_take_over._tokenselect = True  # type: ignore[attr-defined]
-    base_loader.process_weights_after_loading = process_and_take_over
+def install() -> None:
+    """Wrap vLLM's function; safe to call again."""
+    SEAM.wrap(_process_and_take_over)

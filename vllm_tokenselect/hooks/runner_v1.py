@@ -7,7 +7,6 @@ is in which row. `CPUModelRunner` inherits both.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,8 @@ from vllm_tokenselect.method.requests import RequestTable, StepRequests
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
 
+_RETIRED_BY = "vLLM drops Model Runner V1, whose rows move, for V2"
+
 SEAMS = (
     Seam(
         name="runner_v1",
@@ -33,6 +34,7 @@ SEAMS = (
             "resumed_req_ids = scheduler_output.scheduled_cached_reqs.resumed_req_ids",
         ),
         why="gives a request its seat when it is added or resumed and takes it back at its end",
+        retired_by=_RETIRED_BY,
     ),
     Seam(
         name="runner_v1",
@@ -41,6 +43,7 @@ SEAMS = (
         parameters=("self", "num_tokens", "num_reqs"),
         contains=("num_scheduled_tokens: dict[str, int] | None = None", "self.input_batch"),
         why="tells the metadata builder which request is in which row of the batch",
+        retired_by=_RETIRED_BY,
     ),
 )
 
@@ -76,31 +79,29 @@ def table_of(runner: Any) -> RequestTable:
     return table
 
 
+def _update_states_and_seats(
+    update_states: Any, runner: Any, scheduler_output: SchedulerOutput
+) -> Any:
+    result = update_states(runner, scheduler_output)
+    update_seats(table_of(runner), runner, scheduler_output)
+    return result
+
+
+def _build_with_requests(
+    build_attention_metadata: Any,
+    runner: Any,
+    num_tokens: int,
+    num_reqs: int,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    dummy = kwargs.get("num_scheduled_tokens") is None
+    with requests_of_step(table_of(runner), runner, num_reqs, dummy):
+        return build_attention_metadata(runner, num_tokens, num_reqs, *args, **kwargs)
+
+
 def install() -> None:
     """Wrap both methods; safe to call again."""
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-
-    if "_tokenselect_update_states" in vars(GPUModelRunner):
-        return
-    if all(seam.require() == "patched" for seam in SEAMS):
-        return
-    update_states = GPUModelRunner._update_states
-    build_attention_metadata = GPUModelRunner._build_attention_metadata
-
-    @functools.wraps(update_states)
-    def update_states_and_seats(self: Any, scheduler_output: SchedulerOutput) -> Any:
-        result = update_states(self, scheduler_output)
-        update_seats(table_of(self), self, scheduler_output)
-        return result
-
-    @functools.wraps(build_attention_metadata)
-    def build_with_requests(
-        self: Any, num_tokens: int, num_reqs: int, *args: Any, **kwargs: Any
-    ) -> Any:
-        dummy = kwargs.get("num_scheduled_tokens") is None
-        with requests_of_step(table_of(self), self, num_reqs, dummy):
-            return build_attention_metadata(self, num_tokens, num_reqs, *args, **kwargs)
-
-    GPUModelRunner._tokenselect_update_states = update_states
-    GPUModelRunner._update_states = update_states_and_seats
-    GPUModelRunner._build_attention_metadata = build_with_requests
+    update_states, build_metadata = SEAMS
+    update_states.wrap(_update_states_and_seats)
+    build_metadata.wrap(_build_with_requests)

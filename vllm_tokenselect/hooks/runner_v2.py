@@ -7,7 +7,6 @@ anew when it is resumed, and a streaming one for each new part of its input: eac
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Any
 
 from vllm_tokenselect.engine.step_requests import publish_table
@@ -36,6 +35,7 @@ SEAMS = (
             "req_index = self.req_states.req_id_to_index[req_id]",
         ),
         why="gives a request the seat of its row, with its prompt's length and its own settings",
+        retired_by="vLLM tells a metadata builder which request a row was given to, with its parameters",
     ),
     Seam(
         name="runner_v2",
@@ -44,6 +44,7 @@ SEAMS = (
         parameters=("self", "req_id"),
         contains=("req_idx = self.req_states.remove_request(req_id)",),
         why="frees the request's seat when its row is freed",
+        retired_by="vLLM tells a metadata builder when a row is freed",
     ),
     Seam(
         name="runner_v2",
@@ -56,6 +57,7 @@ SEAMS = (
             "self._remove_request(req_id)",
         ),
         why="tells the end of a request, which is logged, from its preemption",
+        retired_by="vLLM tells a metadata builder when a request ends",
     ),
 )
 
@@ -91,35 +93,29 @@ def finish(runner: Any, request_ids: Iterable[str]) -> None:
             log_activity(request_id, table.finish(request_id))
 
 
+def _add_requests_and_seats(
+    add_requests: Any, runner: Any, scheduler_output: SchedulerOutput
+) -> None:
+    add_requests(runner, scheduler_output)
+    for new in scheduler_output.scheduled_new_reqs:
+        add_to_seat(runner, new)
+
+
+def _remove_request_and_seat(remove_request: Any, runner: Any, req_id: str) -> Any:
+    remove_from_seat(runner, req_id)
+    return remove_request(runner, req_id)
+
+
+def _finish_requests_and_log(
+    finish_requests: Any, runner: Any, scheduler_output: SchedulerOutput
+) -> None:
+    finish_requests(runner, scheduler_output)
+    finish(runner, scheduler_output.finished_req_ids)
+
+
 def install() -> None:
     """Wrap the methods; safe to call again."""
-    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
-
-    if "_tokenselect_add_requests" in vars(GPUModelRunner):
-        return
-    if all(seam.require() == "patched" for seam in SEAMS):
-        return
-    add_requests = GPUModelRunner.add_requests
-    remove_request = GPUModelRunner._remove_request
-    finish_requests = GPUModelRunner.finish_requests
-
-    @functools.wraps(add_requests)
-    def add_requests_and_seats(self: Any, scheduler_output: SchedulerOutput) -> None:
-        add_requests(self, scheduler_output)
-        for new in scheduler_output.scheduled_new_reqs:
-            add_to_seat(self, new)
-
-    @functools.wraps(remove_request)
-    def remove_request_and_seat(self: Any, req_id: str) -> Any:
-        remove_from_seat(self, req_id)
-        return remove_request(self, req_id)
-
-    @functools.wraps(finish_requests)
-    def finish_requests_and_log(self: Any, scheduler_output: SchedulerOutput) -> None:
-        finish_requests(self, scheduler_output)
-        finish(self, scheduler_output.finished_req_ids)
-
-    GPUModelRunner._tokenselect_add_requests = add_requests
-    GPUModelRunner.add_requests = add_requests_and_seats
-    GPUModelRunner._remove_request = remove_request_and_seat
-    GPUModelRunner.finish_requests = finish_requests_and_log
+    add_requests, remove_request, finish_requests = SEAMS
+    add_requests.wrap(_add_requests_and_seats)
+    remove_request.wrap(_remove_request_and_seat)
+    finish_requests.wrap(_finish_requests_and_log)

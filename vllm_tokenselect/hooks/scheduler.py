@@ -153,7 +153,7 @@ class WholeChunks(EndStuckRequests, EncodeWholeChunks, EndStepsWithStates):
         )
 
     def _handle_blocked_waiting_request(self, request: Request) -> bool:
-        """Keep adapters to the limit: vLLM 0.32 does not count those of requests without a step."""
+        """Keep adapters to the limit: vLLM does not count those of running requests without a step."""
         ready: bool = super()._handle_blocked_waiting_request(request)
         if not ready or self.lora_config is None or request.lora_request is None:
             return ready

@@ -2,6 +2,10 @@
 
 from vllm_tokenselect.hooks.seam import Seam
 
+_CUT = "vLLM asks a scheduler where a prompt may be cut into steps"
+_SHARE = "vLLM asks a scheduler which blocks of a request others may share"
+_IMAGES = "vLLM asks a scheduler which images have to be encoded in one step"
+
 SEAMS = (
     Seam(
         name="scheduler",
@@ -10,6 +14,7 @@ SEAMS = (
         parameters=("self", "request", "num_computed_tokens", "num_new_tokens"),
         contains=("return max(num_new_tokens, 0)",),
         why="ends a prefill step where a query chunk ends",
+        retired_by=_CUT,
     ),
     Seam(
         name="scheduler",
@@ -31,6 +36,7 @@ SEAMS = (
         ),
         why="asks the methods above and below for running and for waiting requests, and preempts "
         "the last of the running ones",
+        retired_by=_CUT,
     ),
     Seam(
         name="scheduler",
@@ -39,6 +45,7 @@ SEAMS = (
         parameters=("self", "request"),
         contains=("self.kv_cache_manager.get_computed_blocks(request",),
         why="cuts a prefix-cache hit at a chunk boundary below the reader's limit",
+        retired_by=_SHARE,
     ),
     Seam(
         name="scheduler",
@@ -50,6 +57,7 @@ SEAMS = (
             "session.sampling_params = update.sampling_params",
         ),
         why="continues a streaming request, which then shares no more blocks",
+        retired_by=_SHARE,
     ),
     Seam(
         name="scheduler",
@@ -58,6 +66,7 @@ SEAMS = (
         parameters=("self", "request"),
         contains=("self.coordinator.find_longest_cache_hit(request.block_hashes,",),
         why="looks a hit up through the coordinator, where the limit is applied",
+        retired_by=_SHARE,
     ),
     Seam(
         name="scheduler",
@@ -66,6 +75,7 @@ SEAMS = (
         parameters=("self", "request", "num_new_tokens"),
         contains=("self.coordinator.cache_blocks(request, num_tokens_to_cache)",),
         why="enters blocks into the prefix cache through the coordinator, where they are limited",
+        retired_by=_SHARE,
     ),
     Seam(
         name="scheduler",
@@ -74,6 +84,7 @@ SEAMS = (
         parameters=("self", "request", "num_computed_tokens"),
         contains=("self.coordinator.cache_blocks(request, num_computed_tokens)",),
         why="enters blocks into the prefix cache through the coordinator, where they are limited",
+        retired_by=_SHARE,
     ),
     Seam(
         name="scheduler",
@@ -85,6 +96,7 @@ SEAMS = (
             "num_req_blocks = len(self.req_to_blocks.get(request_id, ()))",
         ),
         why="counts the blocks that a request needs, which tells when they may run short",
+        retired_by="vLLM lets a scheduler choose which request is preempted",
     ),
     Seam(
         name="scheduler",
@@ -98,6 +110,7 @@ SEAMS = (
             "if start % block_size != 0 and not use_internal_checkpoint",
         ),
         why="ends prefill steps of hybrid models where states are kept, inside of query chunks too",
+        retired_by=_CUT,
     ),
     Seam(
         name="scheduler",
@@ -110,6 +123,7 @@ SEAMS = (
             "EngineCoreOutputs(outputs=outs)",
         ),
         why="ends a request with an error that could never be scheduled",
+        retired_by="vLLM ends a request that no step can hold, instead of asking again for ever",
     ),
     Seam(
         name="scheduler",
@@ -125,6 +139,7 @@ SEAMS = (
         ),
         contains=("self.encoder_cache_manager.can_allocate(",),
         why="ends a step before an image that does not fit, where a chunk may have to go on",
+        retired_by=_IMAGES,
     ),
     Seam(
         name="scheduler",
@@ -143,6 +158,7 @@ SEAMS = (
             "if num_embeds > self.num_freeable_slots:",
         ),
         why="keeps room for all images of one chunk",
+        retired_by=_IMAGES,
     ),
     Seam(
         name="scheduler",
@@ -150,6 +166,7 @@ SEAMS = (
         qualname="Scheduler._handle_blocked_waiting_request",
         parameters=("self", "request"),
         why="keeps a request waiting whose adapter would be one too many",
+        retired_by="vLLM counts the adapters of running requests that a step gives no tokens",
     ),
     Seam(
         name="scheduler",
@@ -158,6 +175,7 @@ SEAMS = (
         parameters=("self", "request", "num_computed_tokens"),
         contains=("replay_boundaries=boundaries",),
         why="tells each group of layers where a hit on a prompt may end",
+        retired_by=_SHARE,
     ),
     Seam(
         name="scheduler",
@@ -169,5 +187,6 @@ SEAMS = (
             "reachable_boundaries.append(request.shared_prefix_boundary)",
         ),
         why="keeps the blocks before where a hit may end, of those that a sliding window leaves",
+        retired_by=_SHARE,
     ),
 )

@@ -1,4 +1,4 @@
-"""What a hook expects of the vLLM function it wraps, checked against vLLM's source.
+"""What a hook expects of vLLM's function, checked against vLLM's source; and how it wraps the function.
 
 The check reads source text only. The same expectation is thus checked at server start against the
 installed vLLM, and ahead of time against a release that was downloaded but not installed.
@@ -7,17 +7,22 @@ installed vLLM, and ahead of time against a release that was downloaded but not 
 from __future__ import annotations
 
 import ast
+import functools
+import importlib
 import importlib.util
+import inspect
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 # A vLLM built with our diffs in patches/ calls the hook itself.
 PATCH_MARK = "vllm_tokenselect"
 
 Status = Literal["holds", "patched", "broken"]
+# Called in the place of a function of vLLM: with that function, and then the arguments of the call.
+Around = Callable[..., Any]
 
 
 class SeamBroken(RuntimeError):
@@ -43,8 +48,11 @@ class Seam:
         module: dotted module of vLLM.
         qualname: `function` or `Class.method` in it.
         parameters: names of its first parameters, in order.
-        contains: fragments that its body must contain, whitespace apart: what the hook relies on.
         why: what the hook is for.
+        retired_by: the change in vLLM after which the hook can go.
+        contains: fragments that its body must contain, whitespace apart: what the hook relies on.
+        calls: what is wrapped in the function's stead, if anything: a function that its body calls by a
+            name of its own class (`Class.method`) or module.
     """
 
     name: str
@@ -52,7 +60,9 @@ class Seam:
     qualname: str
     parameters: tuple[str, ...]
     why: str
+    retired_by: str
     contains: tuple[str, ...] = ()
+    calls: str = ""
 
     @property
     def target(self) -> str:
@@ -110,19 +120,73 @@ class Seam:
             "`tokenselect doctor` lists every hook."
         )
 
+    def wrap(self, around: Around, owner: type | None = None) -> None:
+        """Wrap the function as `wrap_function` does, unless vLLM was built with our diff.
+
+        A function of a module is wrapped in every module that has imported it; what `calls` names, only
+        where this seam's function finds it.
+
+        Args:
+            around: what is called in its place.
+            owner: the class to wrap it in, if not the seam's own: one that inherits from it.
+
+        Raises:
+            SeamBroken: when vLLM's function is not what the hook expects. It is then left as it is.
+        """
+        *classes, name = (self.calls or self.qualname).split(".")
+        try:
+            holder: Any = owner
+            if owner is None:
+                holder = functools.reduce(getattr, classes, importlib.import_module(self.module))
+            # Asked first: the check reads and parses vLLM's source.
+            wrapped = is_wrapped(holder, name)
+        except (ImportError, AttributeError):
+            self.require()
+            raise
+        if not wrapped and self.require() == "holds":
+            wrap_function(holder, name, around, everywhere=not classes and not self.calls)
+
     def _finding(self, status: Status, detail: str) -> Finding:
         return Finding(self.name, self.target, status, detail)
 
 
-def replace_everywhere(name: str, original: object, replacement: object) -> None:
-    """Put `replacement` into every module that has imported the function `original` as `name`."""
-    for module in list(sys.modules.values()):
-        if getattr(module, "__dict__", {}).get(name) is original:
-            setattr(module, name, replacement)
+def wrap_function(owner: Any, name: str, around: Around, everywhere: bool = False) -> None:
+    """Call `around` in the place of a function; safe to call again.
+
+    The wrapper is a function or class method like the original, with its name, signature and docstring.
+    The original is its `__wrapped__`.
+
+    Args:
+        owner: the class or module that has it.
+        around: what is called: with the original, and then the arguments.
+        everywhere: wrap it as well in all modules that have imported it.
+    """
+    if is_wrapped(owner, name):
+        return
+    found = inspect.getattr_static(owner, name)
+    original = found.__func__ if isinstance(found, classmethod) else found
+
+    @functools.wraps(original)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return around(original, *args, **kwargs)
+
+    wrapper._tokenselect = around  # type: ignore[attr-defined]
+    owners = [owner]
+    if everywhere:
+        modules = list(sys.modules.values())
+        owners += [m for m in modules if getattr(m, "__dict__", {}).get(name) is original]
+    for each in owners:
+        setattr(each, name, classmethod(wrapper) if isinstance(found, classmethod) else wrapper)
+
+
+def is_wrapped(owner: Any, name: str) -> bool:
+    """Whether the function was wrapped by us, in `owner` or in a class that it inherits from."""
+    found = inspect.getattr_static(owner, name)
+    return hasattr(getattr(found, "__func__", found), "_tokenselect")
 
 
 # The seams of one module follow each other, and vLLM's largest takes a while to parse.
-@lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=1)
 def _parse(source: str) -> ast.Module:
     return ast.parse(source)
 

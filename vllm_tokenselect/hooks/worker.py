@@ -6,7 +6,6 @@ the model. vLLM could retire this with a kind of plugin that is told the engine'
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from vllm_tokenselect.hooks import chunked_local, layer_backends
@@ -20,6 +19,7 @@ SEAM = Seam(
     parameters=("self",),
     contains=("set_current_vllm_config(self.vllm_config)", "self.worker.init_device()"),
     why="installs the hooks that a model has to find when it is made",
+    retired_by="vLLM tells plugins an engine's configuration before a worker makes the model",
 )
 
 
@@ -30,18 +30,11 @@ def prepare_for_model(vllm_config: Any) -> None:
         layer_backends.install()
 
 
+def _prepare_and_init_device(init_device: Any, worker: Any) -> None:
+    prepare_for_model(worker.vllm_config)
+    init_device(worker)
+
+
 def install() -> None:
     """Wrap the method; safe to call again."""
-    from vllm.v1.worker.worker_base import WorkerWrapperBase
-
-    if SEAM.require() == "patched" or "_tokenselect_init_device" in vars(WorkerWrapperBase):
-        return
-    init_device = WorkerWrapperBase.init_device
-
-    @functools.wraps(init_device)
-    def prepare_and_init_device(self: Any) -> None:
-        prepare_for_model(self.vllm_config)
-        init_device(self)
-
-    WorkerWrapperBase._tokenselect_init_device = init_device
-    WorkerWrapperBase.init_device = prepare_and_init_device
+    SEAM.wrap(_prepare_and_init_device)
