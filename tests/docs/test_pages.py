@@ -2,211 +2,18 @@
 
 from __future__ import annotations
 
-import ast
-import importlib
 import json
-import re
-import tomllib
-from collections.abc import Iterator
-from dataclasses import fields
-from functools import cache
-from importlib.util import find_spec
-from inspect import signature
-from pathlib import Path
-from typing import Any
+import os
+import subprocess
 
 import pytest
 
-from tests.docs.pages import (
-    INDENTED,
-    PAGES,
-    REPOSITORY,
-    SHELL,
-    Block,
-    anchors,
-    blocks,
-    commands,
-    links,
-    named_paths,
-    names,
-)
-from vllm_tokenselect.config import TokenSelectConfig
-from vllm_tokenselect.method.request_settings import requested_top_k
-from vllm_tokenselect.method.settings import SettingsError
-from vllm_tokenselect.tools.cli.app import app
+from tests.docs.checks import check, check_vllm_serve, problems_of
+from tests.docs.pages import PAGES, REPOSITORY, Block, anchors, links, named_paths
 
 every_page = pytest.mark.parametrize("page", PAGES)
-# Languages that a reader's eye checks.
-UNCHECKED = ("text", "mermaid", "yaml", "toml", "diff", "promql", "dockerfile")
-OUTPUTS = ("--json", "--plot", "--plots", "--write", "-d", "-o")
-EXTRAS = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"][
-    "optional-dependencies"
-]
-
-
-def problems_of(page: str) -> Iterator[str]:
-    """What is wrong with a page's blocks of code, each with its line."""
-    for block in blocks(page):
-        try:
-            check(block, page)
-        except (ValueError, SyntaxError, AssertionError, ImportError) as error:
-            yield f"{page}:{block.line}: {error}"
-
-
-def check(block: Block, page: str) -> None:
-    if block.language == "json":
-        check_settings(json.loads(block.text))
-    elif block.language == "python":
-        check_python(block.text)
-    elif block.language in (*SHELL, INDENTED):
-        for words in commands(block):
-            check_command(words, page)
-    else:
-        assert block.language in UNCHECKED, f"the language {block.language!r} is not checked"
-
-
-def check_settings(value: Any) -> None:
-    """Check JSON, or a value of Python, that may hold settings of a server or of a request."""
-    if not isinstance(value, dict):
-        return
-    if isinstance(value.get("tokenselect"), dict):
-        TokenSelectConfig.from_additional_config(value)
-    if "vllm_xargs" in value:
-        requested_top_k(value["vllm_xargs"], TokenSelectConfig().top_k)
-
-
-# Python ----------------------------------------------------------------------------------------------
-
-
-def check_python(text: str) -> None:
-    tree = ast.parse(text)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                importlib.import_module(alias.name)
-        elif isinstance(node, ast.ImportFrom):
-            module = importlib.import_module(node.module or "")
-            missing = [alias.name for alias in node.names if not hasattr(module, alias.name)]
-            assert not missing, f"{node.module} has no {', '.join(missing)}"
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-            known = parameters(node.func.id)
-            given = {keyword.arg for keyword in node.keywords if keyword.arg}
-            assert known is None or given <= known, f"{node.func.id} takes no {given - known}"
-        elif isinstance(node, ast.Dict):
-            try:
-                check_settings(ast.literal_eval(node))
-            except (ValueError, TypeError) as error:
-                if isinstance(error, SettingsError):
-                    raise
-
-
-@cache
-def parameters(name: str) -> set[str] | None:
-    """What the classes take that users call; None for other names."""
-    import vllm
-    from vllm.engine.arg_utils import EngineArgs
-
-    if name == "LLM":
-        return {field.name for field in fields(EngineArgs)} | set(signature(vllm.LLM).parameters)
-    return set(signature(vllm.SamplingParams).parameters) if name == "SamplingParams" else None
-
-
-# Commands --------------------------------------------------------------------------------------------
-
-
-def check_command(words: list[str], page: str) -> None:
-    words = [word for word in words if word != "..."]
-    name, rest = words[0].removeprefix(".venv/bin/"), words[1:]
-    if name == "tokenselect":
-        check_tokenselect(rest)
-    elif name == "vllm" and rest[:1] == ["serve"]:
-        check_vllm_serve(rest, page)
-    elif name == "make":
-        targets = [word for word in rest if "=" not in word and not word.startswith("-")]
-        assert set(targets) <= make_targets(), f"make has no {targets}"
-    elif name in ("python", "python3") and rest[:1] == ["-m"]:
-        ours = rest[1].split(".")[0] in ("vllm_tokenselect", "benchmarks", "tests")
-        assert not ours or find_spec(rest[1]), f"there is no module {rest[1]}"
-    elif name in ("python", "python3", "bash") and rest and not rest[0].startswith(("-", "/")):
-        # A file that the page tells its reader to write is named in its text.
-        assert find(rest[0], page) or rest[0] in names(page), f"{rest[0]} does not exist"
-    elif name.startswith("./"):
-        assert find(name, page), f"{name} does not exist"
-    elif name == "pip":
-        check_pip(rest)
-    for before, word in zip(["", *words], words, strict=False):
-        if re.match(r"(deploy|constraints|patches|examples|docs|tests|benchmarks)/", word):
-            wanted = str(Path(word).parent) if before in OUTPUTS else word
-            assert find(wanted, page), f"{word} does not exist"
-
-
-def find(path: str, page: str) -> bool:
-    """Whether a path exists, seen from the page's folder or from the repository's."""
-    folders = (REPOSITORY / page).parent, REPOSITORY
-    return any((folder / path).exists() for folder in folders) or any(REPOSITORY.glob(path))
-
-
-def check_tokenselect(words: list[str]) -> None:
-    """Parse a command of ours as it would be; run nothing."""
-    import typer
-
-    commands_of_app = typer.main.get_command(app).commands
-    if words[:1] in ([], ["--help"]):
-        return
-    assert words[0] in commands_of_app, f"tokenselect has no command {words[0]}"
-    if "--help" in words:
-        return
-    try:
-        commands_of_app[words[0]].make_context(words[0], words[1:])
-    except Exception as error:  # of click, which typer may bring along
-        raise ValueError(f"tokenselect {words[0]}: {error}") from error
-
-
-@cache
-def serve_parser() -> Any:
-    """The parser of `vllm`, with the one subcommand that is used."""
-    from vllm.entrypoints.cli.serve import ServeSubcommand
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    parser = FlexibleArgumentParser()
-    ServeSubcommand().subparser_init(parser.add_subparsers(dest="subparser"))
-    return parser
-
-
-def check_vllm_serve(words: list[str], page: str) -> None:
-    words = [re.sub(r"\$\(cat (\S+)\)", lambda m: content(m[1], page), word) for word in words]
-    try:
-        asked = serve_parser().parse_args(words)
-    except SystemExit:
-        raise ValueError(f"vllm does not take {' '.join(words)}") from None
-    config = TokenSelectConfig.from_additional_config(asked.additional_config)
-    if asked.max_num_batched_tokens and asked.max_num_seqs:
-        config.check_engine(
-            block_size=asked.block_size or 1,
-            max_num_batched_tokens=asked.max_num_batched_tokens,
-            max_num_seqs=asked.max_num_seqs,
-        )
-
-
-def content(path: str, page: str) -> str:
-    folders = (REPOSITORY / page).parent, REPOSITORY, REPOSITORY / "examples"
-    return next(f / path for f in folders if (f / path).is_file()).read_text()
-
-
-@cache
-def make_targets() -> set[str]:
-    makefile = (REPOSITORY / "Makefile").read_text()
-    return set(re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)[1].split())
-
-
-def check_pip(words: list[str]) -> None:
-    for word in words:
-        ours = re.fullmatch(r"(?:\S*vllm[-_]tokenselect\S*|\.)\[([\w,]+)\]", word)
-        unknown = set(ours[1].split(",")) - EXTRAS.keys() if ours else set()
-        assert not unknown, f"there is no extra {unknown}"
-
-
-# Pages -----------------------------------------------------------------------------------------------
+# In the place of vLLM: says what it was given.
+STAND_IN = '#!/bin/sh\nfor word; do printf "%s\\0" "$word"; done\n'
 
 
 @every_page
@@ -249,6 +56,8 @@ def test_links_lead_somewhere(page):
         ("bash", "python -m benchmarks.nothing", "no module benchmarks.nothing"),
         ("bash", "pip install '.[tests]'", "no extra {'tests'}"),
         ("bash", "kubectl apply -k deploy/kubernetes/overlays/tpu", "tpu does not exist"),
+        ("bash", "tokenselect inspect --settings '{\"topk\": 1}'", "there is no such setting"),
+        ("bash", 'curl URL -d \'{"vllm_xargs": {"tokenselect": 1}}\'', "is neither"),
         ("indented", "make tests  # all of them", r"make has no \['tests'\]"),
         ("ruby", "puts 1", "'ruby' is not checked"),
     ],
@@ -256,3 +65,17 @@ def test_links_lead_somewhere(page):
 def test_what_does_not_work_is_found(language, text, problem):
     with pytest.raises((ValueError, SyntaxError, AssertionError, ImportError), match=problem):
         check(Block(1, language, text), "README.md")
+
+
+def test_the_example_that_serves_hands_over_its_settings_and_whatever_follows_the_model(tmp_path):
+    (tmp_path / "vllm").write_text(STAND_IN)
+    (tmp_path / "vllm").chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = [str(REPOSITORY / "examples/serve.sh"), "MODEL", "--port", "8001"]
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    words = said.stdout.split("\0")[:-1]
+    check_vllm_serve(words, "README.md")
+    assert words[:4] == ["serve", "MODEL", "--port", "8001"]
+    assert words[words.index("--attention-backend") + 1] == "TOKENSELECT"
+    settings = json.loads((REPOSITORY / "examples/settings.json").read_text())
+    assert json.loads(words[words.index("--additional-config") + 1]) == settings
