@@ -93,10 +93,10 @@ endurance: setup
 models: setup
 	@$(BIN)/python -m tests.models.table --write docs/models.md $(ARGS)
 
-# With the Python that has torch and Triton for the GPU, and vLLM if it is to be checked too: an
-# installation of its own would be for CPUs.
+# With the Python that has torch and Triton for the GPU, and pytest and vLLM where they are there: `make setup`
+# installs for CPUs. ARGS='--results FOLDER' says where the results go, ARGS=--dry tries every step without a GPU.
 gpu-check:
-	@$(PYTHON) -m benchmarks.gpu_check $(ARGS)
+	@$(PYTHON) -m benchmarks.gpu $(ARGS)
 
 scaling: setup
 	@$(BIN)/python deploy/scaling_tables.py

@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import accuracy
-from benchmarks.accuracy_questions import QUESTIONS, digits_only
-from benchmarks.accuracy_report import summarize, table
-from benchmarks.accuracy_ways import FULL, split, ways
-from benchmarks.extrapolation_report import Cell
+from benchmarks.accuracy import __main__ as accuracy
+from benchmarks.accuracy.figures import summarize, table
+from benchmarks.accuracy.questions import QUESTIONS, digits_only
+from benchmarks.accuracy.ways import FULL, split, ways
+from benchmarks.report import Cell
 from vllm_tokenselect.tools.common.hidden import needle_prompts
 from vllm_tokenselect.tools.inspect.model import DiagnosedModel
 from vllm_tokenselect.tools.inspect.selections import Chunk, by_vote, chunks_of

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from benchmarks.constructed_model import (
+from benchmarks.extrapolation.constructed_model import (
     TRAINED_RANGE,
     RetrievalPrompt,
     retrieval_prompts,

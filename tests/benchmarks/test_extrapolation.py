@@ -5,9 +5,8 @@ from contextlib import nullcontext
 
 import pytest
 
-from benchmarks import extrapolation
-from benchmarks.extrapolation_losses import BLOCK, TARGET, block_means, summarize
-from benchmarks.extrapolation_methods import (
+from benchmarks.extrapolation import __main__ as extrapolation
+from benchmarks.extrapolation.contenders import (
     FULL,
     NATIVE,
     REASSIGNED,
@@ -15,9 +14,10 @@ from benchmarks.extrapolation_methods import (
     OutOfTime,
     methods,
 )
-from benchmarks.extrapolation_parts import SHORTENED, TEXT, Needles, Perplexity
-from benchmarks.extrapolation_plots import draw
-from benchmarks.extrapolation_report import CannotResume, Cell, Report, rates, wilson
+from benchmarks.extrapolation.parts import SHORTENED, TEXT, Needles, Perplexity
+from benchmarks.extrapolation.perplexity import BLOCK, TARGET, block_means, summarize
+from benchmarks.extrapolation.plots import draw
+from benchmarks.report import CannotResume, Cell, Report, rates, wilson
 from vllm_tokenselect.config import TokenSelectConfig
 from vllm_tokenselect.tools.common.hidden import (
     NEEDLE,

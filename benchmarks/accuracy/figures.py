@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from benchmarks.accuracy_ways import FULL
+from benchmarks.accuracy.ways import FULL
 from vllm_tokenselect.tools.common.intervals import mean_interval
 from vllm_tokenselect.tools.common.plots import draw_rates
 from vllm_tokenselect.tools.evaluate.rates import rates

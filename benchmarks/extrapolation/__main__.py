@@ -35,7 +35,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.extrapolation_methods import (
+from benchmarks.extrapolation.contenders import (
     FULL,
     NATIVE,
     REASSIGNED,
@@ -48,9 +48,9 @@ from benchmarks.extrapolation_methods import (
     methods,
     server,
 )
-from benchmarks.extrapolation_parts import Constructed, Needles, Part, Perplexity
-from benchmarks.extrapolation_plots import draw
-from benchmarks.extrapolation_report import CannotResume, Cell, Report
+from benchmarks.extrapolation.parts import Constructed, Needles, Part, Perplexity
+from benchmarks.extrapolation.plots import draw
+from benchmarks.report import CannotResume, Cell, Report
 from vllm_tokenselect.config import TokenSelectConfig
 
 K = 1024

@@ -23,19 +23,20 @@ from typing import Any
 
 import torch
 
-from benchmarks.device import (
+from benchmarks.gpu.device import (
     Ceilings,
     Stopwatch,
     Timing,
     environment,
     measure_ceilings,
     use_interpreter_without_gpu,
+    write_json,
 )
 
 DEVICE = use_interpreter_without_gpu()  # before Triton is imported
 
-from benchmarks.attention_baselines import BASELINES, Unavailable, flash_varlen  # noqa: E402
-from benchmarks.attention_cases import (  # noqa: E402
+from benchmarks.attention.baselines import BASELINES, Unavailable, flash_varlen  # noqa: E402
+from benchmarks.attention.cases import (  # noqa: E402
     PREFILL_QUERIES,
     SHAPES,
     Data,
@@ -193,17 +194,15 @@ def main(argv: list[str] | None = None) -> int:
     ceilings = measure_ceilings(DEVICE)
     report["ceilings"] = asdict(ceilings)
     print(
-        f"{report['environment']['gpu']}: copy {ceilings.bytes_per_us / 1e6:.2f} TB/s, "
-        f"bf16 product {ceilings.flops_per_us / 1e6:.0f} TFLOP/s\n"
+        f"{report['environment']['gpu']}: {ceilings}\n"
         "shape, context, step: TokenSelect = score + vote + select + attend; others (times faster)"
     )
     report["results"] = results = []
     for work in works(args):
         results.append(measure(work, args, ceilings))
         print(line(results[-1]), flush=True)
-        if args.json:  # after each step: what is measured is kept, whatever happens next
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text(json.dumps(report, indent=1) + "\n")
+        if args.json:
+            write_json(args.json, report)
     missing = {name: why for result in results for name, why in result["unavailable"].items()}
     for name, why in missing.items():
         print(f"not measured: {name}: {why}")
@@ -211,7 +210,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, shape, least, value, met in verdicts:
         print(f"{'met ' if met else 'LOST'} {name} ({shape}): {value:.2f}, target {least}")
     if args.plots:
-        from benchmarks.attention_plots import draw
+        from benchmarks.attention.plots import draw
 
         draw(report, args.plots)
     return 0

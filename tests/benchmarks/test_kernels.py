@@ -1,6 +1,6 @@
-"""Every operation that `benchmarks.kernels_cpu` times can be called as it calls it."""
+"""Every operation that `benchmarks.kernels` times can be called as it calls it."""
 
-from benchmarks import kernels_cpu
+from benchmarks.kernels import __main__ as kernels_cpu
 
 
 def test_every_contender_runs_on_each_layer(monkeypatch):

@@ -12,10 +12,10 @@ from typing import Any, Protocol
 from rich.table import Table
 from transformers import AutoTokenizer
 
-from benchmarks.constructed_model import retrieval_prompts, write_constructed_model
-from benchmarks.extrapolation_losses import BLOCK, TARGET, block_means, loss_tables, summarize
-from benchmarks.extrapolation_methods import FULL, NATIVE, Asker, trained_length
-from benchmarks.extrapolation_report import Cell, rate_table, rates
+from benchmarks.extrapolation.constructed_model import retrieval_prompts, write_constructed_model
+from benchmarks.extrapolation.contenders import FULL, NATIVE, Asker, trained_length
+from benchmarks.extrapolation.perplexity import BLOCK, TARGET, block_means, loss_tables, summarize
+from benchmarks.report import Cell, rate_table, rates
 from vllm_tokenselect.tools.common.hidden import (
     ANSWER_TOKENS,
     HiddenPrompt,
@@ -66,7 +66,9 @@ def lengths_of(method: str, args: argparse.Namespace, trained: int) -> list[int]
 class Constructed(_Rates):
     """The constructed model recalls what followed a key."""
 
-    model_name = "two layers with constructed weights (benchmarks/constructed_model.py)"
+    model_name = (
+        "two layers with constructed weights (benchmarks/extrapolation/constructed_model.py)"
+    )
 
     def __init__(self, args: argparse.Namespace) -> None:
         self._args = args

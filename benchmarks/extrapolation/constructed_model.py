@@ -1,6 +1,6 @@
 """A Llama of two layers that recalls exactly, its weights constructed instead of trained.
 
-    python -m benchmarks.constructed_model FOLDER
+    python -m benchmarks.extrapolation.constructed_model FOLDER
 
 Asked with two tokens that stood together once before, it says the token that followed them there. It
 knows nothing else, and what it knows is exact, so that a wrong answer is the attention's fault and

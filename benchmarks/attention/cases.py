@@ -1,4 +1,4 @@
-"""What `benchmarks/attention.py` measures: shapes, steps, and TokenSelect's layer for them."""
+"""What `benchmarks.attention` measures: shapes, steps, and TokenSelect's layer for them."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from benchmarks.attention_cases import Data
+from benchmarks.attention.cases import Data
 
 Call = Callable[[int], object]
 

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.attention import K, judge
+from benchmarks.attention.__main__ import K, judge
 
 SMALL = ("--contexts", "2048", "--batches", "1", "--prefill", "512", "--shapes", "Qwen2-7B")
 SETTINGS = '{"top_k": 128, "n_init": 16, "n_local": 32, "query_chunk": 128}'
@@ -69,28 +69,3 @@ def test_targets_are_met_or_lost_by_the_ratio_to_flash_attention():
         "decoding at 128K, batch 8, selection reused, against FA3": True,
         "scores, share of the copy's bandwidth": True,
     }
-
-
-def test_kernels_agree_with_their_definitions():
-    assert "all agree" in run("benchmarks.gpu_kernels")
-
-
-def test_one_command_runs_every_step_and_sums_up(tmp_path, monkeypatch, capsys):
-    from benchmarks import gpu_check
-
-    steps = [
-        gpu_check.Step("good", ("-c", "print('hello')"), 30),
-        gpu_check.Step("bad", ("-c", "raise SystemExit(3)"), 30),
-        gpu_check.Step("slow", ("-c", "import time; time.sleep(60)"), 1),
-        gpu_check.Step("absent", ("-c", ""), 30, needs="no_such_module"),
-    ]
-    monkeypatch.setattr(gpu_check, "steps", lambda results: steps)
-    monkeypatch.setattr(gpu_check, "environment", lambda: {"gpu": "a GPU"})
-    monkeypatch.setattr(gpu_check.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(sys, "argv", ["gpu_check", "--json", str(tmp_path / "check.json")])
-    assert gpu_check.main() == 1
-    verdicts = {
-        s["name"]: s["verdict"] for s in json.loads((tmp_path / "check.json").read_text())["steps"]
-    }
-    assert verdicts == {"good": "pass", "bad": "FAIL", "slow": "FAIL", "absent": "skipped"}
-    assert "no_such_module is not installed" in capsys.readouterr().out

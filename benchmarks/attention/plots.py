@@ -1,6 +1,6 @@
 """Plots of a report of `benchmarks.attention`: speed-up over context length, and stage times.
 
-python -m benchmarks.attention_plots benchmarks/results/attention-gpu.json
+python -m benchmarks.attention.plots benchmarks/results/attention-gpu.json
 """
 
 from __future__ import annotations

@@ -8,12 +8,21 @@ neither order nor ties are asked of them, so they do less.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from benchmarks.device import Stopwatch, use_interpreter_without_gpu
+from benchmarks.gpu.device import (
+    Stopwatch,
+    environment,
+    use_interpreter_without_gpu,
+    write_json,
+)
 
 DEVICE = use_interpreter_without_gpu()  # before Triton is imported
 
@@ -70,6 +79,10 @@ def ways(rows: int, width: int) -> dict[str, Callable[[int], object]]:
         found["vLLM persistent_topk"] = lambda turn: torch.ops._C.persistent_topk(
             votes, sizes, indices, workspace, TOP_K, width
         )
+    if hasattr(torch.ops._C, "cooperative_topk"):
+        found["vLLM cooperative_topk"] = lambda turn: torch.ops._C.cooperative_topk(
+            votes, sizes, indices, workspace, TOP_K, width
+        )
     if hasattr(torch.ops._C, "top_k_per_row_decode"):
         found["vLLM top_k_per_row_decode"] = lambda turn: operations.top_k_per_row_decode(
             votes, 1, sizes, indices, rows, votes.stride(0), votes.stride(1), TOP_K
@@ -78,18 +91,31 @@ def ways(rows: int, width: int) -> dict[str, Callable[[int], object]]:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--json", type=Path, help="write the report here, line by line")
+    args = parser.parse_args()
     on_gpu = DEVICE.type == "cuda"
     stopwatch = Stopwatch(rounds=7 if on_gpu else 1, turns=10)
+    report: dict[str, Any] = {"environment": environment(), "results": []}
     for rows, width in SIZES if on_gpu else [(1, 1 << 12)]:
         print(f"{rows} rows of {width:,} votes, top {TOP_K}: microseconds, median (range)")
         for name, call in ways(rows, width).items():
+            result: dict[str, Any] = {"rows": rows, "votes": width, "way": name}
             try:
                 call(0)
                 time = stopwatch.compare({name: call})[name]
             except RuntimeError as error:
-                print(f"  {name:28} does not run: {str(error).splitlines()[0]}")
-                continue
-            print(f"  {name:28} {time.median_us:9.1f} ({time.min_us:.1f} to {time.max_us:.1f})")
+                result["error"] = str(error).splitlines()[0]
+                print(f"  {name:28} does not run: {result['error']}", flush=True)
+            else:
+                result["us"] = asdict(time)
+                spread = f"({time.min_us:.1f} to {time.max_us:.1f})"
+                print(f"  {name:28} {time.median_us:9.1f} {spread}", flush=True)
+            report["results"].append(result)
+            if args.json:
+                write_json(args.json, report)
     return 0
 
 

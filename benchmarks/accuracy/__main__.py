@@ -29,10 +29,10 @@ from rich.console import Console
 from rich.progress import track
 from transformers import AutoTokenizer
 
-from benchmarks.accuracy_questions import QUESTIONS, digits_only
-from benchmarks.accuracy_report import draw, summarize, table
-from benchmarks.accuracy_ways import FULL, Way, ways
-from benchmarks.extrapolation_report import CannotResume, Cell, Report
+from benchmarks.accuracy.figures import draw, summarize, table
+from benchmarks.accuracy.questions import QUESTIONS, digits_only
+from benchmarks.accuracy.ways import FULL, Way, ways
+from benchmarks.report import CannotResume, Cell, Report
 from vllm_tokenselect.tools.common.hidden import HiddenPrompt, needle_prompts
 from vllm_tokenselect.tools.common.smollm2 import ensure_smollm2
 from vllm_tokenselect.tools.common.text import encode

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.device import environment
+from benchmarks.gpu.device import environment
 from vllm_tokenselect.tools.bench.machine import cpu_name
 from vllm_tokenselect.tools.common.intervals import wilson
 from vllm_tokenselect.tools.evaluate import cells

@@ -1,6 +1,6 @@
 """Milliseconds of each CPU operation in one decoding step of one layer, beside vLLM's CPU_ATTN.
 
-    python -m benchmarks.kernels_cpu [--threads 1] [--contexts 8192 32768] [--repeats 21]
+    python -m benchmarks.kernels [--threads 1] [--contexts 8192 32768] [--repeats 21]
 
 All contenders take turns over several layers' caches, as a model does, so that no context is served from
 the processor's cache; the median of the turns is printed. CPU_ATTN is left out where vLLM is missing.

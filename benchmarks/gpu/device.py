@@ -1,16 +1,22 @@
-"""The device under measurement: what it is, what it can do at most, and how long work takes on it."""
+"""The device under measurement: what it is, what it can do at most, and how long work takes on it.
+
+python -m benchmarks.gpu.device --json device.json
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import platform
 import statistics
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -122,6 +128,10 @@ class Ceilings:
     bytes_per_us: float
     flops_per_us: float
 
+    def __str__(self) -> str:
+        copy, product = self.bytes_per_us / 1e6, self.flops_per_us / 1e6
+        return f"copy {copy:.2f} TB/s, bf16 product {product:.0f} TFLOP/s"
+
     def roofline_us(self, num_bytes: float, flops: float) -> float:
         """Least time of work that moves so many bytes and does so many operations."""
         return max(num_bytes / self.bytes_per_us, flops / self.flops_per_us)
@@ -148,3 +158,26 @@ def use_interpreter_without_gpu() -> torch.device:
         return torch.device("cuda")
     os.environ["TRITON_INTERPRET"] = "1"
     return torch.device("cpu")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Say which GPU this is and what it can do.")
+    parser.add_argument("--json", type=Path, required=True, help="write it to this file")
+    file = parser.parse_args().json
+    report: dict[str, Any] = {"environment": environment()}
+    write_json(file, report)
+    ceilings = measure_ceilings(use_interpreter_without_gpu())
+    report["ceilings"] = asdict(ceilings)
+    write_json(file, report)
+    print(*(f"{name}: {value}" for name, value in report["environment"].items()), sep="\n")
+    print(ceilings)
+
+
+def write_json(file: Path, report: object) -> None:
+    """Write a report anew: whoever measures does so after each result, whatever happens next."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
