@@ -184,10 +184,7 @@ class Unprepared(CpuTokenSelectImpl):
 
 
 @pytest.fixture
-def make_impl(make_vllm_config, monkeypatch):
-    monkeypatch.setattr("vllm_tokenselect.backend.impl.install_in_worker", lambda runner_v2: None)
-    monkeypatch.setattr("vllm_tokenselect.hooks.rotary_embedding.install", lambda: None)
-
+def make_impl(make_vllm_config):
     def make(positions: str) -> Unprepared:
         vllm_config = make_vllm_config()
         vllm_config.additional_config = {"tokenselect": {"positions": positions}}

@@ -23,9 +23,8 @@ class Unprepared(CpuTokenSelectImpl):
 
 
 @pytest.fixture
-def make_reader(make_vllm_config, monkeypatch):
+def make_reader(make_vllm_config):
     """Makes a layer that reads what a layer like `writer` caches."""
-    monkeypatch.setattr("vllm_tokenselect.backend.impl.install_in_worker", lambda runner_v2: None)
 
     def make(writer: SimpleNamespace) -> Unprepared:
         vllm_config = make_vllm_config()

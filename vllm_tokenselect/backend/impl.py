@@ -13,7 +13,6 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionMetadata, Attentio
 from vllm_tokenselect.backend.tensor_parallel import heads_that_vote_together
 from vllm_tokenselect.config import TokenSelectConfig
 from vllm_tokenselect.engine.refusals import refuse_model
-from vllm_tokenselect.hooks import install_in_worker, rotary_embedding
 from vllm_tokenselect.kernels.head_group import num_voting_heads
 from vllm_tokenselect.kernels.rotate.rotation import Rotation
 from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
@@ -59,7 +58,6 @@ class TokenSelectImpl(AttentionImpl[M]):
                 f"its attention has {' and '.join(asked)}, which TOKENSELECT does not compute"
             )
         vllm_config = get_current_vllm_config()
-        install_in_worker(vllm_config.use_v2_model_runner)  # once a process; the rest are no-ops
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads or num_heads
         self.head_size = head_size
@@ -75,8 +73,6 @@ class TokenSelectImpl(AttentionImpl[M]):
         self.reassigns_positions = self.config.method.reassigns_positions
         self.rotation: Rotation | None = None
         self.took_rotation = False
-        if self.reassigns_positions:
-            rotary_embedding.install()
         if torch.get_default_device().type != "meta":  # where a model is only looked at
             self.prepare(vllm_config)
 

@@ -1,21 +1,27 @@
 """What vLLM has no public door for: one seam a file, each checked before it is used.
 
-registration        the name TOKENSELECT, in every process
-platform_backend    which layers run on it
-worker              what a model has to find when a worker makes it, installed before
-layer_backends      layers counted: a model that would not select is refused before it is loaded;
-                    dense_layers is its part that leaves the first layers on vLLM's own backend
-chunked_local       layers that attend within their own chunk left on vLLM's own backend
-model_length        a longer --max-model-len than trained, where positions are reassigned
-rotary_embedding    the rotation of queries and keys taken over from the model, likewise;
-                    transformers_rope is its part for models in transformers' own code
-engine_config       settings checked at start, the scheduler put in place;
-                    graph_sizes is its part for CUDA graphs
-request_validation  a request's own settings checked when it arrives
-scheduler           whole query chunks, prefix-cache limits, whom to preempt
-block_hashes        what other settings computed kept apart in the prefix cache
-runner_v1, _v2      stable request seats on both model runners
-metrics             what is counted, in /metrics once a worker is warm
+In every process:
+    registration        makes TOKENSELECT a name that vLLM knows
+    platform_backend    chooses which layers run on it
+    model_length        lets a model read more than it was trained on, where positions are reassigned
+    engine_config       checks the settings and puts the scheduler in place
+    worker              installs the hooks of a worker before it makes a model
+
+In a process that takes requests, or schedules them:
+    request_validation  refuses a request whose own settings cannot be served
+    scheduler           keeps query chunks whole, limits the prefix cache, says whom to preempt
+    block_hashes        keeps what other settings computed apart in the prefix cache
+
+In a worker:
+    layer_backends      counts layers, and refuses a model that would not select; `dense_layers`
+    chunked_local       leaves layers that attend within their own chunk on vLLM's own backend
+    rotary_embedding    takes over the rotation of queries and keys, where positions are reassigned;
+                        `rotary_probe`, `rotary_kinds`, `transformers_rope`
+    runner_v1, _v2      give each request a stable seat, on both model runners
+    metrics             publishes the counters once a worker is warm
+
+`seam` is how all of them check and wrap vLLM's functions, `layers` asks them what a server would do with a
+model, and `check` tries them on a release that is not installed.
 """
 
 from __future__ import annotations
@@ -90,13 +96,3 @@ def install_in_every_process() -> None:
     platform_backend.install(platform)
     engine_config.install(platform)
     worker.install()
-
-
-def install_in_worker(model_runner_v2: bool) -> None:
-    """Wrap the worker and its model runner, in a process that runs layers on TOKENSELECT."""
-    from vllm.platforms import current_platform
-
-    from vllm_tokenselect.hooks import metrics, runner_v1, runner_v2
-
-    (runner_v2 if model_runner_v2 else runner_v1).install()
-    metrics.install(current_platform.device_type)

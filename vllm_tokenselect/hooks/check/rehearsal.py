@@ -77,16 +77,21 @@ def choose_backend(vllm_config: VllmConfig) -> None:
 
 def install_hooks() -> None:
     """Install what workers and the scheduler install, on both model runners."""
+    from vllm.platforms import current_platform
+
     from vllm_tokenselect.hooks import (
         chunked_local,
-        install_in_worker,
         layer_backends,
+        metrics,
         rotary_embedding,
+        runner_v1,
+        runner_v2,
     )
 
     steps: tuple[tuple[str, Callable[[], None]], ...] = (
-        ("model runner V1", lambda: install_in_worker(False)),
-        ("model runner V2", lambda: install_in_worker(True)),
+        ("model runner V1", runner_v1.install),
+        ("model runner V2", runner_v2.install),
+        ("metrics", lambda: metrics.install(current_platform.device_type)),
         ("layers within chunks", chunked_local.install),
         ("the backends of layers", layer_backends.install),
         ("reassigned positions", rotary_embedding.install),
