@@ -9,16 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.device import environment
-from vllm_tokenselect.tools.bench.machine import cpu_name
 from vllm_tokenselect.tools.common.intervals import wilson
-from vllm_tokenselect.tools.evaluate import cells
-from vllm_tokenselect.tools.evaluate.cells import CannotResume, Cell
+from vllm_tokenselect.tools.common.provenance import cpu_name, typed_command, versions
+from vllm_tokenselect.tools.evaluate.cells import CannotResume, Cell, CellFile
 from vllm_tokenselect.tools.evaluate.rates import rate_table, rates
 
 __all__ = ["CannotResume", "Cell", "Report", "rate_table", "rates", "wilson"]
 
 
-class Report(cells.Report):
+class Report(CellFile):
     """The cells that are done, on disk after each.
 
     Args:
@@ -38,10 +37,10 @@ class Report(cells.Report):
 def _command() -> str:
     name = Path(sys.argv[0])
     start = ["python", "-m", f"benchmarks.{name.stem}"] if name.suffix == ".py" else [str(name)]
-    return cells.typed_command(start)
+    return typed_command(start)
 
 
 def _environment() -> dict[str, Any]:
     found = environment() | {"cpu": cpu_name(), "cores": len(os.sched_getaffinity(0))}
-    found |= cells.versions(("vllm-tokenselect", "transformers"))
+    found |= versions(("vllm-tokenselect", "transformers"))
     return found | {"date": datetime.now(UTC).isoformat(timespec="seconds")}

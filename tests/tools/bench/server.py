@@ -8,7 +8,7 @@ from typing import Any
 
 from aiohttp import web
 
-from tests.tools.evaluate.server import MODEL, SmallServer
+from tests.tools.common.server import MODEL, SmallServer
 from vllm_tokenselect.tools.common.client import Client, Endpoint
 
 MAX_MODEL_LEN = 4096

@@ -7,8 +7,8 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.tools.bench.server import MAX_MODEL_LEN, StreamingServer
-from tests.tools.evaluate.server import MODEL
-from vllm_tokenselect.tools.bench import contenders, run
+from tests.tools.common.server import MODEL
+from vllm_tokenselect.tools.bench import command, contenders, run
 from vllm_tokenselect.tools.bench.command import _model_name
 from vllm_tokenselect.tools.cli.app import app
 from vllm_tokenselect.tools.common.server import ServerFailed
@@ -20,8 +20,8 @@ FEW += ("--requests", "3", "--rates", "100")
 @pytest.fixture(autouse=True)
 def without_pauses(monkeypatch):
     """Nothing here has threads that spin, or counters that come late."""
-    quick = functools.partial(run.Settings, pause=0.0, settle=0.0)
-    monkeypatch.setattr(run, "Settings", quick)
+    quick = functools.partial(run.BenchSettings, pause=0.0, settle=0.0)
+    monkeypatch.setattr(command, "BenchSettings", quick)
 
 
 @pytest.fixture
@@ -208,7 +208,7 @@ def started(monkeypatch, tmp_path):
         return servers[-1]
 
     monkeypatch.setattr(contenders, "VllmServer", start)
-    monkeypatch.setattr("vllm_tokenselect.tools.bench.machine.has_gpu", lambda: False)
+    monkeypatch.setattr(contenders, "has_gpu", lambda: False)
     return servers
 
 
@@ -267,7 +267,7 @@ def test_a_model_that_is_not_there_is_refused(started):
 
 
 def test_servers_share_a_gpu_and_the_user_has_the_last_word(started, model, monkeypatch):
-    monkeypatch.setattr("vllm_tokenselect.tools.bench.machine.has_gpu", lambda: True)
+    monkeypatch.setattr(contenders, "has_gpu", lambda: True)
     own = ("--", "--gpu-memory-utilization", "0.3")
     assert bench(*FEW, "--model", str(model), *own).exit_code == 0
     share = "--gpu-memory-utilization"

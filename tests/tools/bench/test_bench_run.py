@@ -6,13 +6,13 @@ from dataclasses import replace
 import pytest
 
 from tests.tools.bench.server import StreamingServer
-from tests.tools.evaluate.server import MODEL
-from tests.tools.evaluate.words import Words
+from tests.tools.common.server import MODEL
+from tests.tools.common.words import Words
 from vllm_tokenselect.tools.bench.prompts import Prompts
-from vllm_tokenselect.tools.bench.run import RATE_SHARES, Bench, Contender, Settings
+from vllm_tokenselect.tools.bench.run import RATE_SHARES, Bench, BenchSettings, Contender
 from vllm_tokenselect.tools.common.client import Endpoint, ServerError
 
-SETTINGS = Settings(
+SETTINGS = BenchSettings(
     lengths=(100, 400),
     rounds=2,
     generations=3,

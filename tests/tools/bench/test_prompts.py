@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.tools.evaluate.words import Words
+from tests.tools.common.words import Words
 from vllm_tokenselect.tools.bench.prompts import SHORTEST, Prompts
 
 

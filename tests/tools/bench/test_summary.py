@@ -7,7 +7,7 @@ import pytest
 
 from vllm_tokenselect.tools.bench.samples import Measured, Sample, Selected
 from vllm_tokenselect.tools.bench.summary import summarize
-from vllm_tokenselect.tools.bench.timing import Answer
+from vllm_tokenselect.tools.bench.timing import TimedAnswer
 
 ALONE = {"prompt_tokens": 1000, "rate": None, "round": 0, "generation": 0, "at_s": 0.0}
 NOTHING = {"waited": False, "worker_rss_mib": None, "device_mib": None}
@@ -16,7 +16,7 @@ NOTHING = {"waited": False, "worker_rss_mib": None, "device_mib": None}
 def sample(contender: str, ttft: float | None, tpot: float | None = 10.0, **given) -> Sample:
     error = None if ttft is not None else "HTTP 500"
     seconds = given.pop("seconds", 1.0)
-    answer = Answer(ttft, tpot, seconds, 11 if error is None else 0, error)
+    answer = TimedAnswer(ttft, tpot, seconds, 11 if error is None else 0, error)
     return Sample(contender, answer=answer, **{**ALONE, **NOTHING, **given})
 
 
@@ -65,7 +65,7 @@ def test_a_request_that_failed_is_counted_and_its_pair_left_out():
 
 
 def test_an_answer_that_broke_off_after_its_first_token_has_no_time_either():
-    broken = replace(sample("A", 9.0), answer=Answer(9.0, None, 9.5, 1, "broke off"))
+    broken = replace(sample("A", 9.0), answer=TimedAnswer(9.0, None, 9.5, 1, "broke off"))
     row = rows_of(sample("A", 1.0, round=1), broken)["A"]
     assert (row["ttft_s"]["max"], row["ttft_s"]["count"], row["failed"]) == (1.0, 1, 1)
 

@@ -5,7 +5,7 @@ import time
 import pytest
 
 from tests.tools.bench.server import StreamingServer, client_of
-from tests.tools.evaluate.server import MODEL, SmallServer
+from tests.tools.common.server import MODEL, SmallServer
 from vllm_tokenselect.tools.bench.timing import timed
 from vllm_tokenselect.tools.common.client import Client, Endpoint
 

@@ -6,7 +6,7 @@ from math import exp
 
 import pytest
 
-from tests.tools.evaluate.server import MODEL, SmallServer
+from tests.tools.common.server import MODEL, SmallServer
 from vllm_tokenselect.tools.common.client import Client, Endpoint, ServerError, is_masked
 from vllm_tokenselect.tools.evaluate.run import step_by_step
 

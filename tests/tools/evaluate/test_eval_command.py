@@ -6,7 +6,7 @@ import re
 import pytest
 from typer.testing import CliRunner
 
-from tests.tools.evaluate.server import MAX_MODEL_LEN, MODEL, SmallServer, text_of
+from tests.tools.common.server import MAX_MODEL_LEN, MODEL, SmallServer, text_of
 from vllm_tokenselect.tools.cli.app import app
 
 

@@ -6,10 +6,15 @@ from itertools import pairwise
 
 import pytest
 
-from tests.tools.evaluate.words import CHAT, Words
+from tests.tools.common.words import CHAT, Words
 from vllm_tokenselect.tools.common.hidden import NUMBER, NUMBER_DIGITS, number_string_prompt
 from vllm_tokenselect.tools.common.text import around, chapters_of, document, prefix
-from vllm_tokenselect.tools.evaluate.run import Settings, cells, question, refuse_what_does_not_fit
+from vllm_tokenselect.tools.evaluate.run import (
+    EvalSettings,
+    cells,
+    question,
+    refuse_what_does_not_fit,
+)
 from vllm_tokenselect.tools.evaluate.tasks import DEFAULT, LOSSES, TASKS, UnknownTask, known_tasks
 
 RULER = [name for name, task in TASKS.items() if "RULER" in task.about]
@@ -137,7 +142,7 @@ def test_text_stands_in_the_chat_template_or_behind_the_token_of_the_beginning()
 
 def test_a_cells_prompt_and_answer_fit_its_length_and_texts_are_all_of_it():
     tokenizer = Words(begins=True)
-    settings = Settings((*DEFAULT, *LOSSES), (LENGTH,), samples=2, texts=2)
+    settings = EvalSettings((*DEFAULT, *LOSSES), (LENGTH,), samples=2, texts=2)
     for cell in cells(settings):
         asked = question(cell, tokenizer, settings, chat=True)
         if asked.prompt is None:
@@ -150,10 +155,10 @@ def test_a_cells_prompt_and_answer_fit_its_length_and_texts_are_all_of_it():
 
 
 def test_samples_are_spread_over_depths_the_deepest_first():
-    found = list(cells(Settings(("passkey", "vt"), (512,), samples=4, depths=2)))
+    found = list(cells(EvalSettings(("passkey", "vt"), (512,), samples=4, depths=2)))
     assert [cell.depth for cell in found] == [0.75, 0.75, 0.25, 0.25, None, None, None, None]
     assert {cell.number for cell in found[:4]} == {0, 1, 2, 3}
-    other = cells(Settings(("passkey",), (512,), samples=4, depths=2, seed=1))
+    other = cells(EvalSettings(("passkey",), (512,), samples=4, depths=2, seed=1))
     assert not {cell.number for cell in other} & {cell.number for cell in found}
 
 
@@ -180,9 +185,9 @@ def test_unknown_tasks_are_refused_by_name():
 @pytest.mark.parametrize("name", DEFAULT)
 def test_a_length_that_holds_no_prompt_is_refused_by_name(words, name):
     with pytest.raises(ValueError, match=f"{name} at --lengths 100: .*cannot hold"):
-        refuse_what_does_not_fit(words, Settings((name,), (100, 4096)))
+        refuse_what_does_not_fit(words, EvalSettings((name,), (100, 4096)))
 
 
 def test_a_text_without_a_context_is_refused(words):
     with pytest.raises(ValueError, match="perplexity at --lengths 100: --steps 128 leaves nothing"):
-        refuse_what_does_not_fit(words, Settings(("perplexity",), (100,)))
+        refuse_what_does_not_fit(words, EvalSettings(("perplexity",), (100,)))

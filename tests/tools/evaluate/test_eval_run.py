@@ -5,15 +5,15 @@ from dataclasses import replace
 
 import pytest
 
-from tests.tools.evaluate.server import MODEL, SmallServer, text_of
-from tests.tools.evaluate.words import Words
+from tests.tools.common.server import MODEL, SmallServer, text_of
+from tests.tools.common.words import Words
 from vllm_tokenselect.tools.common.client import Endpoint, ServerError
 from vllm_tokenselect.tools.common.server_facts import ask_server, attended_tokens
 from vllm_tokenselect.tools.common.tokenizers import ServerTokenizer
-from vllm_tokenselect.tools.evaluate.cells import Report
+from vllm_tokenselect.tools.evaluate.cells import CellFile
 from vllm_tokenselect.tools.evaluate.plots import draw
 from vllm_tokenselect.tools.evaluate.run import (
-    Settings,
+    EvalSettings,
     refuse_what_a_server_cannot,
     run,
     summarize,
@@ -21,7 +21,7 @@ from vllm_tokenselect.tools.evaluate.run import (
 from vllm_tokenselect.tools.evaluate.run import new_client as client_with
 from vllm_tokenselect.tools.evaluate.tasks import REPLAY, STEPS
 
-SETTINGS = Settings(
+SETTINGS = EvalSettings(
     ("passkey", "number_string", "perplexity"),
     (600,),
     samples=4,
@@ -64,7 +64,7 @@ def endpoints_of(servers: dict[str, SmallServer]) -> dict[str, Endpoint]:
 
 
 async def test_both_servers_are_asked_the_same_and_compared(servers, words, tmp_path):
-    report = Report(tmp_path / "eval.json", {}, False, {})
+    report = CellFile(tmp_path / "eval.json", {}, False, {})
     await run(endpoints_of(servers), SETTINGS, words, report)
     asked = [sorted(str(body["prompt"]) for body in server.bodies) for server in servers.values()]
     assert asked[0] == asked[1]
@@ -97,12 +97,12 @@ async def test_a_run_goes_on_with_what_is_missing(servers, words, tmp_path):
     file = tmp_path / "eval.json"
     done: list = []
     settings = replace(SETTINGS, tasks=("passkey",))
-    await run(endpoints_of(servers), settings, words, Report(file, {}, False, {}), done.append)
+    await run(endpoints_of(servers), settings, words, CellFile(file, {}, False, {}), done.append)
     assert len(done) == 8
     before = json.loads(file.read_text())["cells"]
 
     again: list = []
-    report = Report(file, {}, True, {})
+    report = CellFile(file, {}, True, {})
     await run(endpoints_of(servers), replace(settings, samples=6), words, report, again.append)
     assert len(again) == 4
     assert not set(again) & set(done)
@@ -123,10 +123,10 @@ async def test_what_was_answered_before_a_failure_is_kept(words, tmp_path):
         server.says = says
         endpoints = {"B": Endpoint(server.url, MODEL)}
         with pytest.raises(ServerError, match="HTTP 400"):
-            await run(endpoints, settings, words, Report(file, {}, False, {}))
+            await run(endpoints, settings, words, CellFile(file, {}, False, {}))
         assert len(json.loads(file.read_text())["cells"]) == 3
         server.says = answers
-        await run(endpoints, settings, words, Report(file, {}, True, {}))
+        await run(endpoints, settings, words, CellFile(file, {}, True, {}))
     assert len(json.loads(file.read_text())["cells"]) == 4
     assert len(server.bodies) == 4
 
@@ -135,14 +135,16 @@ async def test_a_run_keeps_to_its_concurrency(words, tmp_path):
     with SmallServer(tokenizer=words, pause=0.02) as server:
         server.says = finds(server)
         settings = replace(SETTINGS, concurrency=3)
-        await run({"B": Endpoint(server.url, MODEL)}, settings, words, Report(None, {}, False, {}))
+        await run(
+            {"B": Endpoint(server.url, MODEL)}, settings, words, CellFile(None, {}, False, {})
+        )
         assert server.most == 3
 
 
 async def test_a_chat_is_asked_the_whole_prompt(words):
     with SmallServer(tokenizer=words) as server:
         server.says = finds(server)
-        report = Report(None, {}, False, {})
+        report = CellFile(None, {}, False, {})
         endpoint = Endpoint(server.url, MODEL, chat=True)
         await run({"B": endpoint}, replace(SETTINGS, tasks=("passkey",)), words, report)
         assert all(cell["answers"][0]["right"] == 1 for cell in report.cells)
@@ -187,7 +189,7 @@ def test_attended_tokens_are_the_counters_of_all_workers():
 
 
 async def test_pictures_are_drawn_over_length_and_depth(servers, words, tmp_path):
-    report = Report(None, {}, False, {})
+    report = CellFile(None, {}, False, {})
     settings = replace(SETTINGS, lengths=(400, 600), tasks=("passkey", "perplexity"))
     await run(endpoints_of(servers), settings, words, report)
     drawn = draw(summarize(report.cells), report.cells, tmp_path / "plots")

@@ -7,7 +7,7 @@ import torch
 
 from vllm_tokenselect.config import TokenSelectConfig
 from vllm_tokenselect.tools.plan.models import ModelShape, read_model
-from vllm_tokenselect.tools.plan.planned_server import GPUS, Server
+from vllm_tokenselect.tools.plan.planned_server import GPUS, PlannedServer
 
 TINY = {
     "architectures": ["LlamaForCausalLM"],
@@ -44,4 +44,4 @@ def server(context: int = 4096, settings: dict[str, object] | None = None, **cha
         "weight_bytes": 2.0,
         "config": TokenSelectConfig.from_mapping(settings or {}),
     }
-    return Server(**{**given, **changed})
+    return PlannedServer(**{**given, **changed})

@@ -7,7 +7,7 @@ import pytest
 from tests.tools.plan.sized import server, tiny_model
 from vllm_tokenselect.tools.plan.layouts import Layout, cut_stages
 from vllm_tokenselect.tools.plan.memory import RankShape, gpu_memory, step_limits
-from vllm_tokenselect.tools.plan.traffic import Attended, traffic
+from vllm_tokenselect.tools.plan.traffic import AttendedTokens, traffic
 
 SELECTING = {"top_k": 256, "n_init": 16, "n_local": 64, "query_chunk": 128}
 TP = 4
@@ -21,11 +21,11 @@ def model(tmp_path):
 def traffic_of(model, asked, layout, stage=0):
     stages = cut_stages(model.layers, layout.pp, asked.config.dense_layers)
     memory = gpu_memory(model, asked, layout, stages[stage])
-    return traffic(model, asked, layout, stages[stage], memory, Attended.of(asked))
+    return traffic(model, asked, layout, stages[stage], memory, AttendedTokens.of(asked))
 
 
 def test_a_generated_token_attends_to_sink_selection_local_window_and_itself():
-    attended = Attended.of(server(settings=SELECTING))
+    attended = AttendedTokens.of(server(settings=SELECTING))
     assert attended.decoding == 16 + 256 + 64 + 1
     assert attended.reusing == attended.decoding + 64
     assert attended.candidates == 4095 - 64 - 16
@@ -33,7 +33,7 @@ def test_a_generated_token_attends_to_sink_selection_local_window_and_itself():
 
 
 def test_a_context_below_the_budget_is_attended_in_full():
-    attended = Attended.of(server(context=300, settings=SELECTING))
+    attended = AttendedTokens.of(server(context=300, settings=SELECTING))
     assert (attended.decoding, attended.reusing, attended.candidates) == (300, 300, 0)
     assert attended.prompt == 1
     assert attended.prompt_rows == ()
@@ -41,7 +41,7 @@ def test_a_context_below_the_budget_is_attended_in_full():
 
 def test_full_attention_reads_the_whole_cache_and_a_selection_all_keys_and_itself(model):
     asked = server(settings=SELECTING)
-    reads, attended = traffic_of(model, asked, Layout(1, 1, 1)).reads, Attended.of(asked)
+    reads, attended = traffic_of(model, asked, Layout(1, 1, 1)).reads, AttendedTokens.of(asked)
     token = 6 * 2 * 2 * 16 * 2  # layers, keys and values, KV heads, head size, bf16
     assert reads.full == 4096 * token
     scores = 6 * 2 * 4 * (8 + 1) * attended.candidates  # written and read; 8 heads and the votes

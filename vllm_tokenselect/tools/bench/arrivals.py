@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 
-from vllm_tokenselect.tools.bench.timing import Answer, timed
+from vllm_tokenselect.tools.bench.timing import TimedAnswer, timed
 from vllm_tokenselect.tools.common.client import Client
 
 
@@ -24,7 +24,7 @@ class Arrived:
 
     at_s: float
     waited: bool
-    answer: Answer
+    answer: TimedAnswer
 
 
 def poisson_arrivals(rate: float, count: int, seed: str) -> list[float]:

@@ -8,17 +8,15 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 
+from vllm_tokenselect.tools.bench.machine import has_gpu
 from vllm_tokenselect.tools.common.extras import vllm_is_missing
 from vllm_tokenselect.tools.common.server import ServerFailed, VllmServer
+from vllm_tokenselect.tools.common.server_facts import ServerFacts, ask_server, bare_url
 from vllm_tokenselect.tools.common.smollm2 import ensure_smollm2
-from vllm_tokenselect.tools.common.urls import bare_url
-
-if TYPE_CHECKING:
-    from vllm_tokenselect.tools.common.server_facts import ServerFacts
 
 OWN = "TOKENSELECT"
 VLLMS_CHOICE = "vLLM"  # the name of a server whose attention backend vLLM chooses
@@ -78,8 +76,6 @@ class RunningServers:
         return self._served()
 
     def _served(self) -> list[Served]:
-        from vllm_tokenselect.tools.common.server_facts import ask_server
-
         found = []
         for name, url in (("A", self.a), ("B", self.b)):
             facts = ask_server(str(url), self.model)
@@ -172,8 +168,6 @@ class StartedServers:
         length: int,
         console: Console,
     ) -> Served:
-        from vllm_tokenselect.tools.common.server_facts import ask_server
-
         model = self._model()
         backend = self.baseline if settings is None else OWN
         server = VllmServer(
@@ -208,8 +202,6 @@ class StartedServers:
 
     def _share_of_gpu(self) -> list[str]:
         """Each server would take all of a GPU's memory for its KV cache."""
-        from vllm_tokenselect.tools.bench.machine import has_gpu
-
         share = _GPU_MEMORY / len(self.contenders)
         return ["--gpu-memory-utilization", f"{share:.2f}"] if has_gpu() else []
 

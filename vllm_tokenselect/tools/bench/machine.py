@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-import platform
 import subprocess
 import threading
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import psutil
+
+from vllm_tokenselect.tools.common.provenance import cpu_name
 
 _LOOK_EVERY = 0.5  # seconds between two looks at a server's processes
 
@@ -26,13 +26,6 @@ def describe_machine() -> dict[str, Any]:
             for name, total, driver in _nvidia_smi("gpu", "name", "memory.total", "driver_version")
         ],
     }
-
-
-def cpu_name() -> str:
-    """The processor as Linux names it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def has_gpu() -> bool:

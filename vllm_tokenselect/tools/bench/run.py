@@ -41,7 +41,7 @@ class Contender:
 
 
 @dataclass(frozen=True)
-class Settings:
+class BenchSettings:
     """What is asked.
 
     Attributes:
@@ -92,7 +92,7 @@ class Bench:
     """
 
     def __init__(
-        self, contenders: Sequence[Contender], settings: Settings, prompts: Prompts
+        self, contenders: Sequence[Contender], settings: BenchSettings, prompts: Prompts
     ) -> None:
         self._contenders = contenders
         self._settings = settings

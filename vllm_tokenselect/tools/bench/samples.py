@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from vllm_tokenselect.tools.bench.timing import Answer
+from vllm_tokenselect.tools.bench.timing import TimedAnswer
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Sample:
     generation: int
     at_s: float
     waited: bool
-    answer: Answer
+    answer: TimedAnswer
     worker_rss_mib: float | None
     device_mib: float | None
 

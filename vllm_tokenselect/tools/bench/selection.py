@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from vllm_tokenselect.tools.bench.timing import Answer
+from vllm_tokenselect.tools.bench.timing import TimedAnswer
 from vllm_tokenselect.tools.common.server_facts import ROW_KINDS, selection_counts
 
 
@@ -27,7 +27,7 @@ class SelectionCounter:
             return None
         return {name: self._last[name] - before[name] for name in self._last if name in before}
 
-    def learn_layers(self, new_prompt: int, answer: Answer) -> None:
+    def learn_layers(self, new_prompt: int, answer: TimedAnswer) -> None:
         """Read what one request added, to know how many layers select.
 
         Every query adds its context once in each of them. Where it does not come out even, others ask the
@@ -41,7 +41,9 @@ class SelectionCounter:
         layers = added["in_context"] / (queries * (queries + 1) // 2) if added else 0.0
         self._layers = int(layers) if layers.is_integer() and layers > 0 else None
 
-    def reused_share(self, counts: Mapping[str, float], answers: Iterable[Answer]) -> float | None:
+    def reused_share(
+        self, counts: Mapping[str, float], answers: Iterable[TimedAnswer]
+    ) -> float | None:
         """Share, 0 to 1, of the answers' selections that were reused; None where not known."""
         generated = sum(max(answer.output_tokens - 1, 0) for answer in answers)
         if self._layers is None or not generated or not counts.keys() >= set(ROW_KINDS):

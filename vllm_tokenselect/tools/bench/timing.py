@@ -9,7 +9,7 @@ from vllm_tokenselect.tools.common.client import Client, ServerError
 
 
 @dataclass(frozen=True)
-class Answer:
+class TimedAnswer:
     """What became of a request.
 
     Attributes:
@@ -29,7 +29,7 @@ class Answer:
 
 async def timed(
     client: Client, prompt: list[int], output_tokens: int, begun: float | None = None
-) -> Answer:
+) -> TimedAnswer:
     """Have a prompt continued, and time its tokens. A failure is an answer too.
 
     Args:
@@ -51,9 +51,9 @@ async def timed(
         error = str(failure)
     if not arrivals:
         error = error or f"{client.endpoint.url} ended the stream without a token"
-        return Answer(None, None, time.perf_counter() - begun, 0, error)
+        return TimedAnswer(None, None, time.perf_counter() - begun, 0, error)
     # A server that has fallen behind may put several tokens into one event.
     came = told or len(arrivals)
     tpot_ms = 1000 * (arrivals[-1] - arrivals[0]) / (came - 1) if came > 1 and not error else None
     ended = time.perf_counter() if error else arrivals[-1]
-    return Answer(arrivals[0] - begun, tpot_ms, ended - begun, came, error)
+    return TimedAnswer(arrivals[0] - begun, tpot_ms, ended - begun, came, error)

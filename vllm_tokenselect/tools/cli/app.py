@@ -11,9 +11,9 @@ from rich.console import Console
 
 from vllm_tokenselect.tools.cli.bench import bench
 from vllm_tokenselect.tools.cli.evaluate import evaluate
+from vllm_tokenselect.tools.cli.extras import check_extras_first
 from vllm_tokenselect.tools.cli.plan import plan
-from vllm_tokenselect.tools.common.extras import check_extras_first
-from vllm_tokenselect.tools.common.refusals import said_in_words
+from vllm_tokenselect.tools.cli.refusals import said_in_words
 
 app = typer.Typer(
     name="tokenselect",

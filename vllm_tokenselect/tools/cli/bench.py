@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from vllm_tokenselect.tools.cli.refusals import said_in_words
 from vllm_tokenselect.tools.common.options import json_object, lengths_of, rates_of
-from vllm_tokenselect.tools.common.refusals import said_in_words
 
 _SUCH_AS = '{"top_k": 1024}'
 
@@ -100,7 +100,7 @@ def bench(
     process. The exit status is 1 when a request failed. OPENAI_API_KEY is sent, if it is set.
     """
     from vllm_tokenselect.config import TokenSelectConfig
-    from vllm_tokenselect.tools.bench.command import Request, run_bench
+    from vllm_tokenselect.tools.bench.command import BenchOptions, run_bench
     from vllm_tokenselect.tools.bench.contenders import RunningServers, StartedServers
 
     with said_in_words():
@@ -128,7 +128,7 @@ def bench(
             )
         else:
             servers = RunningServers(a, b, model)
-        asked = Request(
+        asked = BenchOptions(
             servers=servers,
             lengths=None if lengths is None else lengths_of(lengths),
             rate_length=rate_length,

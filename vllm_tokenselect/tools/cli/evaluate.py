@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from vllm_tokenselect.tools.cli.refusals import said_in_words
 from vllm_tokenselect.tools.common.options import json_object, lengths_of, one_of, words
-from vllm_tokenselect.tools.common.refusals import said_in_words
 
 
 def _lm_eval_tasks(wanted: bool) -> None:
@@ -81,11 +81,11 @@ def evaluate(
     vt, cwe, fwe (after RULER), passkey, number_string (after InfiniteBench), facts; perplexity (a request
     for each token) and perplexity_decode (vLLM's trace replay). OPENAI_API_KEY is sent, if it is set.
     """
-    from vllm_tokenselect.tools.evaluate.command import Request, Side, run_evaluation
+    from vllm_tokenselect.tools.evaluate.command import EvalOptions, Side, run_evaluation
 
     with said_in_words():
         other = Side(against or url, against_model, json_object(against_xargs, "--against-xargs"))
-        asked = Request(
+        asked = EvalOptions(
             served=Side(url, model, json_object(xargs, "--xargs")),
             against=None if against is None else other,
             tokenizer=tokenizer,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vllm_tokenselect.tools.common.refusals import said_in_words
+from vllm_tokenselect.tools.cli.refusals import said_in_words
 
 
 def plan(
@@ -61,10 +61,10 @@ def plan(
     run, and the model's weights are not read. Sizes are those of one GPU, in units of 1,024.
     """
     with said_in_words():
-        from vllm_tokenselect.tools.plan.command import Question, run_plan
+        from vllm_tokenselect.tools.plan.command import PlanOptions, run_plan
 
         run_plan(
-            Question(
+            PlanOptions(
                 model=model,
                 context=context,
                 gpus=gpus,

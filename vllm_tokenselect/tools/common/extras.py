@@ -1,16 +1,8 @@
-"""Which extra a command needs, told before it does anything."""
+"""The extras of the package: what each brings, and what of it is missing."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Any
-
-import typer
-from rich.console import Console
-
-from vllm_tokenselect.tools.common.refusals import refuse
 
 # The modules that an extra brings. `tests/test_dependencies.py` compares it with pyproject.toml.
 EXTRAS = {
@@ -22,18 +14,6 @@ EXTRAS = {
     ),
     "inspect": ("matplotlib", "scipy", "transformers"),
     "plan": ("transformers", "triton"),
-}
-# Commands that start a server in any case; `bench` may ask two that run somewhere.
-STARTS_A_SERVER = {"demo"}
-# `doctor` says itself what is missing.
-EXTRA_OF_COMMAND = {
-    "bench": "bench",
-    "demo": "demo",
-    "doctor": None,
-    "eval": "eval",
-    "inspect": "inspect",
-    "plan": "plan",
-    "tune": "inspect",
 }
 
 
@@ -53,22 +33,3 @@ def vllm_is_missing() -> str | None:
         "vllm not installed: pip install 'vllm-tokenselect[cpu]', or 'vllm-tokenselect[gpu]' on a machine "
         "with a GPU"
     )
-
-
-def check_extras_first(app: typer.Typer) -> None:
-    """Let every command of `app` end with status 2 where its extra is not installed."""
-    for info in app.registered_commands:
-        assert info.callback is not None
-        name = info.name or info.callback.__name__
-        if (extra := EXTRA_OF_COMMAND[name]) is not None:
-            info.callback = _checked(info.callback, extra, name in STARTS_A_SERVER)
-
-
-def _checked(command: Callable[..., Any], extra: str, with_server: bool) -> Callable[..., Any]:
-    @functools.wraps(command)
-    def checked(*args: Any, **options: Any) -> Any:
-        if sentence := (with_server and vllm_is_missing()) or what_is_missing(extra):
-            raise typer.Exit(refuse(Console(stderr=True), sentence, 2))
-        return command(*args, **options)
-
-    return checked

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -24,3 +26,16 @@ def counting_bar(console: Console, *, disable: bool = False) -> Progress:
         console=console,
         disable=disable,
     )
+
+
+@contextmanager
+def counted(console: Console, total: int, first: str = "") -> Iterator[Callable[[str], None]]:
+    """Draw a bar while the block runs; call what it yields after each step, with words for the step.
+
+    Args:
+        total: number of steps.
+        first: words before the first step.
+    """
+    with counting_bar(console) as bars:
+        task = bars.add_task(first, total=total)
+        yield lambda words: bars.update(task, advance=1, description=words)

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_tokenselect.tools.common.client import ServerError
-from vllm_tokenselect.tools.common.urls import bare_url
 
 _ATTENDED = "vllm:tokenselect_tokens_attended_total"
 _IN_CONTEXT = "vllm:tokenselect_tokens_in_context_total"
@@ -37,6 +36,11 @@ class ServerFacts:
     root: str | None
     max_model_len: int | None
     version: str | None
+
+
+def bare_url(url: str) -> str:
+    """A server's URL without the `/v1` and the slash that it may end with."""
+    return url.rstrip("/").removesuffix("/v1")
 
 
 def ask_server(url: str, model: str | None) -> ServerFacts:

@@ -62,6 +62,18 @@ class ServerTokenizer:
         return answer
 
 
+def shared_tokenizer(servers: Sequence[ServerFacts], path: str | None, chat: bool) -> Any:
+    """The tokenizer of the last server, which the others must have too; arguments as for `load_tokenizer`.
+
+    Raises:
+        ServerError: when there is none, or the servers cut a text differently.
+    """
+    tokenizer = load_tokenizer(servers[-1], path, chat)
+    for facts in servers[:-1]:
+        refuse_other_tokenizer(facts, tokenizer, servers[-1].model)
+    return tokenizer
+
+
 def load_tokenizer(facts: ServerFacts, path: str | None, chat: bool) -> Any:
     """The tokenizer at `path`, or in the folder that the server's model was loaded from, or the server's.
 

@@ -9,13 +9,13 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from vllm_tokenselect.tools.common.provenance import installed_version
 from vllm_tokenselect.tools.doctor.environment import (
     CPU_DISTRIBUTION,
     NO_TORCHVISION,
@@ -97,14 +97,6 @@ def as_json(rows: Sequence[Row]) -> str:
     return json.dumps(
         {"ok": not exit_status(rows), "rows": [asdict(row) for row in rows]}, indent=2
     )
-
-
-def installed_version(distribution: str) -> str | None:
-    """Version of an installed distribution, None when it is not installed."""
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None
 
 
 def _torch() -> list[Row]:

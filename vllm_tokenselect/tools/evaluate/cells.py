@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import shlex
-import sys
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +30,7 @@ class CannotResume(ValueError):
     """The file is of another run. The message says what differs."""
 
 
-class Report:
+class CellFile:
     """The cells that are done, on disk after each.
 
     Args:
@@ -97,23 +93,3 @@ class Report:
         for entry in found["cells"]:
             cell = Cell(**{name: entry.pop(name) for name in names})
             self._done[cell] = entry
-
-
-def typed_command(program: Iterable[str]) -> str:
-    """The command as it is to be typed; of a module, Python itself says only the file.
-
-    Args:
-        program: what stands before the arguments.
-    """
-    return shlex.join([*program, *sys.argv[1:]])
-
-
-def versions(packages: Iterable[str]) -> dict[str, str]:
-    """Versions of installed distributions, by name."""
-    found = {}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found

@@ -10,7 +10,7 @@ from typing import Any
 
 from vllm_tokenselect.tools.common.client import Client, Endpoint, ServerError, is_masked
 from vllm_tokenselect.tools.common.text import document, encode, prefix
-from vllm_tokenselect.tools.evaluate.cells import Cell, Report
+from vllm_tokenselect.tools.evaluate.cells import Cell, CellFile
 from vllm_tokenselect.tools.evaluate.perplexity import loss_differences, loss_rows
 from vllm_tokenselect.tools.evaluate.rates import rate_differences, rates, task_means
 from vllm_tokenselect.tools.evaluate.tasks import LOSSES, REPLAY, STEPS, TASKS, Prompt
@@ -23,7 +23,7 @@ OnDone = Callable[[Cell], None]
 
 
 @dataclass(frozen=True)
-class Settings:
+class EvalSettings:
     """What is asked.
 
     Attributes:
@@ -62,7 +62,7 @@ class Question:
     read: tuple[int, ...] = ()
 
 
-def cells(settings: Settings) -> Iterator[Cell]:
+def cells(settings: EvalSettings) -> Iterator[Cell]:
     """Everything that is asked of a server, in an order that lets the prefix cache save work."""
     for name in settings.tasks:
         for length in sorted(settings.lengths):
@@ -80,7 +80,7 @@ def _at_a_depth(cell: Cell, depths: int) -> Cell:
     return replace(cell, depth=round((cell.number % depths + 0.5) / depths, 4))
 
 
-def question(cell: Cell, tokenizer: Any, settings: Settings, *, chat: bool) -> Question:
+def question(cell: Cell, tokenizer: Any, settings: EvalSettings, *, chat: bool) -> Question:
     """What a cell asks.
 
     Raises:
@@ -98,7 +98,7 @@ def question(cell: Cell, tokenizer: Any, settings: Settings, *, chat: bool) -> Q
     return Question(cell, prompt, text)
 
 
-def refuse_what_does_not_fit(tokenizer: Any, settings: Settings) -> None:
+def refuse_what_does_not_fit(tokenizer: Any, settings: EvalSettings) -> None:
     """Make one prompt of each task at the shortest length, and a text of the longest.
 
     Raises:
@@ -142,9 +142,9 @@ async def refuse_what_a_server_cannot(client: Client, tokenizer: Any, tasks: Seq
 
 async def run(
     endpoints: dict[str, Endpoint],
-    settings: Settings,
+    settings: EvalSettings,
     tokenizer: Any,
-    report: Report,
+    report: CellFile,
     on_done: OnDone = lambda cell: None,
 ) -> None:
     """Ask every server for every cell that is not in the report yet.
@@ -189,7 +189,7 @@ async def run(
 
 
 async def _with_client(
-    endpoint: Endpoint, settings: Settings, name: str, work: Callable[[str, Client], Any]
+    endpoint: Endpoint, settings: EvalSettings, name: str, work: Callable[[str, Client], Any]
 ) -> None:
     async with new_client(endpoint, settings) as client, asyncio.TaskGroup() as group:
         for _ in range(settings.concurrency):
@@ -203,7 +203,7 @@ def _first(errors: ExceptionGroup[Exception]) -> Exception:
     return error
 
 
-def new_client(endpoint: Endpoint, settings: Settings) -> Client:
+def new_client(endpoint: Endpoint, settings: EvalSettings) -> Client:
     """A client with the limits of the settings."""
     return Client(
         endpoint,

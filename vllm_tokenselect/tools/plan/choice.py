@@ -12,8 +12,8 @@ from vllm_tokenselect.method.settings import SettingsError
 from vllm_tokenselect.tools.plan.layouts import Layout, cut_stages, find_layouts
 from vllm_tokenselect.tools.plan.memory import GpuMemory, gpu_memory
 from vllm_tokenselect.tools.plan.models import ModelShape
-from vllm_tokenselect.tools.plan.planned_server import BLOCK_SIZE, Server
-from vllm_tokenselect.tools.plan.traffic import Attended, Traffic, traffic
+from vllm_tokenselect.tools.plan.planned_server import BLOCK_SIZE, PlannedServer
+from vllm_tokenselect.tools.plan.traffic import AttendedTokens, Traffic, traffic
 from vllm_tokenselect.tools.plan.units import show_bytes
 
 # A layout of fewer GPUs a server is taken when it holds at least so much of the most contexts.
@@ -33,7 +33,7 @@ class LayoutPlan:
     """
 
     model: ModelShape
-    server: Server
+    server: PlannedServer
     layout: Layout
     memory: GpuMemory
     traffic: Traffic
@@ -62,13 +62,13 @@ class LayoutPlan:
         return tokens // BLOCK_SIZE * BLOCK_SIZE
 
 
-def plan_layout(model: ModelShape, server: Server, layout: Layout) -> LayoutPlan:
+def plan_layout(model: ModelShape, server: PlannedServer, layout: Layout) -> LayoutPlan:
     """Memory and traffic of one layout.
 
     Raises:
         SettingsError: when the setting `workspace_mb` is too small for the context.
     """
-    attended = Attended.of(server)
+    attended = AttendedTokens.of(server)
     together = server.with_settings(vote="global")
     stages = [
         (stage, gpu_memory(model, server, layout, stage))
@@ -87,7 +87,7 @@ def plan_layout(model: ModelShape, server: Server, layout: Layout) -> LayoutPlan
 
 
 @dataclass(frozen=True)
-class Comparison:
+class LayoutComparison:
     """Layouts of a model on a number of GPUs.
 
     Attributes:
@@ -155,13 +155,13 @@ class Comparison:
 
 def compare_layouts(
     model: ModelShape,
-    server: Server,
+    server: PlannedServer,
     gpus: int,
     gpus_per_machine: int,
     tp: int | None = None,
     pp: int | None = None,
     replicas: int | None = None,
-) -> Comparison:
+) -> LayoutComparison:
     """Every sensible layout, or those that have what is given.
 
     Raises:
@@ -175,7 +175,7 @@ def compare_layouts(
             refused.append((layout, str(error)))
     if not plans:
         raise SettingsError(refused[0][1])
-    return Comparison(plans, refused, gpus, gpus_per_machine)
+    return LayoutComparison(plans, refused, gpus, gpus_per_machine)
 
 
 def remedies(plan: LayoutPlan) -> list[str]:

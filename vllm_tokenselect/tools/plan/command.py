@@ -11,12 +11,12 @@ import torch
 from rich.console import Console
 
 from vllm_tokenselect.gpu.attention import FP8_DTYPES
-from vllm_tokenselect.tools.plan.choice import Comparison, LayoutPlan, compare_layouts
+from vllm_tokenselect.tools.plan.choice import LayoutComparison, LayoutPlan, compare_layouts
 from vllm_tokenselect.tools.plan.export import as_json
 from vllm_tokenselect.tools.plan.models import ModelShape, read_model
 from vllm_tokenselect.tools.plan.planned_server import (
     DTYPES,
-    Server,
+    PlannedServer,
     find_gpu,
     read_settings,
     weight_bytes,
@@ -35,7 +35,7 @@ WIDTH = 250  # of tables, which no terminal may cut
 
 
 @dataclass(frozen=True)
-class Question:
+class PlanOptions:
     """The options of the command, as they were typed."""
 
     model: str
@@ -56,7 +56,7 @@ class Question:
     reserve: str
     each_setting: bool
 
-    def server(self, model: ModelShape) -> Server:
+    def server(self, model: ModelShape) -> PlannedServer:
         """The server that is asked about.
 
         Raises:
@@ -67,7 +67,7 @@ class Question:
         dtype = _choice(self.dtype, "--dtype", {"auto": model.dtype, **DTYPES})
         kv_dtype = _choice(self.kv_cache_dtype, "--kv-cache-dtype", {"auto": dtype, **FP8_DTYPES})
         config = read_settings(self.settings)
-        return Server(
+        return PlannedServer(
             gpu=gpu,
             context=parse_tokens(self.context),
             max_num_seqs=self.max_num_seqs or seqs,
@@ -80,7 +80,7 @@ class Question:
             reserve=parse_bytes(self.reserve),
         )
 
-    def comparisons(self, model: ModelShape, server: Server) -> list[Comparison]:
+    def comparisons(self, model: ModelShape, server: PlannedServer) -> list[LayoutComparison]:
         """Layouts for each number of GPUs.
 
         Raises:
@@ -90,7 +90,7 @@ class Question:
         return [compare_layouts(model, server, gpus, *given) for gpus in _numbers(self.gpus)]
 
 
-def run_plan(question: Question, json_path: Path | None) -> None:
+def run_plan(question: PlanOptions, json_path: Path | None) -> None:
     """Print the layouts, which to take, and what it takes of a GPU.
 
     Raises:
@@ -111,7 +111,7 @@ def run_plan(question: Question, json_path: Path | None) -> None:
     _print_choice(comparisons, model, server, console)
 
 
-def _check_settings(model: ModelShape, server: Server) -> None:
+def _check_settings(model: ModelShape, server: PlannedServer) -> None:
     method = server.config.method
     if method.reassigns_positions and method.max_attended > model.trained_length:
         raise ValueError(
@@ -125,7 +125,7 @@ def _check_settings(model: ModelShape, server: Server) -> None:
         )
 
 
-def _print_details(comparison: Comparison, each_setting: bool, console: Console) -> None:
+def _print_details(comparison: LayoutComparison, each_setting: bool, console: Console) -> None:
     plan = comparison.recommended or min(comparison.plans, key=_missing)
     if each_setting:
         console.print(settings_table(plan, vary(plan)))
@@ -135,7 +135,10 @@ def _print_details(comparison: Comparison, each_setting: bool, console: Console)
 
 
 def _print_choice(
-    comparisons: Sequence[Comparison], model: ModelShape, server: Server, console: Console
+    comparisons: Sequence[LayoutComparison],
+    model: ModelShape,
+    server: PlannedServer,
+    console: Console,
 ) -> None:
     if not any(comparison.recommended for comparison in comparisons):
         raise ValueError("\n".join(comparison.reason for comparison in comparisons))

@@ -6,15 +6,17 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from vllm_tokenselect.tools.plan.choice import Comparison, LayoutPlan
+from vllm_tokenselect.tools.plan.choice import LayoutComparison, LayoutPlan
 from vllm_tokenselect.tools.plan.models import ModelShape
-from vllm_tokenselect.tools.plan.planned_server import Server
-from vllm_tokenselect.tools.plan.traffic import Attended
+from vllm_tokenselect.tools.plan.planned_server import PlannedServer
+from vllm_tokenselect.tools.plan.traffic import AttendedTokens
 
 
-def as_json(model: ModelShape, server: Server, comparisons: Sequence[Comparison]) -> dict[str, Any]:
+def as_json(
+    model: ModelShape, server: PlannedServer, comparisons: Sequence[LayoutComparison]
+) -> dict[str, Any]:
     """Everything that was found; sizes in bytes, of one GPU."""
-    attended = asdict(Attended.of(server))
+    attended = asdict(AttendedTokens.of(server))
     del attended["prompt_rows"]
     return {
         "model": {
@@ -42,7 +44,7 @@ def as_json(model: ModelShape, server: Server, comparisons: Sequence[Comparison]
     }
 
 
-def _server(server: Server) -> dict[str, Any]:
+def _server(server: PlannedServer) -> dict[str, Any]:
     described = {name: getattr(server, name) for name in server.__dataclass_fields__}
     return {
         **described,

@@ -12,7 +12,7 @@ from vllm_tokenselect.gpu.workspace import Workspace
 from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
 from vllm_tokenselect.tools.plan.layouts import Layout, Stage
 from vllm_tokenselect.tools.plan.models import ModelShape
-from vllm_tokenselect.tools.plan.planned_server import BLOCK_SIZE, Server
+from vllm_tokenselect.tools.plan.planned_server import BLOCK_SIZE, PlannedServer
 
 META = torch.device("meta")
 
@@ -90,7 +90,7 @@ class GpuMemory:
         return min(max(self.left, 0) // self.kv_context, max_num_seqs)
 
 
-def step_limits(server: Server, rank: RankShape) -> StepLimits:
+def step_limits(server: PlannedServer, rank: RankShape) -> StepLimits:
     """What the server's buffers are cut for.
 
     Raises:
@@ -108,7 +108,7 @@ def step_limits(server: Server, rank: RankShape) -> StepLimits:
     )
 
 
-def gpu_memory(model: ModelShape, server: Server, layout: Layout, stage: Stage) -> GpuMemory:
+def gpu_memory(model: ModelShape, server: PlannedServer, layout: Layout, stage: Stage) -> GpuMemory:
     """Memory of each GPU of a stage.
 
     Raises:
@@ -131,7 +131,7 @@ def kv_page_bytes(rank: RankShape, dtype: torch.dtype) -> int:
     return torch.empty(shape, dtype=dtype, device=META).nbytes
 
 
-def _pages(server: Server, window: int | None) -> int:
+def _pages(server: PlannedServer, window: int | None) -> int:
     """Blocks of one context in a layer."""
     if window is None:
         return -(-server.context // BLOCK_SIZE)
@@ -140,7 +140,7 @@ def _pages(server: Server, window: int | None) -> int:
 
 
 def _buffers(
-    model: ModelShape, server: Server, layout: Layout, stage: Stage, rank: RankShape
+    model: ModelShape, server: PlannedServer, layout: Layout, stage: Stage, rank: RankShape
 ) -> Buffers:
     limits = step_limits(server, rank)
     workspace = Workspace(limits, rank.head_size, META, dtype=server.dtype)
@@ -157,7 +157,7 @@ def _buffers(
     )
 
 
-def _weights(model: ModelShape, server: Server, layout: Layout, stage: Stage) -> int:
+def _weights(model: ModelShape, server: PlannedServer, layout: Layout, stage: Stage) -> int:
     tp, wide = layout.tp, server.dtype.itemsize
     # Keys and values are divided among as many GPUs as there are KV heads, and no further.
     copies = max(tp // model.num_kv_heads, 1)
@@ -169,7 +169,7 @@ def _weights(model: ModelShape, server: Server, layout: Layout, stage: Stage) ->
     return int(matrices / tp * server.weight_bytes) + ends // tp * wide + vectors * wide
 
 
-def _selection_cache(server: Server, layout: Layout, stage: Stage, rank: RankShape) -> int:
+def _selection_cache(server: PlannedServer, layout: Layout, stage: Stage, rank: RankShape) -> int:
     method = server.config.method
     # Ranks that vote together keep the queries of all of them.
     ranks = layout.tp if method.vote == "global" else 1
@@ -186,13 +186,13 @@ def _selection_cache(server: Server, layout: Layout, stage: Stage, rank: RankSha
     return stage.selecting * layer.num_bytes
 
 
-def _gather_buffer(server: Server, rank: RankShape, limits: StepLimits) -> int:
+def _gather_buffer(server: PlannedServer, rank: RankShape, limits: StepLimits) -> int:
     buffer = GatherBuffer(rank.num_kv_heads, rank.head_size, server.dtype, limits.table_width, META)
     size: int = buffer.keys.nbytes + buffer.values.nbytes
     return size
 
 
-def _activations(model: ModelShape, server: Server, layout: Layout, stage: Stage) -> int:
+def _activations(model: ModelShape, server: PlannedServer, layout: Layout, stage: Stage) -> int:
     """Both halves of an MLP and four hidden states of a step, or logits in fp32 and a copy of them."""
     widths = 4 * model.hidden_size + 3 * model.mlp_width // layout.tp
     step = server.max_num_batched_tokens * widths * server.dtype.itemsize

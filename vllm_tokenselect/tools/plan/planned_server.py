@@ -72,7 +72,7 @@ def find_gpu(text: str) -> Gpu:
 
 
 @dataclass(frozen=True)
-class Server:
+class PlannedServer:
     """One vLLM server, all of its GPUs alike.
 
     Attributes:
@@ -117,7 +117,7 @@ class Server:
         as_cached = self.kv_dtype.itemsize > 1 and not method.reassigns_positions
         return reads_in_place(self.gpu.flash_attention if flash else None, as_cached)
 
-    def with_settings(self, **changed: object) -> Server:
+    def with_settings(self, **changed: object) -> PlannedServer:
         """The same server, some settings changed.
 
         Raises:

@@ -8,9 +8,9 @@ from dataclasses import fields
 from rich import box
 from rich.table import Table
 
-from vllm_tokenselect.tools.plan.choice import Comparison, LayoutPlan
+from vllm_tokenselect.tools.plan.choice import LayoutComparison, LayoutPlan
 from vllm_tokenselect.tools.plan.memory import RankShape, step_limits
-from vllm_tokenselect.tools.plan.traffic import Attended, Network
+from vllm_tokenselect.tools.plan.traffic import AttendedTokens, Network
 from vllm_tokenselect.tools.plan.units import show_bytes, show_tokens
 
 BUFFERS = {
@@ -25,7 +25,7 @@ BUFFERS = {
 }
 
 
-def layout_table(comparisons: Sequence[Comparison]) -> Table:
+def layout_table(comparisons: Sequence[LayoutComparison]) -> Table:
     """One line for each layout; sizes are those of one GPU, reads and sends those for one token."""
     table = _table(
         *("GPUs", "tp", "pp", "replicas", "weights", "buffers", "KV of a context", "free for KV"),
@@ -70,7 +70,7 @@ def memory_table(plan: LayoutPlan) -> Table:
 
 def attention_table(plan: LayoutPlan) -> Table:
     """What one generated token at the end of the context attends to, and what a GPU reads for it."""
-    attended, reads = Attended.of(plan.server), plan.traffic.reads
+    attended, reads = AttendedTokens.of(plan.server), plan.traffic.reads
     context = attended.context
     table = _table(f"a token after {show_tokens(context)}", "attends to", "of the context", "reads")
     for words, tokens, size in (
@@ -132,7 +132,7 @@ def settings_table(plan: LayoutPlan, variants: Sequence[tuple[str, LayoutPlan | 
             str(changed.contexts)
             if changed.fits
             else f"0, {show_bytes(changed.memory.missing)} missing",
-            f"{Attended.of(changed.server).decoding:,}",
+            f"{AttendedTokens.of(changed.server).decoding:,}",
             show_bytes(moved.reads.selecting),
             show_bytes(moved.reads.reusing) if reuses else "",
             show_bytes(moved.decoding.total),

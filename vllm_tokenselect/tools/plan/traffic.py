@@ -12,7 +12,7 @@ from vllm_tokenselect.method.requests import BatchRequests
 from vllm_tokenselect.tools.plan.layouts import Layout, Stage
 from vllm_tokenselect.tools.plan.memory import GpuMemory, RankShape, step_limits
 from vllm_tokenselect.tools.plan.models import ModelShape
-from vllm_tokenselect.tools.plan.planned_server import Server
+from vllm_tokenselect.tools.plan.planned_server import PlannedServer
 
 # Hidden states and the residual beside them, which vLLM hands from stage to stage.
 HANDED_ON = 2
@@ -21,7 +21,7 @@ GATHERED_TIMES = 3
 
 
 @dataclass(frozen=True)
-class Attended:
+class AttendedTokens:
     """Tokens that the method attends to of a context.
 
     Attributes:
@@ -42,7 +42,7 @@ class Attended:
     chunk: int | None
 
     @classmethod
-    def of(cls, server: Server) -> Attended:
+    def of(cls, server: PlannedServer) -> AttendedTokens:
         """By the plans of a decoding step and of a prompt of the longest context."""
         method, context = server.config.method, server.context
         step = _plan(server, context - 1, context, context - 1)
@@ -122,11 +122,11 @@ class Traffic:
 
 def traffic(
     model: ModelShape,
-    server: Server,
+    server: PlannedServer,
     layout: Layout,
     stage: Stage,
     memory: GpuMemory,
-    attended: Attended,
+    attended: AttendedTokens,
 ) -> Traffic:
     """Traffic of a GPU of a stage."""
     limits = step_limits(server, RankShape.of(model, layout.tp))
@@ -148,7 +148,7 @@ def traffic(
     )
 
 
-def _plan(server: Server, start: int, end: int, prompt: int) -> SelectionPlan:
+def _plan(server: PlannedServer, start: int, end: int, prompt: int) -> SelectionPlan:
     lens = np.array([end - start, end, prompt], np.int32)
     return SelectionPlan.build(
         np.array([0, lens[0]], np.int32),
@@ -159,7 +159,11 @@ def _plan(server: Server, start: int, end: int, prompt: int) -> SelectionPlan:
 
 
 def _reads(
-    server: Server, stage: Stage, memory: GpuMemory, attended: Attended, score_bytes: int
+    server: PlannedServer,
+    stage: Stage,
+    memory: GpuMemory,
+    attended: AttendedTokens,
+    score_bytes: int,
 ) -> Reads:
     times = 1 if server.attends_in_place else GATHERED_TIMES
     # A stage may have no layer with full attention.
@@ -176,7 +180,7 @@ def _reads(
 
 def _network(
     model: ModelShape,
-    server: Server,
+    server: PlannedServer,
     layout: Layout,
     stage: Stage,
     tokens: int,

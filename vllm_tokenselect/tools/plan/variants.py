@@ -10,7 +10,7 @@ import torch
 
 from vllm_tokenselect.method.settings import SettingsError
 from vllm_tokenselect.tools.plan.choice import LayoutPlan, plan_layout
-from vllm_tokenselect.tools.plan.planned_server import Server
+from vllm_tokenselect.tools.plan.planned_server import PlannedServer
 
 
 def vary(plan: LayoutPlan) -> list[tuple[str, LayoutPlan | str]]:
@@ -26,7 +26,7 @@ def vary(plan: LayoutPlan) -> list[tuple[str, LayoutPlan | str]]:
     return found
 
 
-def _changes(server: Server) -> Iterator[tuple[str, Any]]:
+def _changes(server: PlannedServer) -> Iterator[tuple[str, Any]]:
     def setting(**changed: object) -> Any:
         return lambda: server.with_settings(**changed)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from vllm_tokenselect.tools.evaluate.run import Settings, cells, question
+from vllm_tokenselect.tools.evaluate.run import EvalSettings, cells, question
 from vllm_tokenselect.tools.evaluate.tasks import TASKS
 
 
@@ -36,13 +36,13 @@ def dataset(
         # lm-eval puts prompts into the chat template, if it is asked to. Its tokenizer is its own.
         tokenizer = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
         tokenizer.chat_template = None
-    settings = Settings((name,), max_seq_lengths, samples, seed=seed, depths=depths)
+    settings = EvalSettings((name,), max_seq_lengths, samples, seed=seed, depths=depths)
     return {
         "test": Dataset.from_list([_row(cell, tokenizer, settings) for cell in cells(settings)])
     }
 
 
-def _row(cell: Any, tokenizer: Any, settings: Settings) -> dict[str, Any]:
+def _row(cell: Any, tokenizer: Any, settings: EvalSettings) -> dict[str, Any]:
     asked = question(cell, tokenizer, settings, chat=True)
     assert asked.prompt is not None
     begun = asked.prompt.begun

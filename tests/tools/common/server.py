@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from aiohttp import web
 
-from tests.tools.evaluate.words import Words
+from tests.tools.common.words import Words
 
 MODEL = "small"
 MAX_MODEL_LEN = 2048
