@@ -118,7 +118,7 @@ REFUSED = {
     "a file that is not there": (("--text", "/no/file"), "/no/file"),
     "a length at rates that is not measured": (
         ("--rate-length", "300"),
-        "--rate-length 300: it is one of --lengths 100,200",
+        "--rate-length 300: it must be one of --lengths 100,200",
     ),
     "rates that are none": (("--rates", "1,fast"), "--rates '1,fast': requests a second"),
     "a rate of nothing": (("--rates", "0"), "--rates '0': requests a second"),
