@@ -56,7 +56,7 @@ for room in ("backend", "cpu", "engine", "hooks"):
 
 
 def imported_by_us(code: str, folder: Path = PROJECT) -> list[str]:
-    """Unwanted packages that our code imports while a new Python runs `code`, and tools of ours.
+    """Unwanted packages that our code imports while a new Python runs `code`, and tools of ours."""
     done = subprocess.run(
         [sys.executable, "-c", WATCH + code + REPORT],
         cwd=folder,

@@ -105,7 +105,7 @@ REFUSED = {
         ("--a", "URL_A", "--b", "URL_B", "--settings", '{"top_k": 1}', "--", "--dtype", "half"),
         "--settings, arguments behind --: only for servers that are started here",
     ),
-    "a length that is none": (("--lengths", "4K"), "--lengths '4K': tokens, with commas"),
+    "a length that is none": (("--lengths", "4K"), "--lengths '4K': tokens, separated by commas"),
     "a length that holds no prompt": (("--lengths", "20"), "--lengths 20: a prompt has 64 tokens"),
     "a length that the model cannot take": (
         ("--a", "URL_A", "--b", "URL_B", "--lengths", "100,4096"),

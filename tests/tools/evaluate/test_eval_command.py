@@ -101,14 +101,17 @@ REFUSED = {
         ("--lengths", "1024,4096"),
         f"--lengths 4096: {MODEL} at URL takes {MAX_MODEL_LEN} tokens at most",
     ),
-    "a length that is none": (("--lengths", "4K"), "--lengths '4K': tokens, with commas"),
+    "a length that is none": (("--lengths", "4K"), "--lengths '4K': tokens, separated by commas"),
     "a length that holds no prompt": (
         ("--lengths", "64"),
         "passkey at --lengths 64: 58 tokens cannot",
     ),
     "a model that is not served": (("--model", "large"), f"does not serve 'large', but {MODEL}"),
     "arguments that are no object": (("--xargs", "off"), "--xargs 'off' is no JSON object"),
-    "another interface": (("--api", "responses"), "--api 'responses': it is completions or chat"),
+    "another interface": (
+        ("--api", "responses"),
+        "--api 'responses': it must be one of completions, chat",
+    ),
     "a file that is not there": (("--text", "/no/file"), "/no/file"),
     "a tokenizer that is not there": (("--tokenizer", "/no/folder"), "--tokenizer /no/folder"),
     "more steps than a text has": (

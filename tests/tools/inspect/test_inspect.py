@@ -26,7 +26,6 @@ from vllm_tokenselect.tools.inspect.layers import (
     NothingSelects,
     compare_layers,
     diffuse_layers,
-    reuse_of,
 )
 from vllm_tokenselect.tools.inspect.model import DiagnosedModel, UnsupportedModel
 from vllm_tokenselect.tools.inspect.selections import (
@@ -39,7 +38,7 @@ from vllm_tokenselect.tools.inspect.selections import (
     by_vote,
     chunks_of,
 )
-from vllm_tokenselect.tools.inspect.selective import SelectiveAttention
+from vllm_tokenselect.tools.inspect.selective import SelectiveAttention, share_reused
 
 METHOD = CONFIG
 LENGTH = 150
@@ -213,10 +212,10 @@ def test_queries_that_stay_the_same_reuse_until_the_selection_is_too_old():
     method = replace(METHOD, refresh_interval=4, similarity_threshold=0.8)
     tail = [Chunk(p, p + 1, range(4, p - 16), 24) for p in range(100, 120)]
     same = torch.ones(6, 120, HEAD_SIZE)
-    assert reuse_of(same, 2, tail, method) == pytest.approx(16 / 20)  # one in five selects
+    assert share_reused(same, 2, tail, method) == pytest.approx(16 / 20)  # one in five selects
     turning = torch.eye(HEAD_SIZE)[torch.arange(120) % HEAD_SIZE].expand(6, 120, HEAD_SIZE)
-    assert reuse_of(turning, 2, tail, method) == 0
-    assert reuse_of(same, 2, tail, replace(method, similarity_threshold=1.0)) is None
+    assert share_reused(turning, 2, tail, method) == 0
+    assert share_reused(same, 2, tail, replace(method, similarity_threshold=1.0)) is None
 
 
 def test_layers_with_a_sliding_window_stay_as_they_are(tmp_path, tokens):

@@ -9,66 +9,83 @@ import typer
 from rich.console import Console
 
 from vllm_tokenselect.tools.cli.refusals import said_in_words
-from vllm_tokenselect.tools.common.options import json_object, lengths_of, rates_of
-
-_SUCH_AS = '{"top_k": 1024}'
+from vllm_tokenselect.tools.common.options import SUCH_AS, json_object, lengths_of, rates_of
 
 
 def bench(
     serve_args: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="-- ARGUMENTS", help="Of all servers, for `vllm serve`: -- --dtype bfloat16"
+            metavar="-- ARGUMENTS",
+            help="Arguments of `vllm serve` for all servers: -- --dtype bfloat16",
         ),
     ] = None,
     model: Annotated[
         str | None,
         typer.Option(
-            help="Folder or name to serve, default: SmolLM2-135M-Instruct; with --a and --b its name there."
+            help="Model folder or name to serve. Default: SmolLM2-135M-Instruct. With --a and --b, the "
+            "name of the model on these servers."
         ),
     ] = None,
     a: Annotated[
-        str | None, typer.Option("--a", help="A running server to compare with: http://HOST:PORT")
+        str | None, typer.Option("--a", help="Running server to compare with: http://HOST:PORT")
     ] = None,
-    b: Annotated[str | None, typer.Option("--b", help="A running server on TOKENSELECT.")] = None,
+    b: Annotated[
+        str | None, typer.Option("--b", help="Running server that uses TOKENSELECT.")
+    ] = None,
     baseline: Annotated[
-        str | None, typer.Option(help="Attention backend to compare with; default: vLLM's choice.")
+        str | None, typer.Option(help="Attention backend to compare with. Default: vLLM's choice.")
     ] = None,
-    settings: Annotated[str, typer.Option(help="tokenselect settings, JSON.")] = "{}",
+    settings: Annotated[str, typer.Option(help="Settings of tokenselect, as JSON.")] = "{}",
     also: Annotated[
         list[str] | None,
-        typer.Option(help="Settings beside these for one more server, JSON; may be repeated."),
+        typer.Option(
+            help="Settings on top of --settings for one more server, as JSON. May be repeated."
+        ),
     ] = None,
     lengths: Annotated[
         str | None,
         typer.Option(
-            help="Tokens of prompts, with commas; default: 2048 to 32768, as far as the model goes."
+            help="Prompt lengths in tokens, separated by commas. Default: 2048 to 32768, as far as the "
+            "model allows."
         ),
     ] = None,
     rounds: Annotated[
-        int, typer.Option(min=1, help="New prompts of a length, and runs at a rate.")
+        int, typer.Option(min=1, help="New prompts of each length, and runs at each rate.")
     ] = 3,
     generations: Annotated[
         int,
-        typer.Option(min=1, help="Of a prompt; from the second on the prefix cache has it."),
+        typer.Option(
+            min=1,
+            help="How often to generate from each prompt. From the second time on the prompt comes "
+            "from the prefix cache.",
+        ),
     ] = 4,
-    output_tokens: Annotated[int, typer.Option(min=2, help="Of an answer.")] = 64,
+    output_tokens: Annotated[
+        int, typer.Option(min=2, help="Tokens to generate for each request.")
+    ] = 64,
     rates: Annotated[
         str | None,
         typer.Option(
-            help="Arriving requests a second, with commas; default: 0.5, 1 and 2 times what the first "
-            "server does one at a time."
+            help="Requests that arrive per second, separated by commas. Default: 0.5, 1 and 2 times what "
+            "the first server completes when asked one request at a time."
         ),
     ] = None,
     rate_length: Annotated[
         int | None,
-        typer.Option(help="Tokens of prompts at rates, one of --lengths; default: the shortest."),
+        typer.Option(
+            help="Prompt length of the runs at rates, one of --lengths. Default: the shortest."
+        ),
     ] = None,
     requests: Annotated[
-        int, typer.Option(min=0, help="In a run at a rate; 0 for no such run.")
+        int, typer.Option(min=0, help="Requests in each run at a rate. 0 leaves these runs out.")
     ] = 16,
-    concurrency: Annotated[int, typer.Option(min=1, help="Most open requests at a time.")] = 256,
-    timeout: Annotated[float, typer.Option(min=1, help="Seconds of a request.")] = 3600.0,
+    concurrency: Annotated[
+        int, typer.Option(min=1, help="How many requests may be open at a time.")
+    ] = 256,
+    timeout: Annotated[
+        float, typer.Option(min=1, help="Seconds that a request may take.")
+    ] = 3600.0,
     start_timeout: Annotated[
         float, typer.Option(min=1, help="Seconds that a server may take to start.")
     ] = 1800.0,
@@ -76,28 +93,31 @@ def bench(
         int | None,
         typer.Option(
             min=0,
-            help="Of prompts and arrivals; default: 0, with --a and --b a new one, "
-            "since their prefix caches may know the prompts.",
+            help="Seed of prompts and arrivals. Default: 0; with --a and --b a random one, because their "
+            "prefix caches may hold the prompts of an earlier run.",
         ),
     ] = None,
     text: Annotated[
         Path | None,
-        typer.Option(help="File that prompts are from; default: the Python documentation."),
+        typer.Option(
+            help="Text file that prompts are cut from. Default: the Python documentation."
+        ),
     ] = None,
     tokenizer: Annotated[
-        str | None, typer.Option(help="Folder or name; default: the served model's.")
+        str | None, typer.Option(help="Tokenizer folder or name. Default: the served model's.")
     ] = None,
     json_path: Annotated[
-        Path | None, typer.Option("--json", help="Write every sample and the summary here.")
+        Path | None, typer.Option("--json", help="Write every sample and the summary to this file.")
     ] = None,
-    plots: Annotated[Path | None, typer.Option(help="Draw into this folder.")] = None,
+    plots: Annotated[Path | None, typer.Option(help="Draw plots into this folder.")] = None,
 ) -> None:
     """Measure the speed of TOKENSELECT against vLLM's own attention, on your model and machine.
 
-    Starts all servers, one after the other, and asks them in turn, A B A B; or asks two that run
-    (--a, --b). Time to first token (TTFT) is that of a new prompt, one at a time; time per output token
-    (TPOT) is measured again and again with the same one. Then requests arrive at rates, as a Poisson
-    process. The exit status is 1 when a request failed. OPENAI_API_KEY is sent, if it is set.
+    The command starts all servers, one after the other, and asks them in turn, A B A B. With --a and --b it
+    asks two servers that already run. First it sends one request at a time: time to first token (TTFT) is
+    measured on new prompts, time per output token (TPOT) on every generation. Then requests arrive at
+    rates, as a Poisson process. The exit status is 1 when a request failed. If OPENAI_API_KEY is set, it is
+    sent to the servers.
     """
     from vllm_tokenselect.config import TokenSelectConfig
     from vllm_tokenselect.tools.bench.command import BenchOptions, run_bench
@@ -114,8 +134,8 @@ def bench(
             started = StartedServers(
                 model,
                 baseline,
-                json_object(settings, "--settings", _SUCH_AS),
-                tuple(json_object(one, "--also", _SUCH_AS) for one in also or ()),
+                json_object(settings, "--settings", SUCH_AS),
+                tuple(json_object(one, "--also", SUCH_AS) for one in also or ()),
                 tuple(serve_args or ()),
                 start_timeout,
             )

@@ -14,72 +14,89 @@ from vllm_tokenselect.tools.common.options import json_object, lengths_of, one_o
 
 def _lm_eval_tasks(wanted: bool) -> None:
     if wanted:
-        print(Path(__file__).parent.parent / "evaluate" / "lm_eval_tasks")
+        print(Path(__file__).parents[1] / "evaluate" / "lm_eval_tasks")
         raise typer.Exit
 
 
 def evaluate(
     url: Annotated[
-        str, typer.Argument(help="The server in question, B: http://HOST:PORT", metavar="URL")
+        str, typer.Argument(help="Server to evaluate, B: http://HOST:PORT", metavar="URL")
     ],
     against: Annotated[
-        str | None, typer.Option(help="A server to compare it with, A; may be the same.")
+        str | None, typer.Option(help="Server to compare B with, A. It may be the same server.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Its name at B; default: the only one.")] = None,
-    against_model: Annotated[str | None, typer.Option(help="Its name at A.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Name of the model on B. Default: the only one that it serves."),
+    ] = None,
+    against_model: Annotated[
+        str | None,
+        typer.Option(help="Name of the model on A. Default: the only one that it serves."),
+    ] = None,
     xargs: Annotated[
-        str, typer.Option(help="vLLM's extra arguments of B's requests, JSON.")
+        str, typer.Option(help="vLLM's extra arguments (vllm_xargs) of each request to B, as JSON.")
     ] = "{}",
     against_xargs: Annotated[
         str,
-        typer.Option(help='Those of A\'s: {"tokenselect": "off"} is full attention.'),
+        typer.Option(help='The same for A. {"tokenselect": "off"} asks for full attention.'),
     ] = "{}",
     tokenizer: Annotated[
-        str | None, typer.Option(help="Folder or name; default: the served model's.")
+        str | None, typer.Option(help="Tokenizer folder or name. Default: the served model's.")
     ] = None,
     tasks: Annotated[
         str | None,
-        typer.Option(help="With commas; default: all whose answers are said, without perplexity."),
+        typer.Option(help="Tasks, separated by commas. Default: all but the two of perplexity."),
     ] = None,
     lengths: Annotated[
-        str, typer.Option(help="Tokens of prompt and answer, with commas.")
+        str, typer.Option(help="Tokens of prompt and answer together, separated by commas.")
     ] = "4096",
-    samples: Annotated[int, typer.Option(min=1, help="Prompts of a task at a length.")] = 100,
-    texts: Annotated[int, typer.Option(min=1, help="Texts at a length, for perplexity.")] = 8,
-    steps: Annotated[int, typer.Option(min=1, help="Tokens of each that are counted.")] = 128,
-    seed: Annotated[int, typer.Option(min=0, max=4000, help="Of all prompts and texts.")] = 0,
-    depths: Annotated[int, typer.Option(min=1, help="Of what is hidden in noise.")] = 10,
-    concurrency: Annotated[int, typer.Option(min=1, help="Requests at a time and server.")] = 4,
-    attempts: Annotated[int, typer.Option(min=1, help="Of a request.")] = 6,
-    timeout: Annotated[float, typer.Option(min=1, help="Seconds of an attempt.")] = 600.0,
-    api: Annotated[str, typer.Option(help="completions or chat")] = "completions",
+    samples: Annotated[int, typer.Option(min=1, help="Prompts of each task at each length.")] = 100,
+    texts: Annotated[int, typer.Option(min=1, help="Texts of each length, for perplexity.")] = 8,
+    steps: Annotated[
+        int, typer.Option(min=1, help="Tokens at the end of each text that perplexity counts.")
+    ] = 128,
+    seed: Annotated[int, typer.Option(min=0, max=4000, help="Seed of all prompts and texts.")] = 0,
+    depths: Annotated[
+        int, typer.Option(min=1, help="Number of depths at which keys are hidden in noise.")
+    ] = 10,
+    concurrency: Annotated[
+        int, typer.Option(min=1, help="How many requests each server gets at a time.")
+    ] = 4,
+    attempts: Annotated[int, typer.Option(min=1, help="How often to try each request.")] = 6,
+    timeout: Annotated[
+        float, typer.Option(min=1, help="Seconds that an attempt may take.")
+    ] = 600.0,
+    api: Annotated[str, typer.Option(help="API to ask: completions or chat.")] = "completions",
     chat_template: Annotated[
         bool, typer.Option(help="Put prompts into the model's chat template, if it has one.")
     ] = True,
     text: Annotated[
         Path | None,
-        typer.Option(help="File to read for perplexity; default: the Python documentation."),
+        typer.Option(help="Text file for perplexity. Default: the Python documentation."),
     ] = None,
     json_path: Annotated[
-        Path | None, typer.Option("--json", help="Write everything here, cell by cell.")
+        Path | None, typer.Option("--json", help="Write all results to this file, as they come.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with what --json has.")] = False,
-    plots: Annotated[Path | None, typer.Option(help="Draw into this folder.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run that the --json file holds.")
+    ] = False,
+    plots: Annotated[Path | None, typer.Option(help="Draw plots into this folder.")] = None,
     lm_eval_tasks: Annotated[
         bool,
         typer.Option(
             "--lm-eval-tasks",
             callback=_lm_eval_tasks,
             is_eager=True,
-            help="Print the folder for lm-eval's --include_path, and end.",
+            help="Print the folder for lm-eval's --include_path and exit.",
         ),
     ] = False,
 ) -> None:
-    """Measure the accuracy of a served model, alone or against full attention.
+    """Measure the accuracy of a served model, alone or compared with full attention.
 
     Tasks: niah_single_1, niah_multikey_2, niah_multikey_3, niah_multivalue_noise, niah_multiquery_noise,
     vt, cwe, fwe (after RULER), passkey, number_string (after InfiniteBench), facts; perplexity (a request
-    for each token) and perplexity_decode (vLLM's trace replay). OPENAI_API_KEY is sent, if it is set.
+    for each token) and perplexity_decode (vLLM's trace replay).
+    If OPENAI_API_KEY is set, it is sent to the servers.
     """
     from vllm_tokenselect.tools.evaluate.command import EvalOptions, Side, run_evaluation
 
@@ -89,7 +106,7 @@ def evaluate(
             served=Side(url, model, json_object(xargs, "--xargs")),
             against=None if against is None else other,
             tokenizer=tokenizer,
-            chat_api=one_of(api, ("completions", "chat"), "--api") == "chat",
+            chat_api=one_of(api, {"completions": False, "chat": True}, "--api"),
             chat_template=chat_template,
             text=text,
             json=json_path,

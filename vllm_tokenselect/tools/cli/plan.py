@@ -15,50 +15,79 @@ def plan(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="Folder with a config.json, a name, or a preset: llama-3.1-8b, qwen3-32b ...",
+            help="Model folder with a config.json, a name, or a preset: llama-3.1-8b, qwen3-32b ...",
         ),
     ],
     context: Annotated[
-        str, typer.Option(help="Tokens of the longest context: 131072, 128K, 1M.")
+        str, typer.Option(help="Longest context in tokens: 131072, 128K, 1M.")
     ] = "128K",
-    gpus: Annotated[str, typer.Option(help="GPUs in all; several numbers with commas.")] = "1",
-    tp: Annotated[int | None, typer.Option(min=1, help="Tensor parallel GPUs.")] = None,
-    pp: Annotated[int | None, typer.Option(min=1, help="Pipeline stages.")] = None,
-    replicas: Annotated[int | None, typer.Option(min=1, help="Servers behind a router.")] = None,
+    gpus: Annotated[
+        str,
+        typer.Option(
+            help="Number of GPUs in all. Several numbers, separated by commas, are compared."
+        ),
+    ] = "1",
+    tp: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tensor-parallel GPUs of each stage. Default: compare layouts."),
+    ] = None,
+    pp: Annotated[
+        int | None, typer.Option(min=1, help="Pipeline stages. Default: compare layouts.")
+    ] = None,
+    replicas: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Number of servers behind a router. Default: as many as the GPUs allow."
+        ),
+    ] = None,
     gpus_per_machine: Annotated[
-        int, typer.Option(min=1, help="GPUs joined by something as fast as NVLink.")
+        int, typer.Option(min=1, help="GPUs that a link as fast as NVLink connects.")
     ] = 8,
     gpu_memory: Annotated[
-        str, typer.Option(help="a100, a100-40gb, h100, h200, b200, or a size: 141GB, 80GiB.")
+        str,
+        typer.Option(
+            help="Kind of GPU (a100, a100-40gb, h100, h200, b200) or its memory: 141GB, 80GiB."
+        ),
     ] = "h200",
-    gpu_memory_utilization: Annotated[float, typer.Option(help="As vLLM has it.")] = 0.9,
-    settings: Annotated[str, typer.Option(help="tokenselect settings, JSON.")] = "{}",
-    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32")] = "auto",
-    kv_cache_dtype: Annotated[str, typer.Option(help="auto, fp8, fp8_e4m3 or fp8_e5m2")] = "auto",
+    gpu_memory_utilization: Annotated[float, typer.Option(help="Same as vLLM's option.")] = 0.9,
+    settings: Annotated[str, typer.Option(help="Settings of tokenselect, as JSON.")] = "{}",
+    dtype: Annotated[
+        str, typer.Option(help="Type of activations: auto, bfloat16, float16 or float32.")
+    ] = "auto",
+    kv_cache_dtype: Annotated[
+        str, typer.Option(help="Type of the KV cache: auto, fp8, fp8_e4m3 or fp8_e5m2.")
+    ] = "auto",
     weights_dtype: Annotated[
         str | None,
-        typer.Option(help="Of the layers: fp8, int4 ..., or bytes of a weight; default: --dtype."),
+        typer.Option(
+            help="Type of the layers' weights: fp8, int4 ..., or bytes per weight. Default: --dtype."
+        ),
     ] = None,
     max_num_seqs: Annotated[
-        int | None, typer.Option(min=1, help="As vLLM has it; default: vLLM's for the GPU.")
+        int | None,
+        typer.Option(min=1, help="Same as vLLM's option. Default: vLLM's default for the GPU."),
     ] = None,
     max_num_batched_tokens: Annotated[
-        int | None, typer.Option(min=1, help="As vLLM has it; default: vLLM's for the GPU.")
+        int | None,
+        typer.Option(min=1, help="Same as vLLM's option. Default: vLLM's default for the GPU."),
     ] = None,
     reserve: Annotated[
-        str, typer.Option(help="Memory for CUDA, NCCL and CUDA graphs: a guess.")
+        str, typer.Option(help="Memory that CUDA, NCCL and CUDA graphs take: a guess.")
     ] = "2GiB",
     each_setting: Annotated[
-        bool, typer.Option("--each-setting", help="What each setting costs, changed by itself.")
+        bool,
+        typer.Option(
+            "--each-setting", help="Show what each setting costs when it alone is changed."
+        ),
     ] = False,
     json_path: Annotated[
-        Path | None, typer.Option("--json", help="Write everything here, in bytes.")
+        Path | None, typer.Option("--json", help="Write all results to this file, sizes in bytes.")
     ] = None,
 ) -> None:
-    """Say what a model takes of GPU memory and network on TOKENSELECT, and which layout to take.
+    """Compute how much GPU memory and network a model needs on TOKENSELECT, and propose a layout.
 
-    Compares layouts unless --tp and --pp are given. A model of memory and traffic, not of speed: nothing is
-    run, and the model's weights are not read. Sizes are those of one GPU, in units of 1,024.
+    Layouts are compared unless --tp and --pp are given. Memory and traffic are computed, speed is not:
+    nothing is run, and the model's weights are not read. Sizes are those of one GPU, in units of 1,024.
     """
     with said_in_words():
         from vllm_tokenselect.tools.plan.command import PlanOptions, run_plan

@@ -12,6 +12,8 @@ from rich.progress import track
 
 from vllm_tokenselect.config import TokenSelectConfig
 from vllm_tokenselect.method.settings import Method, SettingsError
+from vllm_tokenselect.tools.common.files import write_json
+from vllm_tokenselect.tools.common.options import SUCH_AS, json_object
 from vllm_tokenselect.tools.common.smollm2 import ensure_smollm2
 from vllm_tokenselect.tools.inspect.budgets import budget_costs, smallest_budget
 from vllm_tokenselect.tools.inspect.layers import DIFFUSE_BELOW, compare_layers, diffuse_layers
@@ -22,7 +24,7 @@ from vllm_tokenselect.tools.inspect.tables import budget_table, draw_layers, lay
 
 @dataclass(frozen=True)
 class Subject:
-    """The model and the settings that are looked at.
+    """The model and the settings to inspect.
 
     Attributes:
         model: folder or name of a model of transformers; None for SmolLM2-135M-Instruct.
@@ -46,17 +48,14 @@ class Subject:
         """The settings.
 
         Raises:
-            SettingsError: when they are no settings, or of reassigned positions.
+            ValueError: when they are no settings, or of reassigned positions.
         """
-        try:
-            given = json.loads(self.settings)
-        except json.JSONDecodeError as error:
-            raise SettingsError(f"--settings {self.settings!r} is no JSON: {error}") from None
+        given = json_object(self.settings, "--settings", SUCH_AS)
         method = TokenSelectConfig.from_mapping(given).method
         if method.reassigns_positions:
             raise SettingsError(
-                'positions "reassigned" cannot be looked at here: a model of transformers hands over '
-                "keys that are rotated. Leave `positions` out."
+                'positions "reassigned" cannot be inspected: transformers hands over keys that are '
+                "already rotated. Leave `positions` out."
             )
         return method
 
@@ -64,8 +63,12 @@ class Subject:
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(self.name)
-        tokenizer.model_max_length = 10**9  # its warning about long texts says nothing new
+        tokenizer.model_max_length = 10**9  # no warning about long texts
         return tokenizer
+
+    def described(self, method: Method) -> dict[str, Any]:
+        """What the reader of a report must know of it."""
+        return {"subject": asdict(self), "settings": asdict(method)}
 
     def load(self) -> DiagnosedModel:
         return DiagnosedModel(self.name, self.device, "float32" if self.device == "cpu" else "auto")
@@ -97,20 +100,16 @@ def run_inspect(
         dense = json.dumps({"dense_layers": method.dense_layers + diffuse})
         console.print(
             f"The first {'layer keeps' if diffuse == 1 else f'{diffuse} layers keep'} less than "
-            f"{DIFFUSE_BELOW:.0%} of the attention. What it is worth to attend to everything there, "
-            f"`tokenselect tune --settings '{dense}'` tells.",
+            f"{DIFFUSE_BELOW:.0%} of the attention. To see what full attention there is worth, run "
+            f"`tokenselect tune --settings '{dense}'`.",
             highlight=False,
             markup=False,
         )
     if plot is not None:
         draw_layers(layers, plot)
         console.print(f"Drawn into {plot}", highlight=False)
-    _write(
-        json_path,
-        subject,
-        method,
-        {"tokens": len(tokens), "layers": [asdict(layer) for layer in layers]},
-    )
+    found = {"tokens": len(tokens), "layers": [asdict(layer) for layer in layers]}
+    write_json(json_path, subject.described(method) | found)
 
 
 def run_tune(
@@ -163,17 +162,6 @@ def run_tune(
         settings = json.dumps({"tokenselect": {**json.loads(subject.settings), "top_k": chosen}})
         console.print(f"Smallest budget that adds at most {max_added} nats a token: {chosen}")
         console.print(f"  --additional-config '{settings}'", highlight=False, markup=False)
-    _write(
-        json_path,
-        subject,
-        method,
-        {"max_added": max_added, "top_k": chosen, "costs": [asdict(cost) for cost in costs]},
-    )
+    found = {"max_added": max_added, "top_k": chosen, "costs": [asdict(cost) for cost in costs]}
+    write_json(json_path, subject.described(method) | found)
     return chosen
-
-
-def _write(path: Path | None, subject: Subject, method: Method, found: dict[str, Any]) -> None:
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        head = {"subject": asdict(subject), "settings": asdict(method)}
-        path.write_text(json.dumps({**head, **found}, indent=1) + "\n")

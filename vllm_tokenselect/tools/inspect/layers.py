@@ -1,8 +1,8 @@
-"""What selections keep of full attention, layer by layer, while a model reads a prompt with full attention.
+"""How much of full attention each way to select keeps, layer by layer.
 
-For some chunks of queries of the prompt, and for some of the single tokens of its tail, of each way to
-select: the share of attention that falls on what it attends to, and how far the output is from that of
-full attention, relative to it.
+The model reads a prompt with full attention. For some chunks of queries, and for some single tokens of the
+prompt's tail, two measures are taken of each way to select: the share of attention that falls on the tokens
+it attends to, and the relative error of its output.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from vllm_tokenselect.tools.inspect.selections import (
     TOKENSELECT,
     WAYS,
     Chunk,
-    attended_positions,
     causal_scores,
     chunks_of,
     spread,
 )
+from vllm_tokenselect.tools.inspect.selective import attended_by, share_reused
 
 CHUNKS, TOKENS = "chunks of the prompt", "single tokens"
-# Of its attention a layer that looks at few tokens keeps more, at any budget worth its while.
+# A layer that looks at few tokens keeps more than this share of its attention, at any useful budget.
 DIFFUSE_BELOW = 0.9
 
 
@@ -125,7 +125,7 @@ class _Watch:
                 for way, (kept, off) in self._measure(chunk, query, key, value, scale).items():
                     mass[kind][way].append(kept)
                     error[kind][way].append(off)
-        reuse = reuse_of(query, key.shape[0], self.tail, self.method)
+        reuse = share_reused(query, key.shape[0], self.tail, self.method)
         self.reports[layer] = LayerReport(layer, _means(mass), _means(error), reuse)
 
     def _measure(
@@ -144,34 +144,12 @@ class _Watch:
         found = {}
         queries = query[:, chunk.start : chunk.end]
         for way, select in WAYS.items():
-            seen = attended_positions(chunk, select(chunk, queries, keys, scale), self.method)
+            seen = attended_by(select, chunk, queries, keys, scale, self.method)
             kept = shares[:, :, seen].sum(dim=-1)
             out = _weighted(scores[:, :, seen].softmax(dim=-1), values[:, seen])
             off = (out - full).norm(dim=(0, 2)) / full.norm(dim=(0, 2))
             found[way] = float(kept.mean()), float(off.mean())
         return found
-
-
-def reuse_of(
-    query: torch.Tensor, num_kv_heads: int, tail: list[Chunk], method: Method
-) -> float | None:
-    """Share of consecutive single tokens that would reuse a selection, as the Selection Cache decides."""
-    if not method.reuses_selections or not tail:
-        return None
-    last: tuple[torch.Tensor, int] | None = None
-    reused = 0
-    for chunk in tail:
-        own = query[:, chunk.start].reshape(num_kv_heads, -1).float()
-        if last is not None:
-            similarity = float(torch.cosine_similarity(own, last[0], dim=1).min())
-            if (
-                similarity >= method.similarity_threshold
-                and chunk.start - last[1] <= method.refresh_interval
-            ):
-                reused += 1
-                continue
-        last = own, chunk.start
-    return reused / len(tail)
 
 
 def _weighted(shares: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,9 @@
-"""Attention of a model that reads one sequence, over what a way of selecting chooses."""
+"""The steps of the method over one sequence, in their order.
+
+Decide which chunks select (`chunks_of`) and which tokens reuse a selection; score, vote and choose
+(`Select`); put the attended set together; attend. Whoever needs a forward pass with selection calls this:
+`model.losses(tokens, count, SelectiveAttention(method, chunks_of(...)))`.
+"""
 
 from __future__ import annotations
 
@@ -48,10 +53,7 @@ class SelectiveAttention:
             if chunk in singles:
                 continue
             rows = slice(chunk.start - first, chunk.end - first)
-            seen: slice | torch.Tensor = slice(0, chunk.end)
-            if chunk.candidates is not None:
-                chosen = self._select(chunk, query[:, rows], key, scale)
-                seen = attended_positions(chunk, chosen, self._method)
+            seen = attended_by(self._select, chunk, query[:, rows], key, scale, self._method)
             keys, values = key[:, seen], value[:, seen]
             n, m = chunk.end - chunk.start, keys.shape[1]
             mask = torch.ones(n, m, dtype=torch.bool, device=query.device).tril(m - n)
@@ -93,6 +95,45 @@ class SelectiveAttention:
         queries = [asking[:, index : index + 1] for index in range(len(singles))]
         each = zip(singles, queries, strict=True)
         return torch.stack([self._select(chunk, query, key, scale) for chunk, query in each])
+
+
+def attended_by(
+    select: Select,
+    chunk: Chunk,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    scale: float,
+    method: Method,
+) -> slice | torch.Tensor:
+    """Positions that a chunk's queries [Hq, n, D] attend to, before causality, of all keys [Hkv, T, D]."""
+    if chunk.candidates is None:
+        return slice(0, chunk.end)
+    return attended_positions(chunk, select(chunk, queries, keys, scale), method)
+
+
+def share_reused(
+    query: torch.Tensor, num_kv_heads: int, tail: list[Chunk], method: Method
+) -> float | None:
+    """Share of consecutive single tokens that would reuse a selection, by the Selection Cache's rule.
+
+    None where the settings have no Selection Cache, or there is no such token.
+    """
+    if not method.reuses_selections or not tail:
+        return None
+    last: tuple[torch.Tensor, int] | None = None
+    reused = 0
+    for chunk in tail:
+        own = query[:, chunk.start].reshape(num_kv_heads, -1).float()
+        if last is not None:
+            similarity = float(torch.cosine_similarity(own, last[0], dim=1).min())
+            if (
+                similarity >= method.similarity_threshold
+                and chunk.start - last[1] <= method.refresh_interval
+            ):
+                reused += 1
+                continue
+        last = own, chunk.start
+    return reused / len(tail)
 
 
 def _attend(

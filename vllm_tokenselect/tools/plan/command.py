@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
+from vllm_tokenselect.config import TokenSelectConfig
 from vllm_tokenselect.gpu.attention import FP8_DTYPES
+from vllm_tokenselect.tools.common.files import write_json
+from vllm_tokenselect.tools.common.options import SUCH_AS, json_object, one_of, positive_numbers
 from vllm_tokenselect.tools.plan.choice import LayoutComparison, LayoutPlan, compare_layouts
 from vllm_tokenselect.tools.plan.export import as_json
 from vllm_tokenselect.tools.plan.models import ModelShape, read_model
@@ -18,7 +19,6 @@ from vllm_tokenselect.tools.plan.planned_server import (
     DTYPES,
     PlannedServer,
     find_gpu,
-    read_settings,
     weight_bytes,
 )
 from vllm_tokenselect.tools.plan.tables import (
@@ -64,9 +64,9 @@ class PlanOptions:
         """
         gpu = find_gpu(self.gpu_memory)
         batched_tokens, seqs = gpu.batch
-        dtype = _choice(self.dtype, "--dtype", {"auto": model.dtype, **DTYPES})
-        kv_dtype = _choice(self.kv_cache_dtype, "--kv-cache-dtype", {"auto": dtype, **FP8_DTYPES})
-        config = read_settings(self.settings)
+        dtype = one_of(self.dtype, {"auto": model.dtype, **DTYPES}, "--dtype")
+        kv_dtype = one_of(self.kv_cache_dtype, {"auto": dtype, **FP8_DTYPES}, "--kv-cache-dtype")
+        config = TokenSelectConfig.from_mapping(json_object(self.settings, "--settings", SUCH_AS))
         return PlannedServer(
             gpu=gpu,
             context=parse_tokens(self.context),
@@ -87,7 +87,9 @@ class PlanOptions:
             ValueError: when there is none.
         """
         given = (self.gpus_per_machine, self.tp, self.pp, self.replicas)
-        return [compare_layouts(model, server, gpus, *given) for gpus in _numbers(self.gpus)]
+        such_as = "a number of GPUs, or several as 1,8,64"
+        numbers = positive_numbers(self.gpus, "--gpus", such_as)
+        return [compare_layouts(model, server, gpus, *given) for gpus in numbers]
 
 
 def run_plan(question: PlanOptions, json_path: Path | None) -> None:
@@ -105,9 +107,7 @@ def run_plan(question: PlanOptions, json_path: Path | None) -> None:
         console.print(layout_table(comparisons))
     if len(comparisons) == 1:
         _print_details(comparisons[0], question.each_setting, console)
-    if json_path is not None:
-        json_path.parent.mkdir(parents=True, exist_ok=True)
-        json_path.write_text(json.dumps(as_json(model, server, comparisons), indent=1) + "\n")
+    write_json(json_path, as_json(model, server, comparisons))
     _print_choice(comparisons, model, server, console)
 
 
@@ -156,19 +156,3 @@ def _print_choice(
 
 def _missing(plan: LayoutPlan) -> int:
     return plan.memory.missing
-
-
-def _numbers(listed: str) -> list[int]:
-    try:
-        found = [int(word) for word in listed.split(",")]
-    except ValueError:
-        found = []
-    if not found or min(found) < 1:
-        raise ValueError(f"--gpus {listed!r}: a number of GPUs, or several as 1,8,64")
-    return found
-
-
-def _choice(value: str, option: str, allowed: dict[str, torch.dtype]) -> torch.dtype:
-    if value not in allowed:
-        raise ValueError(f"{option} {value!r}: it is {', '.join(allowed)}")
-    return allowed[value]

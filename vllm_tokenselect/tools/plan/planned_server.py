@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 
 import torch
 
 from vllm_tokenselect.config import TokenSelectConfig
 from vllm_tokenselect.gpu.flash_attention import reads_in_place
-from vllm_tokenselect.method.settings import SettingsError
 from vllm_tokenselect.tools.plan.units import parse_bytes
 
 BLOCK_SIZE = 16  # of vLLM's KV cache on a GPU
@@ -147,16 +145,3 @@ def weight_bytes(text: str) -> float:
             f"--weights-dtype {text!r}: bytes of a weight, such as 0.55, or {', '.join(WEIGHT_BYTES)}"
         )
     return size
-
-
-def read_settings(text: str) -> TokenSelectConfig:
-    """Settings of TOKENSELECT from JSON.
-
-    Raises:
-        SettingsError: for what is no JSON object of settings.
-    """
-    try:
-        given = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise SettingsError(f"--settings {text!r} is no JSON: {error}") from None
-    return TokenSelectConfig.from_mapping(given)
