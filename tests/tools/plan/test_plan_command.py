@@ -110,7 +110,7 @@ REFUSED = {
     "there is no such setting": ("--settings", '{"topk": 1}'),
     "vote": ("--settings", '{"vote": "none"}'),
     "leaves none of the 6 layers": ("--settings", '{"dense_layers": 6}'),
-    "must be a JSON object": ("--settings", "[]"),
+    "--settings '[]' is no JSON object": ("--settings", "[]"),
     "--dtype 'int8': it must be one of auto": ("--dtype", "int8"),
     "--kv-cache-dtype 'int8': it must be one of auto": ("--kv-cache-dtype", "int8"),
     "--weights-dtype 'tiny': bytes of a weight": ("--weights-dtype", "tiny"),
