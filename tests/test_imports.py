@@ -10,8 +10,8 @@ import pytest
 
 PROJECT = Path(__file__).parents[1]
 
-# Notes who imports what: the nearest module up the stack that is vLLM's, numba's or ours. vLLM loads some of
-# these packages itself when our code imports its modules, and numba looks for scipy: those are not ours.
+# Notes who imports what: the nearest module up the stack that is vLLM's, numba's or ours. vLLM loads some
+# of these packages itself when our code imports its modules, and numba looks for scipy: those are not ours.
 WATCH = """
 import builtins, json, sys
 
