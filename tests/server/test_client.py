@@ -134,7 +134,7 @@ def test_the_examples_ask_with_settings_of_their_own_and_read_what_was_attended(
     sparse_client, prompts, tokenizer, tmp_path
 ):
     document = tmp_path / "document.txt"
-    document.write_text(tokenizer.decode(prompts(207, 700)))
+    document.write_text(tokenizer.decode(prompts(207, 600)))
     url = sparse_client.server.base_url
     asked = (str(document), "What is this about?", "--top-k", "100", "--max-tokens", "4")
     said = run_example("client.py", url, *asked)
