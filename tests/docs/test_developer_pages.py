@@ -26,10 +26,12 @@ def test_the_parts_of_a_seam_are_all_explained():
     assert explained == {field.name for field in fields(Seam)}
 
 
-def test_the_example_of_a_hook_is_the_hook():
-    [shown] = [b.text for b in blocks("docs/adding-a-seam.md") if b.language == "python"]
-    lines = set((PACKAGE / "hooks/worker.py").read_text(encoding="utf-8").splitlines())
-    assert [line for line in shown.splitlines() if line not in lines] == []
+def test_the_example_of_a_hook_and_its_diff_are_the_projects_own():
+    shown = {block.language: block.text for block in blocks("docs/adding-a-seam.md")}
+    assert (PACKAGE / "hooks/chunked_local.py").read_text().endswith(shown["python"])
+    for release in SUPPORTED_VLLM:
+        [diff] = REPOSITORY.glob(f"patches/{release}.*/chunked_local.patch")
+        assert shown["diff"] in diff.read_text()
 
 
 def test_pages_that_name_the_supported_releases_name_these():
