@@ -14,7 +14,14 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 REPOSITORY = Path(__file__).parents[2]
-PATTERNS = ("*.md", "docs/**/*.md", "deploy/**/*.md", "examples/*.md", "patches/*.md")
+PATTERNS = (
+    "*.md",
+    "docs/**/*.md",
+    "deploy/**/*.md",
+    "benchmarks/**/*.md",
+    "examples/*.md",
+    "patches/*.md",
+)
 NOT_WRITTEN_FOR_TODAY = {"CHANGELOG.md"}
 PAGES = sorted(
     str(path.relative_to(REPOSITORY))
