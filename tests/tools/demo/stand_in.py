@@ -2,8 +2,8 @@
 
     python -m tests.tools.demo.stand_in '{"ours": 8, "full": 8, "figures": true}' demo [OPTIONS]
 
-Answers as many of the questions rightly on TOKENSELECT ("ours") and with full attention ("full"), writes
-each request's figures or not, and hangs in the middle of an answer if "hangs".
+Answers as many of the questions rightly on TOKENSELECT ("ours") and with full attention ("full"), counts
+in /metrics what each request attended to or not, and hangs in the middle of an answer if "hangs".
 """
 
 import http.server
@@ -14,12 +14,13 @@ from collections import Counter
 from functools import partial
 from typing import ClassVar
 
-from vllm_tokenselect.method.requests import Activity
 from vllm_tokenselect.tools.cli.app import app
 from vllm_tokenselect.tools.common.server import VllmServer
 from vllm_tokenselect.tools.demo import asking
 from vllm_tokenselect.tools.demo import command as demo
 from vllm_tokenselect.tools.demo.document import FACTS
+
+LAYERS = 30  # of SmolLM2
 
 
 class StandIn(VllmServer):
@@ -32,15 +33,19 @@ class StandIn(VllmServer):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Answers /health, and /v1/completions as a stream."""
+    """Answers /health, /metrics, and /v1/completions as a stream."""
 
     told: ClassVar[dict] = {}
     asked: ClassVar[Counter] = Counter()
     read: ClassVar[set] = set()
+    counted: ClassVar[Counter] = Counter()
 
     def do_GET(self) -> None:
         self.send_response(200)
         self.end_headers()
+        if self.path == "/metrics":
+            for name, count in self.counted.items():
+                self.wfile.write(f"vllm:tokenselect_tokens_{name}_total {count}\n".encode())
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -49,18 +54,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
         fact = next(fact for fact in FACTS if body["prompt"].endswith(fact.begun))
         self.asked[way] += 1
         says = fact.answer if self.asked[way] <= self.told[way] else f"{fact.answer}0"
-        name = f"cmpl-{way}{self.asked[way]}"
         self.send_response(200)
         self.end_headers()
         for piece in (" ", says):
-            self._send(json.dumps({"id": name, "choices": [{"text": piece}]}))
+            self._send(json.dumps({"choices": [{"text": piece}]}))
             time.sleep(600 if self.told.get("hangs") else 0)
+        cached = 990 if (way, body["cache_salt"]) in self.read else 0
+        self.read.add((way, body["cache_salt"]))
         if self.told["figures"]:
-            attended = 1000 if off else 400
-            cached = (way, body["cache_salt"]) in self.read
-            self.read.add((way, body["cache_salt"]))
-            figures = Activity(attended, 1000, 1 if cached else 10, attended, 1000, 2)
-            print(f"TOKENSELECT request {name}-0: {figures}", flush=True)
+            context = LAYERS * sum(range(cached + 1, 1000 + 2))
+            self.counted["in_context"] += context
+            self.counted["attended"] += context if off else context * 2 // 5
+        usage = {"prompt_tokens": 1000, "completion_tokens": 2}
+        usage["prompt_tokens_details"] = {"cached_tokens": cached}
+        self._send(json.dumps({"choices": [], "usage": usage}))
         self._send("[DONE]")
 
     def _send(self, event: str) -> None:

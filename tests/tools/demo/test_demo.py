@@ -17,12 +17,12 @@ from rich.console import Console
 from tests.tools.common.test_server import is_running
 from vllm_tokenselect.tools.demo.asking import FULL, OURS, Answer, in_turn
 from vllm_tokenselect.tools.demo.document import FACTS, depth, prompt, ships_log
-from vllm_tokenselect.tools.demo.figures import Attended, RequestFigures
+from vllm_tokenselect.tools.demo.figures import Attended
 from vllm_tokenselect.tools.demo.verdict import judge
 
 ALL = len(FACTS)
 KNOWING = {"ours": ALL, "full": ALL, "figures": True}
-FIGURES = RequestFigures("cmpl-1", Attended(400, 1000, 10), Attended(400, 1000, 2))
+ATTENDED = Attended(800, 2000, 12)
 CONTROL = re.compile(r"[^\n -~\u00a0-\uffff]")
 
 
@@ -64,16 +64,19 @@ class TestRun:
         done = run_demo(KNOWING, tmp_path)
         for fact in FACTS:
             assert fact.question in done.stdout
-        row = rf"{FACTS[0].answer} +right +\d+\.\d\d s +10 +"
+        row = rf"{FACTS[0].answer} +right +\d+\.\d\d s +1,000 +"
         assert done.returncode == 0
-        assert re.search(rf"TOKENSELECT +{row}67 of 167 tokens", done.stdout)
-        assert re.search(rf"full attention +{row}167 of 167 tokens", done.stdout)
+        assert re.search(rf"TOKENSELECT +{row}200 of 501 tokens", done.stdout)
+        assert re.search(rf"full attention +{row}501 of 501 tokens", done.stdout)
         # The log is read twice each way, and found in the prefix cache by the other requests.
-        reads = re.findall(r" s +(\d+) +\d+ of \d+ tokens\n", done.stdout)
-        assert (reads.count("10"), reads.count("1")) == (4, 2 * ALL - 4)
+        reads = re.findall(r" s +([\d,]+) +\d+ of \d+ tokens\n", done.stdout)
+        assert (reads.count("1,000"), reads.count("10")) == (4, 2 * ALL - 4)
         for what in ("reading the log", "with the log in the prefix cache"):
             assert re.search(rf"{what}: \d+\.\d\d s and \d+\.\d\d s \(\d+\.\d\dx\)", done.stdout)
-        assert "attended to 40% of the tokens in context while it read, and to 40%" in done.stdout
+        assert (
+            "attended to 40% of the tokens in context where it read the log, and to 40%"
+            in done.stdout
+        )
 
     def test_a_demo_that_fails_says_why_and_where_the_log_is(self, tmp_path):
         done = run_demo({**KNOWING, "ours": ALL - 2}, tmp_path)
@@ -85,9 +88,8 @@ class TestRun:
     def test_status_is_1_without_the_servers_figures(self, tmp_path):
         done = run_demo({**KNOWING, "figures": False}, tmp_path)
         assert done.returncode == 1
-        assert (
-            "The server's log does not say what the request cmpl-ours1 attended to." in done.stdout
-        )
+        assert "/metrics does not say what the question attended to: " in done.stdout
+        assert FACTS[0].question in done.stdout
         assert "Asking, " not in done.stdout  # the bar of a demo that broke off
 
     def test_a_pipe_gets_plain_lines(self, tmp_path):
@@ -164,7 +166,7 @@ def test_every_question_is_asked_both_ways_and_neither_goes_first_twice_in_a_row
 )
 def test_an_answer_is_right_when_it_begins_with_the_documents(text, is_right):
     fact = next(fact for fact in FACTS if fact.answer == "4817")
-    assert Answer(fact, OURS, text, 1.0, FIGURES).is_right == is_right
+    assert Answer(fact, OURS, text, 1.0, 10, ATTENDED).is_right == is_right
 
 
 @pytest.mark.parametrize(
@@ -173,7 +175,7 @@ def test_an_answer_is_right_when_it_begins_with_the_documents(text, is_right):
 )
 def test_status_is_0_with_as_many_answers_as_full_attention_less_one(found, found_full, status):
     answers = [
-        Answer(fact, way, fact.answer if number < right else "?", 1.0, FIGURES)
+        Answer(fact, way, fact.answer if number < right else "?", 1.0, 10, ATTENDED)
         for way, right in ((OURS, found), (FULL, found_full))
         for number, fact in enumerate(FACTS)
     ]

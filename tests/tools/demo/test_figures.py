@@ -1,54 +1,79 @@
-"""The figures of a request are read from the log line that the backend writes."""
+"""The figures of a request are what it added to the counters in `/metrics`."""
 
-from pathlib import Path
+import http.server
+import threading
 
-from vllm_tokenselect.method.requests import Activity
-from vllm_tokenselect.tools.demo.figures import Attended, parse_figures, wait_for_figures
+import pytest
 
-ACTIVITY = Activity(
-    prefill_attended=1000,
-    prefill_context=4000,
-    prefill_queries=40,
-    decode_attended=30,
-    decode_context=90,
-    decode_queries=3,
-)
-LOG = (
-    "(Worker pid=7) INFO 11-21 06:39:54 [activity.py:12] TOKENSELECT request chatcmpl-1-8c54: "
-    f"{ACTIVITY}\n"
-    "(APIServer pid=6) INFO:     127.0.0.1:5 - GET /health\n"
-    f"(Worker pid=7) INFO 11-21 06:39:55 [activity.py:12] TOKENSELECT request cmpl-2: {Activity()}\n"
-)
+from vllm_tokenselect.tools.common.server_facts import selection_counts
+from vllm_tokenselect.tools.demo.figures import Attended, wait_for_figures
+
+LAYERS = 30
+CONTEXTS = range(5, 8)  # three queries
 
 
-def test_what_the_backend_writes_is_what_is_read():
-    first, second = parse_figures(LOG)
-    assert first.request_id == "chatcmpl-1-8c54"
-    assert first.prefill == Attended(attended=1000, context=4000, queries=40)
-    assert first.decode == Attended(attended=30, context=90, queries=3)
-    assert second.request_id == "cmpl-2"
+def page(attended: int, context: int) -> str:
+    """As a server with an engine writes it; other metrics do not matter."""
+    labels = '{engine="0",model_name="m",tp_rank="0"}'
+    return (
+        f"vllm:tokenselect_tokens_attended_total{labels} {LAYERS * attended}.0\n"
+        f"vllm:tokenselect_tokens_in_context_total{labels} {LAYERS * context}.0\n"
+        'vllm:num_requests_running{engine="0",model_name="m"} 0.0\n'
+    )
+
+
+@pytest.fixture
+def serve():
+    """Serve pages one after the other, the last again and again; returns the URL."""
+    servers = []
+
+    def start(*pages: str) -> str:
+        left = list(pages)
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write((left.pop(0) if len(left) > 1 else left[0]).encode())
+
+            def log_message(self, *args) -> None:
+                pass
+
+        servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler))
+        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{servers[-1].server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_request_has_what_it_added_once_all_of_its_context_is_counted(serve):
+    url = serve(page(100, 200), page(100, 200), page(103, 205), page(109, 218))
+    before = selection_counts(url)
+    assert wait_for_figures(url, before, CONTEXTS, LAYERS) == Attended(9, 18, 3)
+
+
+def test_before_the_first_request_there_need_not_be_any_counters(serve):
+    url = serve("", "", page(18, 18))
+    before = selection_counts(url)
+    assert before is None
+    assert wait_for_figures(url, before, CONTEXTS, LAYERS) == Attended(18, 18, 3)
+
+
+@pytest.mark.parametrize("last", ["", page(100, 217)], ids=["no counters", "not all of it"])
+def test_figures_that_never_come_are_none(serve, last):
+    url = serve(page(100, 200), last)
+    assert wait_for_figures(url, selection_counts(url), CONTEXTS, LAYERS, timeout=0.3) is None
 
 
 def test_shares_and_means_are_per_query():
-    figures = parse_figures(LOG)[0]
-    assert figures.prefill.share == 0.25
-    assert (figures.prefill.mean_attended, figures.prefill.mean_context) == (25, 100)
+    attended = Attended(1000, 4000, 40)
+    assert attended.share == 0.25
+    assert (attended.mean_attended, attended.mean_context) == (25, 100)
 
 
 def test_no_query_at_all_divides_by_nothing():
-    decode = parse_figures(LOG)[1].decode
-    assert (decode.share, decode.mean_attended, decode.mean_context) == (1.0, 0.0, 0.0)
-
-
-def test_a_request_is_found_by_the_id_that_the_api_gave_it(tmp_path: Path):
-    log = tmp_path / "server.log"
-    log.write_text(LOG)
-    found = wait_for_figures(log, "chatcmpl-1", timeout=0)
-    assert found is not None
-    assert found.request_id == "chatcmpl-1-8c54"
-
-
-def test_figures_that_never_come_are_none(tmp_path: Path):
-    log = tmp_path / "server.log"
-    log.write_text(LOG)
-    assert wait_for_figures(log, "chatcmpl-9", timeout=0) is None
+    nothing = Attended(0, 0, 0)
+    assert (nothing.share, nothing.mean_attended, nothing.mean_context) == (1.0, 0.0, 0.0)

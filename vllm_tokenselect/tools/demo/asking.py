@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from vllm_tokenselect.tools.common.client import Client, Endpoint, ServerError
 from vllm_tokenselect.tools.common.server import VllmServer
+from vllm_tokenselect.tools.common.server_facts import selection_counts
 from vllm_tokenselect.tools.common.smollm2 import MODEL_NAME
 from vllm_tokenselect.tools.demo.document import Fact, prompt
-from vllm_tokenselect.tools.demo.figures import RequestFigures, wait_for_figures
+from vllm_tokenselect.tools.demo.figures import Attended, wait_for_figures
 
 OURS, FULL = "TOKENSELECT", "full attention"
 _EXTRA = {OURS: {}, FULL: {"vllm_xargs": {"tokenselect": "off"}}}
 # How often the server reads the document each way. The other questions find it in the prefix cache.
 _READINGS = 2
-# An answer is a few tokens of a sentence; what the model adds after it is not asked for.
-_BODY = {"max_tokens": 8, "stop": ["\n", "."]}
 
 
 @dataclass(frozen=True)
@@ -29,14 +31,16 @@ class Answer:
     Attributes:
         way: `OURS` or `FULL`.
         first_token: seconds.
-        figures: what the request attended to.
+        read: tokens of the prompt that were not in the prefix cache.
+        attended: what the request attended to.
     """
 
     fact: Fact
     way: str
     text: str
     first_token: float
-    figures: RequestFigures
+    read: int
+    attended: Attended
 
     @property
     def is_right(self) -> bool:
@@ -65,34 +69,46 @@ def ask(server: VllmServer, fact: Fact, way: str, reading: int) -> Answer:
         reading: its number.
 
     Raises:
-        ServerError: when the server refuses it, breaks off, says nothing, or writes no figures.
+        ServerError: when the server refuses it, breaks off, says nothing, or does not count it.
     """
-    text, request_id, first_token = asyncio.run(
-        _stream(server.base_url, prompt(fact), way, reading)
-    )
-    figures = wait_for_figures(server.log_path, request_id)
-    if figures is None:
+    before = selection_counts(server.base_url)
+    text, usage, first_token = asyncio.run(_stream(server.base_url, prompt(fact), way, reading))
+    length = usage["prompt_tokens"]
+    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
+    # The last token is generated, but never a query.
+    contexts = range(cached + 1, length + usage["completion_tokens"])
+    attended = wait_for_figures(server.base_url, before, contexts, _num_layers(server.model))
+    if attended is None:
         raise ServerError(
-            f"The server's log does not say what the request {request_id} attended to."
+            f"{server.base_url}/metrics does not say what the question attended to: {fact.question}"
         )
-    return Answer(fact, way, text, first_token, figures)
+    # What comes after the answer's sentence is not asked for.
+    text = re.split(r"[.\n]", text, maxsplit=1)[0]
+    return Answer(fact, way, text, first_token, length - cached, attended)
 
 
-async def _stream(url: str, asked: str, way: str, reading: int) -> tuple[str, str, float]:
-    """Text, id of the request, and seconds to the first token."""
+def _num_layers(model: str) -> int:
+    config = json.loads(Path(model, "config.json").read_text(encoding="utf-8"))
+    return int(config["num_hidden_layers"])
+
+
+async def _stream(
+    url: str, asked: str, way: str, reading: int
+) -> tuple[str, dict[str, Any], float]:
+    """Text, the server's count of its tokens, and seconds to the first token."""
     pieces: list[str] = []
-    request_id, first_token = "", 0.0
+    usage, first_token = None, 0.0
     async with Client(Endpoint(url, MODEL_NAME, _EXTRA[way])) as client:
         # Requests of another salt share nothing in the prefix cache.
-        body = {**_BODY, "prompt": asked, "cache_salt": f"reading {reading}"}
+        body = {"max_tokens": 8, "prompt": asked, "cache_salt": f"reading {reading}"}
         begun = time.perf_counter()
         async for event in client.stream("/v1/completions", body):
+            usage = event.get("usage") or usage
             if not event.get("choices"):
                 continue
             if not pieces:
                 first_token = time.perf_counter() - begun
-            request_id = event["id"]
             pieces.append(event["choices"][0]["text"])
-    if not pieces:
-        raise ServerError(f"{url} ended the stream without a token")
-    return "".join(pieces), request_id, first_token
+    if not pieces or usage is None:
+        raise ServerError(f"{url} ended the stream before the answer was whole")
+    return "".join(pieces), usage, first_token

@@ -23,13 +23,7 @@ from vllm_tokenselect.tools.demo.verdict import judge, print_answer, print_headi
 
 # A budget that makes a document of 6,000 tokens sparse: a query reads at most 1,664 tokens and
 # those of its own chunk.
-SETTINGS = {
-    "top_k": 1024,
-    "n_init": 128,
-    "n_local": 512,
-    "query_chunk": 512,
-    "log_requests": True,
-}
+SETTINGS = {"top_k": 1024, "n_init": 128, "n_local": 512, "query_chunk": 512}
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -48,7 +42,10 @@ def run_demo(console: Console, *, port: int | None, keep: bool) -> int:
         model,
         settings=SETTINGS,
         port=port,
-        extra_args=["--served-model-name", MODEL_NAME, "--max-num-seqs", "8"],
+        extra_args=[
+            *("--served-model-name", MODEL_NAME, "--max-num-seqs", "8"),
+            "--enable-prompt-tokens-details",
+        ],
     )
     try:
         _start(server, console)

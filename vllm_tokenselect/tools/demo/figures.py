@@ -1,25 +1,20 @@
-"""How many tokens a request attended to, read from the server's log.
-
-The backend writes one line for each finished request when the setting `log_requests` is true.
-"""
+"""How many tokens a request attended to, by the counters in the server's `/metrics`."""
 
 from __future__ import annotations
 
-import re
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
-_COUNTS = r"attended (\d+) of (\d+) tokens in context over (\d+) queries"
-_LINE = re.compile(rf"TOKENSELECT request (\S+): prefill {_COUNTS}; decode {_COUNTS}")
+from vllm_tokenselect.tools.common.server_facts import selection_counts
 
 
 @dataclass(frozen=True)
 class Attended:
-    """Sums over queries: tokens attended to, tokens in the context, and the number of queries."""
+    """Sums over the queries of a request: tokens attended to, in the mean layer, and in the context."""
 
-    attended: int
-    context: int
+    attended: float
+    context: float
     queries: int
 
     def __add__(self, other: Attended) -> Attended:
@@ -45,45 +40,34 @@ class Attended:
         return self.context / self.queries if self.queries else 0.0
 
 
-@dataclass(frozen=True)
-class RequestFigures:
-    """What one request attended to, in prefill and in decoding."""
-
-    request_id: str
-    prefill: Attended
-    decode: Attended
-
-    @property
-    def total(self) -> Attended:
-        """Of all of the request."""
-        return self.prefill + self.decode
-
-
-def parse_figures(log: str) -> list[RequestFigures]:
-    """Every request's figures in the text of a server's log, in the log's order."""
-    figures = []
-    for request_id, *counts in _LINE.findall(log):
-        numbers = [int(count) for count in counts]
-        figures.append(RequestFigures(request_id, Attended(*numbers[:3]), Attended(*numbers[3:])))
-    return figures
-
-
 def wait_for_figures(
-    log_path: Path, request_id: str, timeout: float = 10.0
-) -> RequestFigures | None:
-    """Wait until the log has the figures of a request; None when they do not come in time.
+    url: str,
+    before: Mapping[str, float] | None,
+    contexts: range,
+    layers: int,
+    timeout: float = 10.0,
+) -> Attended | None:
+    """Wait until a request is in the counters, which workers publish about once a second.
 
     Args:
-        log_path: the server's log.
-        request_id: the id in the API's response; vLLM's own id may have a suffix to it.
+        url: the server, on which the request was alone.
+        before: the server's `selection_counts` before the request.
+        contexts: tokens in the context of each of the request's queries.
+        layers: of the model.
         timeout: seconds to wait.
+
+    Returns:
+        what the request attended to; None when the counters do not have all of it in time.
     """
     deadline = time.monotonic() + timeout
     while True:
-        log = log_path.read_text(encoding="utf-8", errors="replace")
-        for figures in reversed(parse_figures(log)):
-            if figures.request_id.startswith(request_id):
-                return figures
+        if (now := selection_counts(url)) is not None:
+            attended, context = (
+                (now[name] - (before or {}).get(name, 0.0)) / layers
+                for name in ("attended", "in_context")
+            )
+            if context >= sum(contexts):
+                return Attended(attended, context, len(contexts))
         if time.monotonic() > deadline:
             return None
-        time.sleep(0.2)
+        time.sleep(0.1)

@@ -32,13 +32,13 @@ def print_answer(answer: Answer, console: Console) -> None:
     """Print what was said, whether it is right, when it came, and how much was read and attended to."""
     said = " ".join(answer.text.split())[:_WIDTH]
     verdict = "[green]right[/]" if answer.is_right else "[red]wrong[/]"
-    counts = answer.figures.total
-    attended = f"{counts.mean_attended:,.0f} of {counts.mean_context:,.0f} tokens"
+    per_query = answer.attended
+    attended = f"{per_query.mean_attended:,.0f} of {per_query.mean_context:,.0f} tokens"
     padded = escape(f"{said:<{_WIDTH}}")
     _print(
         console,
         f"       {answer.way:<15}{padded}{verdict} {answer.first_token:>10.2f} s "
-        f"{answer.figures.prefill.queries:>7,}   {attended}",
+        f"{answer.read:>7,}   {attended}",
     )
 
 
@@ -55,25 +55,25 @@ def judge(answers: Sequence[Answer], console: Console) -> int:
         console,
         f"\n[bold]TOKENSELECT found {found} of {len(ours)}, full attention {found_full}.[/]",
     )
-    most = max(a.figures.prefill.queries for a in answers)
-    for what, read in (("reading the log", True), ("with the log in the prefix cache", False)):
-        seconds, seconds_full = (
-            [a.first_token for a in some if (2 * a.figures.prefill.queries > most) == read]
-            for some in (ours, full)
+    most = max(answer.read for answer in answers)
+    shares = []
+    for what, reads in (("reading the log", True), ("with the log in the prefix cache", False)):
+        some, some_full = (
+            [answer for answer in all_of if (2 * answer.read > most) == reads]
+            for all_of in (ours, full)
         )
+        shares.append(sum((answer.attended for answer in some), Attended(0, 0, 0)).share)
+        seconds, seconds_full = ([answer.first_token for answer in x] for x in (some, some_full))
         if seconds and seconds_full:
             _print(
                 console,
                 f"Median time to first token {what}: {median(seconds):.2f} s and "
                 f"{median(seconds_full):.2f} s ([bold]{median(seconds_full) / median(seconds):.2f}x[/]).",
             )
-    nothing = Attended(0, 0, 0)
-    reading = sum((answer.figures.prefill for answer in ours), nothing).share
-    answering = sum((answer.figures.decode for answer in ours), nothing).share
     _print(
         console,
-        f"TOKENSELECT attended to {reading:.0%} of the tokens in context while it read, and to "
-        f"{answering:.0%} while it answered.",
+        "TOKENSELECT attended to {:.0%} of the tokens in context where it read the log, and to {:.0%} "
+        "where the log was in the prefix cache.".format(*shares),
     )
     if 2 * found_full < len(full):
         _print(
