@@ -18,6 +18,9 @@ ADDITIONAL_CONFIG_KEY = misplaced.KEY
 # every row of a step, so that the keys are read once.
 DEFAULT_WORKSPACE_MB = {"cpu": 32, "cuda": 512}
 
+# Settings of earlier versions, and what there is instead.
+_RETIRED = {"log_requests": "the server's /metrics counts what requests attended to"}
+
 
 class DescribedSetting(NamedTuple):
     """A setting in words."""
@@ -94,11 +97,6 @@ class TokenSelectConfig(BaseModel):
         default="auto",
         description="the library that attends on a GPU; auto takes the first that can",
     )
-    log_requests: bool = Field(
-        default=False,
-        description="log for each finished request how many tokens were attended of how many, "
-        "reused selections as if they were made anew",
-    )
 
     @property
     def method(self) -> Method:
@@ -170,16 +168,12 @@ class TokenSelectConfig(BaseModel):
     def described(cls) -> Iterator[DescribedSetting]:
         """The settings, for messages and for the documentation."""
         for name, field in cls.model_fields.items():
-            if field.annotation is bool:
-                values = "true or false"
-            elif get_args(field.annotation):
+            if get_args(field.annotation):
                 values = " or ".join(f'"{value}"' for value in get_args(field.annotation))
             else:
                 low = next(m.ge for m in field.metadata if hasattr(m, "ge"))
                 values = f"{'number' if field.annotation is float else 'integer'} >= {low}"
-            yield DescribedSetting(
-                name, values, str(field.default).lower(), field.description or ""
-            )
+            yield DescribedSetting(name, values, str(field.default), field.description or "")
 
     def check_engine(
         self,
@@ -240,5 +234,6 @@ class TokenSelectConfig(BaseModel):
 def _describe(problem: Mapping[str, Any]) -> str:
     name = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        return f"{name}: there is no such setting"
+        hint = f" any more; {_RETIRED[name]}" if name in _RETIRED else ""
+        return f"{name}: there is no such setting{hint}"
     return f"{name} = {problem['input']!r}: {problem['msg'].lower()}"

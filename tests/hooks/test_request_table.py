@@ -6,7 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from vllm_tokenselect.method.requests import Activity, RequestTable
+from vllm_tokenselect.method.requests import RequestTable
 
 CAPACITY, TOP_K = 4, 64
 request_ids = st.sampled_from([f"request-{index}" for index in range(CAPACITY + 2)])
@@ -23,7 +23,6 @@ class Seats(RuleBasedStateMachine):
         super().__init__()
         self.table = RequestTable(CAPACITY)
         self.prompt_lens: dict[str, int] = {}
-        self.recorded: dict[str, int] = {}
         self.occupancy = 0
         self.occupancies: dict[str, int] = {}
         self.state_owner = np.zeros(CAPACITY, np.int32)
@@ -55,7 +54,7 @@ class Seats(RuleBasedStateMachine):
         self.added(request_id, prompt_len)
 
     @rule(request_id=request_ids)
-    def preempt(self, request_id: str) -> None:
+    def preempt_or_end(self, request_id: str) -> None:
         self.table.remove(request_id)
         self.prompt_lens.pop(request_id, None)
 
@@ -71,34 +70,19 @@ class Seats(RuleBasedStateMachine):
             self.state_owner[seat] = owner
             self.state_occupancy[seat] = self.occupancies[request_id]
 
-    @precondition(lambda self: self.prompt_lens)
-    @rule(data=st.data(), queries=st.integers(1, 100))
-    def record(self, data: st.DataObject, queries: int) -> None:
-        request_id = data.draw(st.sampled_from(sorted(self.prompt_lens)))
-        self.table.record(request_id, Activity(decode_queries=queries))
-        self.recorded[request_id] = self.recorded.get(request_id, 0) + queries
-
-    @rule(request_id=request_ids)
-    def finish(self, request_id: str) -> None:
-        activity = self.table.finish(request_id)
-        self.prompt_lens.pop(request_id, None)
-        recorded = self.recorded.pop(request_id, None)
-        assert (activity and activity.decode_queries) == recorded
-
     @invariant()
     def every_seat_has_one_owner_and_its_prompt_length(self) -> None:
         owners = sorted(self.prompt_lens)
         seats = self.table.seats_of(owners)
         assert len(set(seats.tolist())) == len(owners) == len(self.table)
         assert all(0 <= seat < CAPACITY for seat in seats)
-        assert self.table.ids_of(seats) == owners
         expected = [self.prompt_lens[owner] for owner in owners]
         np.testing.assert_array_equal(self.table.prompt_lens[seats], expected)
         np.testing.assert_array_equal(self.table.top_k[seats], [n % TOP_K for n in expected])
 
     def teardown(self) -> None:
         for request_id in sorted(self.prompt_lens):
-            self.table.finish(request_id)
+            self.table.remove(request_id)
         assert sorted(
             self.table.add(f"new-{index}", 1, TOP_K) for index in range(CAPACITY)
         ) == list(range(CAPACITY)), "a seat leaked"

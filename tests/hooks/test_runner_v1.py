@@ -120,7 +120,7 @@ def test_the_builder_learns_the_seats_in_the_order_of_the_rows(table, runner):
     runner.input_batch.req_ids = ["b", "a", "stale"]
     with requests_of_step(table, runner, num_reqs=2, dummy=False):
         requests = current_requests()
-        assert requests.table.ids_of(requests.seats) == ["b", "a"]
+        assert requests.seats.tolist() == table.seats_of(["b", "a"]).tolist()
     assert current_requests() is None
 
 

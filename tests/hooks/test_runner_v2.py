@@ -13,11 +13,10 @@ from vllm.v1.worker.gpu import model_runner, states
 
 from vllm_tokenselect.engine.step_requests import request_table
 from vllm_tokenselect.hooks import runner_v2
-from vllm_tokenselect.method.requests import Activity
 from vllm_tokenselect.method.settings import FULL_ATTENTION
 
 SERVER_TOP_K = 1000
-METHODS = ("add_requests", "_remove_request", "finish_requests")
+METHODS = ("add_requests", "_remove_request")
 
 
 class HostTensor:
@@ -113,18 +112,6 @@ def runner(new_runner):
     return new_runner(3)
 
 
-@pytest.fixture
-def logged(monkeypatch):
-    """Requests whose activity was logged, with the number of queries."""
-    lines = []
-    monkeypatch.setattr(
-        runner_v2,
-        "log_activity",
-        lambda id_, activity: activity and lines.append((id_, activity.decode_queries)),
-    )
-    return lines
-
-
 def test_a_request_has_the_seat_of_its_row_and_its_prompt_length(runner):
     assert runner.table is None
     runner.step(new_request("a", 5), new_request("b", 7))
@@ -203,18 +190,6 @@ def test_a_row_that_is_freed_without_a_step_can_be_used_again(runner):
     assert runner.vllm._remove_request("warmup")
     runner.step(new_request("a"))
     assert runner.table.seats_of(["a"]) == [runner.row("a")]
-
-
-def test_a_request_is_logged_once_at_its_end_with_what_it_did_before_a_preemption(runner, logged):
-    runner.step(new_request("a"))
-    table = runner.table
-    table.record("a", Activity(decode_queries=3))
-    runner.step(preempted=["a"])
-    assert logged == []
-    runner.step(new_request("a"))
-    table.record("a", Activity(decode_queries=4))
-    runner.step(finished=["a"])
-    assert logged == [("a", 7)]
 
 
 def test_removing_an_unknown_request_is_left_to_vllm(runner):

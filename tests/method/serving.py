@@ -157,7 +157,7 @@ class Server:
             request.done = 0
 
     def stop(self, request: Request) -> None:
-        self.table.finish(request.name)
+        self.table.remove(request.name)
 
     def step(self, *work: tuple[Request, int]) -> torch.Tensor:
         """Compute the next tokens of each request and check them against the definition.

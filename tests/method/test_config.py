@@ -27,6 +27,7 @@ def test_no_settings_give_the_defaults():
     ("settings", "named"),
     [
         ({"topk": 1024}, "topk: there is no such setting"),
+        ({"log_requests": True}, "no such setting any more; the server's /metrics counts"),
         ({"top_k": "1024"}, "top_k = '1024'"),
         ({"top_k": 10.5}, "top_k = 10.5"),
         ({"top_k": True}, "top_k = True"),

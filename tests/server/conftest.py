@@ -16,7 +16,7 @@ from tests.oracle.cases import SETTINGS
 from tests.prometheus import metric
 from vllm_tokenselect.tools.common.server import ServerFailed, VllmServer
 
-SPARSE = {**asdict(SETTINGS), "log_requests": True}
+SPARSE = asdict(SETTINGS)
 BLOCK_SIZE = 128  # vLLM's default on CPUs
 FP32 = ("--dtype", "float32", "--max-num-batched-tokens", "1024", "--max-num-seqs", "16")
 # One thread for each of the server's workers, wherever this process may run.

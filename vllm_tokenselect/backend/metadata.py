@@ -24,7 +24,7 @@ from vllm_tokenselect.engine.step_requests import current_requests, request_tabl
 from vllm_tokenselect.kernels.head_group import num_voting_heads
 from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
 from vllm_tokenselect.method.plan import SelectionPlan
-from vllm_tokenselect.method.requests import Activity, BatchRequests, StepRequests
+from vllm_tokenselect.method.requests import BatchRequests, StepRequests
 
 M = TypeVar("M", bound=AttentionMetadata)
 
@@ -90,10 +90,7 @@ class TokenSelectMetadataBuilder(AttentionMetadataBuilder[M]):
         query_start_loc = metadata.query_start_loc_cpu.numpy()
         requests = self._requests(metadata)
         batch = BatchRequests.of_step(requests, seq_lens, self.method.top_k)
-        plan = SelectionPlan.build(query_start_loc, seq_lens, batch, self.method)
-        if requests is not None and self.config.log_requests:
-            self._record(requests, plan, batch.prompt_lens)
-        return plan
+        return SelectionPlan.build(query_start_loc, seq_lens, batch, self.method)
 
     def _requests(self, metadata: CommonAttentionMetadata) -> StepRequests | None:
         if not self.model_runner_v2:
@@ -102,16 +99,3 @@ class TokenSelectMetadataBuilder(AttentionMetadataBuilder[M]):
         if table is None or metadata.req_idx is None:
             return None
         return StepRequests(table, metadata.req_idx)
-
-    def _record(self, requests: StepRequests, plan: SelectionPlan, prompt_lens: np.ndarray) -> None:
-        attended, context = plan.num_attended(self.method), plan.num_in_context()
-        prefill = plan.chunk_start < prompt_lens[plan.row_seq]
-        for seq, request_id in enumerate(requests.table.ids_of(requests.seats)):
-            if request_id is None:
-                continue
-            counts = [
-                int(values[(plan.row_seq == seq) & kind].sum())
-                for kind in (prefill, ~prefill)
-                for values in (attended, context, plan.query_len)
-            ]
-            requests.table.record(request_id, Activity(*counts))

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from vllm_tokenselect.engine.step_requests import publish_requests
-from vllm_tokenselect.hooks.activity import log_activity
 from vllm_tokenselect.hooks.request_top_k import top_k_of
 from vllm_tokenselect.hooks.seam import Seam
 from vllm_tokenselect.method.requests import RequestTable, StepRequests
@@ -50,9 +49,7 @@ SEAMS = (
 
 def update_seats(table: RequestTable, runner: Any, output: SchedulerOutput) -> None:
     """Bring the table up to date after `_update_states`."""
-    for request_id in output.finished_req_ids:
-        log_activity(request_id, table.finish(request_id))
-    for request_id in output.preempted_req_ids or ():
+    for request_id in (*output.finished_req_ids, *(output.preempted_req_ids or ())):
         table.remove(request_id)
     resumed = output.scheduled_cached_reqs.resumed_req_ids
     for request_id in (*(new.req_id for new in output.scheduled_new_reqs), *resumed):

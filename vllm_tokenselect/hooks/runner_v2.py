@@ -1,6 +1,6 @@
 """Stable request seats on Model Runner V2, whose request table has stable rows of its own.
 
-Wraps `GPUModelRunner.add_requests`, `._remove_request` and `.finish_requests`. Each metadata build
+Wraps `GPUModelRunner.add_requests` and `._remove_request`. Each metadata build
 names the rows as `CommonAttentionMetadata.req_idx`; they are our seats. V2 adds a preempted request
 anew when it is resumed, and a streaming one for each new part of its input: each is a new owner.
 """
@@ -10,14 +10,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vllm_tokenselect.engine.step_requests import publish_table
-from vllm_tokenselect.hooks.activity import log_activity
 from vllm_tokenselect.hooks.request_top_k import top_k_of
 from vllm_tokenselect.hooks.seam import Seam
 from vllm_tokenselect.method.requests import RequestTable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 
 _MODULE = "vllm.v1.worker.gpu.model_runner"
@@ -46,19 +43,6 @@ SEAMS = (
         why="frees the request's seat when its row is freed",
         retired_by="vLLM tells a metadata builder when a row is freed",
     ),
-    Seam(
-        name="runner_v2",
-        module=_MODULE,
-        qualname="GPUModelRunner.finish_requests",
-        parameters=("self", "scheduler_output"),
-        contains=(
-            "finished_req_ids = scheduler_output.finished_req_ids",
-            "preempted_req_ids = scheduler_output.preempted_req_ids",
-            "self._remove_request(req_id)",
-        ),
-        why="tells the end of a request, which is logged, from its preemption",
-        retired_by="vLLM tells a metadata builder when a request ends",
-    ),
 )
 
 
@@ -79,18 +63,10 @@ def add_to_seat(runner: Any, new: NewRequestData) -> None:
 
 
 def remove_from_seat(runner: Any, request_id: str) -> None:
-    """Free the request's seat; what was recorded of it is kept until it ends."""
+    """Free the request's seat."""
     table: RequestTable | None = runner.__dict__.get("_tokenselect_requests")
     if table is not None:
         table.remove(request_id)
-
-
-def finish(runner: Any, request_ids: Iterable[str]) -> None:
-    """Log what requests that ended attended to."""
-    table: RequestTable | None = runner.__dict__.get("_tokenselect_requests")
-    if table is not None:
-        for request_id in request_ids:
-            log_activity(request_id, table.finish(request_id))
 
 
 def _add_requests_and_seats(
@@ -106,16 +82,8 @@ def _remove_request_and_seat(remove_request: Any, runner: Any, req_id: str) -> A
     return remove_request(runner, req_id)
 
 
-def _finish_requests_and_log(
-    finish_requests: Any, runner: Any, scheduler_output: SchedulerOutput
-) -> None:
-    finish_requests(runner, scheduler_output)
-    finish(runner, scheduler_output.finished_req_ids)
-
-
 def install() -> None:
     """Wrap the methods; safe to call again."""
-    add_requests, remove_request, finish_requests = SEAMS
+    add_requests, remove_request = SEAMS
     add_requests.wrap(_add_requests_and_seats)
     remove_request.wrap(_remove_request_and_seat)
-    finish_requests.wrap(_finish_requests_and_log)

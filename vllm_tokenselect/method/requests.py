@@ -9,7 +9,7 @@ before it was preempted, is known by that and never read.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -18,29 +18,6 @@ Int32 = npt.NDArray[np.int32]
 
 NO_SEAT = -1
 NO_OWNER = 0
-
-
-@dataclass
-class Activity:
-    """Keys attended and keys in context, summed over the queries of one request."""
-
-    prefill_attended: int = 0
-    prefill_context: int = 0
-    prefill_queries: int = 0
-    decode_attended: int = 0
-    decode_context: int = 0
-    decode_queries: int = 0
-
-    def add(self, other: Activity) -> None:
-        for field in fields(self):
-            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
-
-    def __str__(self) -> str:
-        return (
-            f"prefill attended {self.prefill_attended} of {self.prefill_context} tokens in context "
-            f"over {self.prefill_queries} queries; decode attended {self.decode_attended} of "
-            f"{self.decode_context} tokens in context over {self.decode_queries} queries"
-        )
 
 
 class RequestTable:
@@ -63,7 +40,6 @@ class RequestTable:
         self._num_owners = 0
         self._seats: dict[str, int] = {}
         self._free = list(range(capacity - 1, -1, -1))
-        self._activity: dict[str, Activity] = {}
 
     def __len__(self) -> int:
         return len(self._seats)
@@ -114,20 +90,6 @@ class RequestTable:
         """
         return np.fromiter((self._seats[request_id] for request_id in request_ids), np.int32)
 
-    def ids_of(self, seats: Int32) -> list[str | None]:
-        """Request ids that own the seats; None for a seat that is free."""
-        owners = {seat: request_id for request_id, seat in self._seats.items()}
-        return [owners.get(int(seat)) for seat in seats]
-
-    def record(self, request_id: str, activity: Activity) -> None:
-        """Add to the request's activity, which outlives a preemption."""
-        self._activity.setdefault(request_id, Activity()).add(activity)
-
-    def finish(self, request_id: str) -> Activity | None:
-        """Free the seat for good and return what was recorded of the request, if anything."""
-        self.remove(request_id)
-        return self._activity.pop(request_id, None)
-
 
 @dataclass(frozen=True)
 class StepRequests:
@@ -155,7 +117,7 @@ class BatchRequests:
 
     @classmethod
     def without_seats(cls, prompt_lens: Int32, top_k: int) -> BatchRequests:
-        """Prompts of nobody's, for which nothing is kept."""
+        """Prompts of no request, for which nothing is kept."""
         size = len(prompt_lens)
         return cls(
             seats=np.full(size, NO_SEAT, np.int32),
@@ -168,7 +130,13 @@ class BatchRequests:
     def of_step(
         cls, requests: StepRequests | None, seq_lens: Int32, default_top_k: int
     ) -> BatchRequests:
-        """The requests of a step with contexts `seq_lens`; what is no request is a prompt that ends."""
+        """The requests of a step. A dummy request is a prompt without generated tokens.
+
+        Args:
+            requests: of the step; None where all of it is dummy.
+            seq_lens: int32 [S], the contexts' lengths.
+            default_top_k: of dummy requests.
+        """
         size = len(seq_lens)
         batch = cls.without_seats(seq_lens, default_top_k)
         if requests is not None:
