@@ -9,9 +9,10 @@ from functools import partial
 import numpy as np
 import torch
 
-from vllm_tokenselect.gpu.attention import GatherBuffer, RowAttention, SdpaAttention
+from vllm_tokenselect.gpu.attention import GatherBuffer, RowAttention
 from vllm_tokenselect.gpu.flash_attention import PagedFlashAttention
 from vllm_tokenselect.gpu.limits import StepLimits
+from vllm_tokenselect.gpu.masked_attention import SdpaAttention
 from vllm_tokenselect.gpu.rows import RowGroup, graph_rows, step_rows
 from vllm_tokenselect.gpu.sending import RowBuffers
 from vllm_tokenselect.gpu.step import GpuStep
@@ -193,20 +194,23 @@ class TokenSelectLayer:
     def _stage(self, name: str, turn: int) -> None:
         step, scale = self._step(turn), self.data.work.shape.scale
         for group in step.groups:
-            if name == "score" and group.passes:
-                step.average(group, self.data.query, self.cache, self.workspace)
             if name in ("score", "vote"):
                 for part in group.passes:
                     if name == "score":
-                        step.score(group, part, self.cache, scale, self.workspace)
+                        step.score(group, part, self.data.query, self.cache, scale, self.workspace)
                     else:
                         step.vote(group, part, self.workspace)
             elif name == "select":
                 step.build_table(group, self.cache, self.workspace)
             elif name == "attend":
                 step.attend(
-                    *(group, self.data.query, self.cache, scale),
-                    *(self.workspace, self.attention, self.data.out),
+                    group,
+                    self.data.query,
+                    self.cache,
+                    scale,
+                    self.workspace,
+                    self.attention,
+                    self.data.out,
                 )
 
     def _step(self, turn: int) -> GpuStep:

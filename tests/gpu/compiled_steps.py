@@ -19,6 +19,7 @@ from vllm_tokenselect.gpu.sending import RowBuffers
 from vllm_tokenselect.gpu.step import GpuStep
 from vllm_tokenselect.gpu.warmup import compile_gpu_kernels
 from vllm_tokenselect.gpu.workspace import Workspace
+from vllm_tokenselect.kernels.block_table.table import SparseBlockTable
 from vllm_tokenselect.kernels.layer_cache import LayerCache
 from vllm_tokenselect.kernels.rotate.rotation import Rotation
 from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
@@ -57,13 +58,12 @@ class Attention:
         query: torch.Tensor,
         cache: LayerCache,
         group: RowGroup,
-        slots: torch.Tensor,
-        lengths: torch.Tensor,
+        table: SparseBlockTable,
         scale: float,
         out: torch.Tensor,
     ) -> None:
         if self.buffer is not None:
-            list(self.buffer.gather(cache, slots, lengths))
+            list(self.buffer.gather(cache, table))
 
 
 def run_steps(workspace: Workspace, attention: RowAttention, cache: LayerCache) -> None:
@@ -122,7 +122,11 @@ def run(
 def compiled_later(method: Method) -> tuple[int, list[str]]:
     """How many kernels the warm-up compiles, and the names of those that steps add."""
     limits = StepLimits(
-        *(method, HEADS, KV_HEADS, MAX_LEN, 512 << 20),
+        method,
+        HEADS,
+        KV_HEADS,
+        MAX_LEN,
+        512 << 20,
         full_attention=not method.reassigns_positions,
         max_tokens=MAX_TOKENS,
     )
@@ -154,8 +158,10 @@ def compiled_later(method: Method) -> tuple[int, list[str]]:
 def main() -> int:
     failed = 0
     for method in (
-        *(Method(), Method(similarity_threshold=1)),
-        *(Method(positions="reassigned"), Method(positions="reassigned", similarity_threshold=1)),
+        Method(),
+        Method(similarity_threshold=1),
+        Method(positions="reassigned"),
+        Method(positions="reassigned", similarity_threshold=1),
     ):
         ready, late = compiled_later(method)
         print(f"{method}: {ready} kernels ready at start; compiled later: {late}")

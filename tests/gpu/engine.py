@@ -51,7 +51,7 @@ def serve_gpu_path_on_cpu() -> None:
     from vllm_tokenselect.gpu import attention
 
     attention.GATHER_BYTES = 1 << 20
-    gpu_impl.choose_library = lambda *arguments: "sdpa"
+    gpu_impl.choose_library = lambda *arguments, **needs: "sdpa"
     gpu_impl.torch = SimpleNamespace(**vars(torch) | {"device": lambda *name: torch.device("cpu")})
     gpu_impl.torch.cuda = SimpleNamespace(current_device=lambda: 0)
     served = backend.TokenSelectBackend

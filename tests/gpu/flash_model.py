@@ -77,8 +77,14 @@ class FlashAttentionModel:
             require(length <= block_table.shape[1] * k.shape[1], "more keys than pages")
             if self.attends and queries.stop > queries.start:
                 out[queries], lse[:, queries] = self._attend(
-                    *(q[queries], k, v, block_table[line], length, softmax_scale),
-                    *(softcap, s_aux),
+                    q[queries],
+                    k,
+                    v,
+                    block_table[line],
+                    length,
+                    softmax_scale,
+                    softcap,
+                    s_aux,
                 )
         return (out, lse) if return_softmax_lse else out
 

@@ -15,6 +15,7 @@ from vllm_tokenselect.gpu.flash_attention import (
 from vllm_tokenselect.gpu.limits import StepLimits
 from vllm_tokenselect.gpu.rows import graph_rows, step_rows
 from vllm_tokenselect.gpu.sending import RowBuffers
+from vllm_tokenselect.kernels.block_table.table import SparseBlockTable
 from vllm_tokenselect.kernels.layer_cache import LayerCache
 from vllm_tokenselect.method.settings import Method
 
@@ -40,10 +41,12 @@ def most_bytes(groups, version: int, in_place: bool) -> int:
     cache = LayerCache(pages.permute(0, 2, 3, 1, 4))
     query = torch.empty(8192, HEADS, HEAD_SIZE, dtype=torch.float16)
     for group in groups:
-        slots = torch.empty(group.num_rows, LIMITS.table_width, dtype=torch.int32)
-        lengths = torch.zeros(group.num_rows, dtype=torch.int32)
+        table = SparseBlockTable(
+            slots=torch.empty(group.num_rows, LIMITS.table_width, dtype=torch.int32),
+            lengths=torch.zeros(group.num_rows, dtype=torch.int32),
+        )
         own = query[group.queries]
-        attention(own, cache, group, slots, lengths, 0.1, torch.empty_like(own))
+        attention(own, cache, group, table, 0.1, torch.empty_like(own))
     return library.most_bytes
 
 

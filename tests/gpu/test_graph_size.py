@@ -72,9 +72,7 @@ def test_the_launches_of_a_captured_step_are_counted_ahead(
     graph = Graph(layer, num_tokens=6, queries=1)
     step, out = GpuStep(graph.captured, layer.block_table), torch.empty_like(layer.query)
     with Launches(monkeypatch) as launched:
-        step.run_layer(
-            *(layer.query, layer.cache, SCALE, layer.workspace, layer.attention, out),
-        )
+        step.run_layer(layer.query, layer.cache, SCALE, layer.workspace, layer.attention, out)
     assert launched.count == count_launches(layer.limits, 6, 1, lambda rows: 0)
     assert launched.count > 4
 

@@ -1,5 +1,6 @@
 """Which attention a layer gets: what changes keys on their way gathers them first."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -17,10 +18,31 @@ from tests.gpu.flash_model import FlashAttentionModel
 from tests.gpu.test_layouts import GPUS, on_gpu
 from tests.kernels_gpu.cases import DEVICE
 from vllm_tokenselect.backend import TokenSelectBackend, gpu_attention
+from vllm_tokenselect.backend.gpu_attention import LayerShape
 from vllm_tokenselect.engine import gpu_libraries
 from vllm_tokenselect.gpu.flash_attention import GatheredFlashAttention, PagedFlashAttention
+from vllm_tokenselect.gpu.limits import StepLimits
 from vllm_tokenselect.gpu.plain_attention import PlainAttention
-from vllm_tokenselect.method.settings import SettingsError
+from vllm_tokenselect.method.settings import Method, SettingsError
+
+
+def shape_of(library: str, dtype: torch.dtype, positions: str = "native") -> LayerShape:
+    method = Method(
+        top_k=64, n_init=16, n_local=16, query_chunk=32, refresh_interval=16, positions=positions
+    )
+    assert method.max_attended == 128
+    return LayerShape(
+        limits=StepLimits(
+            method, num_heads=4, num_kv_heads=2, max_model_len=128, workspace_bytes=1 << 20
+        ),
+        library=library,
+        head_size=64,
+        dtype=dtype,
+        fp8_dtype=None,
+        block_size=16,
+        device=torch.device(DEVICE),
+        heads=None,
+    )
 
 
 @pytest.mark.parametrize(
@@ -29,7 +51,9 @@ from vllm_tokenselect.method.settings import SettingsError
         (False, False, PagedFlashAttention, "through the sparse block table: 0 MiB of buffers"),
         (True, False, GatheredFlashAttention, "over gathered tokens: 256 MiB of buffers"),
         (
-            *(False, True, GatheredFlashAttention),
+            False,
+            True,
+            GatheredFlashAttention,
             "over gathered tokens, positions reassigned: 256 MiB of buffers",
         ),
     ],
@@ -42,9 +66,11 @@ def test_only_keys_that_are_attended_as_they_are_cached_are_read_in_place(
     monkeypatch.setattr(gpu_attention, "get_logger", lambda name: log)
     monkeypatch.setattr(gpu_libraries, "get_flash_attn_version", lambda head_size: 3)
     monkeypatch.setattr(fa_utils, "flash_attn_varlen_func", FlashAttentionModel(3), raising=False)
-    attention = gpu_attention.make_attention(
-        *("flash", 2, 64, torch.bfloat16, quantized, reassigned, 128, torch.device(DEVICE))
+    shape = replace(
+        shape_of("flash", torch.bfloat16, "reassigned" if reassigned else "native"),
+        fp8_dtype=torch.float8_e4m3fn if quantized else None,
     )
+    attention = gpu_attention.make_attention(shape)
     assert type(attention) is kind
     name, scratch = "FlashAttention 3", "up to 64 MiB of partial outputs"
     assert lines == [f"TOKENSELECT attends with {name}, {said}, {scratch}"]
@@ -71,9 +97,7 @@ def test_what_sdpa_does_not_have_is_attended_by_plain_operations(asked, monkeypa
     lines: list[str] = []
     log = SimpleNamespace(info=lambda line, *values: lines.append(line % values))
     monkeypatch.setattr(gpu_attention, "get_logger", lambda name: log)
-    attention = gpu_attention.make_attention(
-        *("sdpa", 2, 64, torch.float32, False, False, 128, torch.device(DEVICE)), **asked
-    )
+    attention = gpu_attention.make_attention(replace(shape_of("sdpa", torch.float32), **asked))
     assert isinstance(attention, PlainAttention)
     assert "PyTorch's plain operations, over gathered tokens: " in lines[0]
 

@@ -84,8 +84,15 @@ def impl_of(module, layer: Layer, vllm_config, soft_cap: float = 0.0):
     """A layer as it is after loading, on FlashAttention 3."""
     impl = object.__new__(module.GpuTokenSelectImpl)
     device = torch.device(DEVICE)
-    impl.shape = module.LayerShape(
-        *(layer.limits, "flash", HEAD_SIZE, torch.float32, None, BLOCK_SIZE, device, None),
+    impl.shape = gpu_attention.LayerShape(
+        limits=layer.limits,
+        library="flash",
+        head_size=HEAD_SIZE,
+        dtype=torch.float32,
+        fp8_dtype=None,
+        block_size=BLOCK_SIZE,
+        device=device,
+        heads=None,
         has_sinks=layer.sinks is not None,
         soft_cap=soft_cap,
     )

@@ -6,7 +6,7 @@ import torch
 from tests.gpu.test_attention import buffer_of, flash
 from tests.gpu.test_step import REASSIGNING, Graph, Layer, groups_of
 from tests.method.definition import BLOCK_SIZE, CONFIG, REQUESTS
-from vllm_tokenselect.gpu.attention import SdpaAttention
+from vllm_tokenselect.gpu.masked_attention import SdpaAttention
 from vllm_tokenselect.kernels.layer_cache import LayerCache
 
 POISON = [float("nan"), float("inf"), float("-inf")]
@@ -37,13 +37,11 @@ def poison_what_no_request_wrote(layer: Layer, requests) -> None:
     # `where` may give other strides; the cache keeps those of vLLM.
     pages.copy_(torch.where(unwritten, garbage.to(pages.dtype), pages))
     workspace = layer.workspace
-    for tensor in (
-        *(workspace.mean_queries, workspace.parts, workspace.scores),
-        *(workspace.rotated_queries, *buffers_of(layer)),
-    ):
+    scoring = (workspace.mean_queries, workspace.parts, workspace.scores)
+    for tensor in (*scoring, workspace.rotated_queries, *buffers_of(layer)):
         poison(tensor)
     # Slots of a block that is nobody's, and lengths of rows that there are not.
-    workspace.table.zero_()
+    workspace.slots.zero_()
     workspace.lengths.fill_(1 << 20)
 
 
@@ -99,18 +97,19 @@ def test_a_request_of_nothing_but_nans_changes_nobody_else(way: str):
     graph = Graph(layer, num_tokens=8, queries=1)
     expected = graph.replay(requests)[1:4]
     (group,) = graph.captured
-    lengths, slots = layer.workspace.lengths.clone(), layer.workspace.slots(group).clone()
+    table = layer.workspace.table_of(group)
+    lengths, slots = table.lengths.clone(), table.slots.clone()
     blocks = layer.block_table[0].long()
     layer.cache.pages[blocks] = float("nan")
     layer.query[0] = float("nan")
     for _ in range(2):  # the second finds what the first left behind
         out = graph.replay(requests)
         assert torch.equal(out[1:4], expected)
-        assert torch.equal(layer.workspace.lengths[:4], lengths[:4])
+        assert torch.equal(table.lengths[:4], lengths[:4])
         for row in range(1, 4):
             own = slice(int(lengths[row]))
-            assert torch.equal(layer.workspace.slots(group)[row, own], slots[row, own])
-        selected = layer.workspace.slots(group)[0, : int(lengths[0])]
+            assert torch.equal(table.slots[row, own], slots[row, own])
+        selected = table.slots[0, : int(lengths[0])]
         assert set((selected // BLOCK_SIZE).tolist()) <= set(blocks.tolist())
     assert out[0].isnan().all()
 

@@ -107,7 +107,11 @@ class Server:
         ]
         device = torch.device(DEVICE)
         self.limits = StepLimits(
-            *(method, heads, kv_heads, MAX_LEN, workspace_bytes),
+            method,
+            heads,
+            kv_heads,
+            MAX_LEN,
+            workspace_bytes,
             full_attention=not method.reassigns_positions,
             max_tokens=MAX_LEN,
         )
@@ -125,9 +129,8 @@ class Server:
         )
         self.attention: RowAttention = PagedFlashAttention(FlashAttentionModel(3))
         if method.reassigns_positions:
-            buffer = GatherBuffer(
-                *(kv_heads, HEAD_SIZE, torch.float32, method.max_attended, device)
-            )
+            width = method.max_attended
+            buffer = GatherBuffer(kv_heads, HEAD_SIZE, torch.float32, width, device)
             self.attention = GatheredFlashAttention(FlashAttentionModel(2), 2, buffer)
         self.expected = Counter[str]()
 
@@ -266,9 +269,8 @@ def test_a_row_that_reuses_a_selection_is_neither_scored_nor_voted_on_nor_select
     query = text.queries[101:102].to(DEVICE)
     server.workspace.scores.fill_(float("nan"))
     step.decide(group, query, server.cache, server.workspace)
-    step.average(group, query, server.cache, server.workspace)
     for part in group.passes:
-        step.score(group, part, server.cache, SCALE, server.workspace)
+        step.score(group, part, query, server.cache, SCALE, server.workspace)
         step.vote(group, part, server.workspace)
     step.build_table(group, server.cache, server.workspace)
     assert server.workspace.scores.isnan().all()

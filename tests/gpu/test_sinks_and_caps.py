@@ -11,6 +11,7 @@ from tests.method.definition import BLOCK_SIZE, HEAD_SIZE, REQUESTS, SCALE
 from vllm_tokenselect.gpu import plain_attention
 from vllm_tokenselect.gpu.flash_attention import GatheredFlashAttention, PagedFlashAttention
 from vllm_tokenselect.gpu.plain_attention import PlainAttention
+from vllm_tokenselect.kernels.block_table.table import SparseBlockTable
 
 LIBRARIES = [*KINDS, "plain"]
 CAP = 0.5  # half of all logits are larger
@@ -55,8 +56,8 @@ def assert_attends(kind, requests, heads, sinks, soft_cap) -> None:
         slots = torch.randint(num_slots, shape, generator=generator, dtype=torch.int32)
         query = layer.query[group.queries]
         out = torch.full_like(query, float("nan"), device=DEVICE)
-        on_device = query.to(DEVICE), layer.cache, group, slots.to(DEVICE), lengths.to(DEVICE)
-        attention(*on_device, SCALE, out)
+        table = SparseBlockTable(slots.to(DEVICE), lengths.to(DEVICE))
+        attention(query.to(DEVICE), layer.cache, group, table, SCALE, out)
         for row, length in enumerate(lengths.tolist()):
             start = int(group.query_starts[row])
             queries = slice(start, start + int(group.query_lens[row]))

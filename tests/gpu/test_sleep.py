@@ -10,8 +10,8 @@ from tests.gpu.sleeping import WeightsPool
 from tests.gpu.test_attention import buffer_of
 from tests.gpu.test_step import CONFIG, DEVICE, HEAD_SIZE, REASSIGNING, Graph, Layer
 from tests.method.definition import rotation
-from vllm_tokenselect.gpu.attention import SdpaAttention
 from vllm_tokenselect.gpu.flash_attention import GatheredFlashAttention, PagedFlashAttention
+from vllm_tokenselect.gpu.masked_attention import SdpaAttention
 from vllm_tokenselect.kernels.rotate.rotation import Rotation
 from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
 

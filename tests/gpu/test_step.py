@@ -16,8 +16,9 @@ from tests.method.definition import (
     paged_step,
     rotation,
 )
-from vllm_tokenselect.gpu.attention import GatherBuffer, SdpaAttention
+from vllm_tokenselect.gpu.attention import GatherBuffer
 from vllm_tokenselect.gpu.limits import StepLimits
+from vllm_tokenselect.gpu.masked_attention import SdpaAttention
 from vllm_tokenselect.gpu.rows import graph_rows, step_rows
 from vllm_tokenselect.gpu.sending import RowBuffers
 from vllm_tokenselect.gpu.step import GpuStep

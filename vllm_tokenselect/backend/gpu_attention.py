@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,13 +11,43 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
 from vllm_tokenselect.engine.gpu_libraries import Library, flash_version, library_name
 from vllm_tokenselect.engine.log import get_logger
-from vllm_tokenselect.gpu.attention import GatherBuffer, RowAttention, SdpaAttention
+from vllm_tokenselect.gpu.attention import GatherBuffer, RowAttention
 from vllm_tokenselect.gpu.flash_attention import (
     GatheredFlashAttention,
     PagedFlashAttention,
     reads_in_place,
 )
+from vllm_tokenselect.gpu.limits import StepLimits
+from vllm_tokenselect.gpu.masked_attention import SdpaAttention
 from vllm_tokenselect.gpu.plain_attention import PlainAttention
+from vllm_tokenselect.kernels.head_group import HeadGroup
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What the buffers and the compiled kernels of a layer depend on.
+
+    Attributes:
+        limits: of the steps.
+        library: that attends.
+        dtype: of the queries.
+        fp8_dtype: of the KV cache, if it is quantized.
+        block_size: tokens of a block of the KV cache.
+        heads: the ranks that vote together; None where a rank votes for itself.
+        has_sinks: whether heads have sinks.
+        soft_cap: of the logits; 0 for none.
+    """
+
+    limits: StepLimits
+    library: Library
+    head_size: int
+    dtype: torch.dtype
+    fp8_dtype: torch.dtype | None
+    block_size: int
+    device: torch.device
+    heads: HeadGroup | None
+    has_sinks: bool = False
+    soft_cap: float = 0.0
 
 
 def pages_may_be_padded(vllm_config: VllmConfig, layer: Any) -> bool:
@@ -38,68 +69,51 @@ def pages_may_be_padded(vllm_config: VllmConfig, layer: Any) -> bool:
     return own.page_size_padded is not None or largest % own.page_size_bytes != 0
 
 
-def make_attention(
-    library: Library,
-    num_kv_heads: int,
-    head_size: int,
-    dtype: torch.dtype,
-    quantized: bool,
-    reassigned: bool,
-    width: int,
-    device: torch.device,
-    padded: bool = False,
-    has_sinks: bool = False,
-    soft_cap: float = 0.0,
-) -> RowAttention:
-    """The library's attention; it may hold scratch, so layers of a shape should share one.
+def make_attention(shape: LayerShape, padded: bool = False) -> RowAttention:
+    """The attention of layers of a shape, which should share it: it may hold scratch.
 
     Args:
-        dtype: of the queries.
-        quantized: whether the KV cache is.
-        reassigned: whether positions are.
-        width: most tokens of a row.
         padded: whether pages of the KV cache are larger than their tokens.
-        has_sinks: whether layers come with sinks.
-        soft_cap: of their logits; 0 for none.
     """
-    version = flash_version(library, head_size)
-    in_place = reads_in_place(version, as_cached=not (quantized or reassigned or padded))
-    buffer = None if in_place else GatherBuffer(num_kv_heads, head_size, dtype, width, device)
-    attention = _attention(library, version, buffer, has_sinks, soft_cap)
+    version = flash_version(shape.library, shape.head_size)
+    reassigned = shape.limits.method.reassigns_positions
+    as_cached = not (shape.fp8_dtype or reassigned or padded)
+    in_place = reads_in_place(version, as_cached)
+    attention = _in_place(shape) if in_place else _over_gathered_tokens(shape, version)
+    plain = isinstance(attention, PlainAttention)
     get_logger(__name__).info(
         "TOKENSELECT attends with %s, %s%s%s: %d MiB of buffers, up to %d MiB of %s",
-        "PyTorch's plain operations"
-        if isinstance(attention, PlainAttention)
-        else library_name(library, version),
+        "PyTorch's plain operations" if plain else library_name(shape.library, version),
         "through the sparse block table" if in_place else "over gathered tokens",
         ", positions reassigned" if reassigned else "",
         ", since pages of the KV cache are padded" if padded else "",
         attention.buffer_bytes >> 20,
         attention.scratch_bytes >> 20,
-        "logits" if isinstance(attention, PlainAttention) else "partial outputs",
+        "logits" if plain else "partial outputs",
     )
     return attention
 
 
-def _attention(
-    library: Library,
-    version: int | None,
-    buffer: GatherBuffer | None,
-    has_sinks: bool,
-    soft_cap: float,
-) -> RowAttention:
-    """The library's attention, over gathered tokens where there is a buffer for them."""
+def _in_place(shape: LayerShape) -> RowAttention:
+    from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
+
+    return PagedFlashAttention(flash_attn_varlen_func, shape.soft_cap)
+
+
+def _over_gathered_tokens(shape: LayerShape, version: int | None) -> RowAttention:
+    """The library's attention, of a version if it is FlashAttention."""
+    limits = shape.limits
+    buffer = GatherBuffer(
+        limits.num_kv_heads, shape.head_size, shape.dtype, limits.table_width, shape.device
+    )
     if version is not None:
         from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
 
-        if buffer is None:
-            return PagedFlashAttention(flash_attn_varlen_func, soft_cap)
-        return GatheredFlashAttention(flash_attn_varlen_func, version, buffer, soft_cap)
-    assert buffer is not None  # only FlashAttention reads in place
-    if library == "xformers":
+        return GatheredFlashAttention(flash_attn_varlen_func, version, buffer, shape.soft_cap)
+    if shape.library == "xformers":
         from vllm_tokenselect.gpu.xformers import XformersAttention
 
         return XformersAttention(buffer)
-    if has_sinks or soft_cap:
-        return PlainAttention(buffer, soft_cap)
+    if shape.has_sinks or shape.soft_cap:
+        return PlainAttention(buffer, shape.soft_cap)
     return SdpaAttention(buffer)

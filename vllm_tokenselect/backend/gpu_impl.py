@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -10,50 +10,27 @@ from vllm.config import VllmConfig
 from vllm.v1.attention.backend import AttentionLayer
 from vllm.v1.attention.backends.fa_utils import reshape_and_cache_flash
 
-from vllm_tokenselect.backend.gpu_attention import make_attention, pages_may_be_padded
+from vllm_tokenselect.backend.gpu_attention import (
+    LayerShape,
+    make_attention,
+    pages_may_be_padded,
+)
 from vllm_tokenselect.backend.gpu_metadata import GpuTokenSelectMetadata
 from vllm_tokenselect.backend.impl import TokenSelectImpl
 from vllm_tokenselect.counters import worker_counters
-from vllm_tokenselect.engine.gpu_libraries import Library, choose_library
+from vllm_tokenselect.engine.gpu_libraries import choose_library
 from vllm_tokenselect.engine.graph_sizes import step_limits
 from vllm_tokenselect.engine.log import get_logger
 from vllm_tokenselect.gpu.attention import FP8_DTYPES, RowAttention
 from vllm_tokenselect.gpu.flash_attention import PagedFlashAttention
-from vllm_tokenselect.gpu.limits import StepLimits
 from vllm_tokenselect.gpu.warmup import compile_gpu_kernels
 from vllm_tokenselect.gpu.workspace import Workspace
-from vllm_tokenselect.kernels.head_group import HeadGroup, num_voting_heads
+from vllm_tokenselect.kernels.head_group import num_voting_heads
 from vllm_tokenselect.kernels.layer_cache import LayerCache
 from vllm_tokenselect.kernels.rotate.rotation import Rotation
 from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
 
 logger = get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class LayerShape:
-    """What the buffers and the compiled kernels of a layer depend on.
-
-    Attributes:
-        limits: of the steps.
-        library: that attends.
-        dtype: of the queries.
-        fp8_dtype: of the KV cache, if it is quantized.
-        heads: the ranks that vote together; None where a rank votes for itself.
-        has_sinks: whether heads have sinks.
-        soft_cap: of the logits; 0 for none.
-    """
-
-    limits: StepLimits
-    library: Library
-    head_size: int
-    dtype: torch.dtype
-    fp8_dtype: torch.dtype | None
-    block_size: int
-    device: torch.device
-    heads: HeadGroup | None
-    has_sinks: bool = False
-    soft_cap: float = 0.0
 
 
 class GpuTokenSelectImpl(TokenSelectImpl[GpuTokenSelectMetadata]):
@@ -65,20 +42,24 @@ class GpuTokenSelectImpl(TokenSelectImpl[GpuTokenSelectMetadata]):
         self.fp8_dtype = FP8_DTYPES.get(self.kv_cache_dtype)
         self.selections = self.selection_cache(vllm_config, device)
         has_sinks = self.sinks is not None
-        self.shape = LayerShape(
-            step_limits(vllm_config, self.num_heads, self.num_kv_heads),
-            choose_library(
-                *(self.config.attention, self.head_size, self.dtype),
-                *(has_sinks, self.logits_soft_cap),
-            ),
+        library = choose_library(
+            self.config.attention,
             self.head_size,
             self.dtype,
-            self.fp8_dtype,
-            vllm_config.cache_config.block_size,
-            device,
-            self.heads,
-            has_sinks,
-            self.logits_soft_cap,
+            has_sinks=has_sinks,
+            soft_cap=self.logits_soft_cap,
+        )
+        self.shape = LayerShape(
+            limits=step_limits(vllm_config, self.num_heads, self.num_kv_heads),
+            library=library,
+            head_size=self.head_size,
+            dtype=self.dtype,
+            fp8_dtype=self.fp8_dtype,
+            block_size=vllm_config.cache_config.block_size,
+            device=device,
+            heads=self.heads,
+            has_sinks=has_sinks,
+            soft_cap=self.logits_soft_cap,
         )
         self.vllm_config = vllm_config
         self.workspace, self.attention = _shared(self.shape)
@@ -149,12 +130,17 @@ class GpuTokenSelectImpl(TokenSelectImpl[GpuTokenSelectMetadata]):
         self, layer: AttentionLayer, kv_cache: torch.Tensor, rotation: Rotation | None
     ) -> LayerCache:
         """vLLM's [num_blocks, Hkv, block_size, 2 D], of any strides, as the kernels read it."""
-        keys_and_values = kv_cache.unfold(-1, self.head_size, self.head_size)
-        pages, scales = keys_and_values.movedim(3, 2), (None, None)
-        if self.fp8_dtype is not None:
-            writer = self.writer or layer  # a layer that shares a cache may come without scales
-            pages, scales = pages.view(self.fp8_dtype), (writer._k_scale, writer._v_scale)
-        return LayerCache(pages, *scales, self.selections, rotation, self.sinks)
+        pages = kv_cache.unfold(-1, self.head_size, self.head_size).movedim(3, 2)
+        cache = LayerCache(pages, selections=self.selections, rotation=rotation, sinks=self.sinks)
+        if self.fp8_dtype is None:
+            return cache
+        writer = self.writer or layer  # a layer that shares a cache may come without scales
+        return replace(
+            cache,
+            pages=pages.view(self.fp8_dtype),
+            key_scale=writer._k_scale,
+            value_scale=writer._v_scale,
+        )
 
 
 @cache
@@ -162,8 +148,12 @@ def _shared(shape: LayerShape) -> tuple[Workspace, RowAttention]:
     """Layers run one after the other, so those of a shape share their buffers."""
     limits = shape.limits
     workspace = Workspace(
-        *(limits, shape.head_size, shape.device),
-        *(worker_counters(shape.device), shape.dtype, shape.heads),
+        limits,
+        shape.head_size,
+        shape.device,
+        counters=worker_counters(shape.device),
+        dtype=shape.dtype,
+        heads=shape.heads,
     )
     logger.info(
         "TOKENSELECT: %d MiB of workspace, scores of %d queries at a time over %d tokens, "
@@ -172,29 +162,13 @@ def _shared(shape: LayerShape) -> tuple[Workspace, RowAttention]:
         limits.scored_rows,
         limits.max_model_len,
     )
-    return workspace, _attention(shape, padded=False)
-
-
-def _attention(shape: LayerShape, padded: bool) -> RowAttention:
-    return make_attention(
-        shape.library,
-        shape.limits.num_kv_heads,
-        shape.head_size,
-        shape.dtype,
-        shape.fp8_dtype is not None,
-        shape.limits.method.reassigns_positions,
-        shape.limits.table_width,
-        shape.device,
-        padded,
-        shape.has_sinks,
-        shape.soft_cap,
-    )
+    return workspace, make_attention(shape)
 
 
 @cache
 def _gathering(shape: LayerShape) -> RowAttention:
     """Attention for layers whose pages are padded, which is not read in place."""
-    attention = _attention(shape, padded=True)
+    attention = make_attention(shape, padded=True)
     _compile_with(attention, shape, None)
     return attention
 
@@ -210,8 +184,15 @@ def _compile(shape: LayerShape, rotated: int | None) -> None:
 
 
 def _compile_with(attention: RowAttention, shape: LayerShape, rotated: int | None) -> None:
+    logger.info("TOKENSELECT: compiling the Triton kernels")
+    block_table_width = -(-shape.limits.max_model_len // shape.block_size)
+    cache = _cache_of_one_block(shape, rotated)
+    compile_gpu_kernels(_shared(shape)[0], attention, cache, block_table_width, shape.dtype)
+
+
+def _cache_of_one_block(shape: LayerShape, rotated: int | None) -> LayerCache:
+    """The cache of a layer as steps will hand it over, but for its size; `rotated` as in `_compile`."""
     limits, device = shape.limits, shape.device
-    workspace = _shared(shape)[0]
     block = torch.zeros(
         (1, shape.block_size, limits.num_kv_heads, 2, shape.head_size),
         dtype=shape.dtype,
@@ -222,18 +203,24 @@ def _compile_with(attention: RowAttention, shape: LayerShape, rotated: int | Non
         # As vLLM's scales, whatever default dtype the model is built with.
         scale = torch.ones((), dtype=torch.float32, device=device)
     if limits.method.reuses_selections:
-        num_heads = num_voting_heads(limits.num_heads, shape.heads)
         selections = SelectionCacheState.allocate(
-            *(1, limits.method.selection_size, num_heads, shape.head_size),
-            *(shape.dtype, device),
+            capacity=1,
+            selection_size=limits.method.selection_size,
+            num_heads=num_voting_heads(limits.num_heads, shape.heads),
+            head_size=shape.head_size,
+            dtype=shape.dtype,
+            device=device,
         )
     if rotated is not None:
         table = torch.zeros((limits.table_width, rotated), dtype=torch.float32, device=device)
         rotation = Rotation(table, table[0])
     if shape.has_sinks:
         sinks = torch.zeros(limits.num_heads, dtype=shape.dtype, device=device)
-    pages = block.to(shape.fp8_dtype or shape.dtype).permute(0, 2, 3, 1, 4)
-    cache = LayerCache(pages, scale, scale, selections, rotation, sinks)
-    logger.info("TOKENSELECT: compiling the Triton kernels")
-    block_table_width = -(-limits.max_model_len // shape.block_size)
-    compile_gpu_kernels(workspace, attention, cache, block_table_width, shape.dtype)
+    return LayerCache(
+        pages=block.to(shape.fp8_dtype or shape.dtype).permute(0, 2, 3, 1, 4),
+        key_scale=scale,
+        value_scale=scale,
+        selections=selections,
+        rotation=rotation,
+        sinks=sinks,
+    )

@@ -2,19 +2,19 @@
 
 Every selected token precedes its row's own queries, so gathering a row's tokens in order of position
 and attending with a causal mask aligned to the lower right is exact. FlashAttention 3 reads the cache
-through the sparse block table itself (`flash_attention.py`); what stands here gathers first.
+through the sparse block table itself (`flash_attention.py`); all others gather first.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 
-from vllm_tokenselect.device_memory import make_lasting
 from vllm_tokenselect.gpu.rows import RowGroup
+from vllm_tokenselect.kernels.block_table.table import SparseBlockTable
 from vllm_tokenselect.kernels.gather.gpu import gather_rows
 from vllm_tokenselect.kernels.layer_cache import LayerCache
 
@@ -37,7 +37,7 @@ class RowAttention(Protocol):
 
     Attributes:
         name: as the setting `attention` names it.
-        buffer_bytes: what it holds.
+        buffer_bytes: size of its buffers.
         scratch_bytes: bound of what the library allocates by itself in a call.
     """
 
@@ -53,8 +53,7 @@ class RowAttention(Protocol):
         query: torch.Tensor,
         cache: LayerCache,
         group: RowGroup,
-        slots: torch.Tensor,
-        lengths: torch.Tensor,
+        table: SparseBlockTable,
         scale: float,
         out: torch.Tensor,
     ) -> None:
@@ -64,11 +63,26 @@ class RowAttention(Protocol):
             query: [T, Hq, D], queries of the group, rotated; those of the rows are read.
             cache: the layer's. Its keys are rotated here if they lie there un-rotated.
             group: its rows.
-            slots: int32 [R, width], sparse block table of page size 1, ascending by position.
-            lengths: int32 [R], entries of each row; 0 for a padded row.
+            table: of the group.
             scale: scale of q . k.
             out: [T, Hq, D]; written for the rows' queries, of others what the library leaves there.
         """
+
+
+class GatheredRows(NamedTuple):
+    """Rows of a group whose tokens have been gathered.
+
+    Attributes:
+        first, last: the rows, counted from the group's first.
+        keys, values: [rows, width, Hkv, D], a line for each row.
+        lengths: int32 [rows], tokens in each line.
+    """
+
+    first: int
+    last: int
+    keys: torch.Tensor
+    values: torch.Tensor
+    lengths: torch.Tensor
 
 
 class GatherBuffer:
@@ -104,56 +118,52 @@ class GatherBuffer:
 
     @property
     def num_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in (self.keys, self.values))
+        return int(self.keys.nbytes + self.values.nbytes)
 
     def gather(
-        self,
-        cache: LayerCache,
-        slots: torch.Tensor,
-        lengths: torch.Tensor,
-        zeroed: int | None = None,
-    ) -> Iterator[tuple[int, int]]:
-        """Gather rows, as many at a time as there are lines; yields their first and last.
+        self, cache: LayerCache, table: SparseBlockTable, zeroed: int | None = None
+    ) -> Iterator[GatheredRows]:
+        """Gather rows, as many at a time as there are lines.
 
         Args:
             zeroed: as `gather_rows` takes it; whole lines when None.
         """
-        cos_sin = cache.rotation.cos_sin if cache.rotation is not None else None
-        for first in range(0, len(slots), self.num_lines):
-            last = min(first + self.num_lines, len(slots))
+        num_rows = len(table.slots)
+        for first in range(0, num_rows, self.num_lines):
+            last = min(first + self.num_lines, num_rows)
+            keys, values = self.keys[: last - first], self.values[: last - first]
+            lengths = table.lengths[first:last]
             gather_rows(
                 cache.pages,
-                slots[first:last],
-                lengths[first:last],
-                self.keys[: last - first],
-                self.values[: last - first],
-                cos_sin=cos_sin,
+                table.slots[first:last],
+                lengths,
+                keys,
+                values,
+                cos_sin=cache.rotation.cos_sin if cache.rotation is not None else None,
                 key_scale=cache.key_scale,
                 value_scale=cache.value_scale,
-                zeroed=zeroed or self.keys.shape[1],
+                zeroed=zeroed or keys.shape[1],
             )
-            yield first, last
+            yield GatheredRows(first, last, keys, values, lengths)
 
 
-class SdpaAttention:
-    """PyTorch's scaled_dot_product_attention; needs torch only. It has neither sinks nor soft caps.
-
-    A CUDA graph may capture rows of one query; how long others are it asks the host. Of its kernels only
-    the one that writes every logit down lets heads share keys, and it copies the keys for each of them:
-    heads are handed over in another dimension's place.
+class GatheringAttention(ABC):
+    """A library that attends over gathered tokens, of any cache.
 
     Args:
         buffer: scratch, shared by layers.
+
+    Attributes:
+        zeroed: what the library multiplies with, as `GatherBuffer.gather` takes it.
     """
 
-    name = "sdpa"
+    name: str
     scratch_bytes = 0
+    zeroed: int | None = None
 
     def __init__(self, buffer: GatherBuffer) -> None:
         self.buffer = buffer
         self.buffer_bytes = buffer.num_bytes
-        width, device = buffer.keys.shape[1], buffer.keys.device
-        self.position = make_lasting(lambda: torch.arange(width, device=device))
 
     def takes(self, pages: torch.Tensor) -> bool:
         return True
@@ -163,68 +173,21 @@ class SdpaAttention:
         query: torch.Tensor,
         cache: LayerCache,
         group: RowGroup,
-        slots: torch.Tensor,
-        lengths: torch.Tensor,
+        table: SparseBlockTable,
         scale: float,
         out: torch.Tensor,
     ) -> None:
-        for first, last in self.buffer.gather(cache, slots, lengths):
-            if group.max_query_len == 1:
-                self._attend_single_queries(query, lengths, first, last, scale, out)
-                continue
-            for row in range(first, last):
-                if group.query_lens[row]:
-                    self._attend_row(query, group, lengths, row, row - first, scale, out)
+        for rows in self.buffer.gather(cache, table, self.zeroed):
+            self.attend(query, cache.sinks, group, rows, scale, out)
 
-    def _attend_single_queries(
+    @abstractmethod
+    def attend(
         self,
         query: torch.Tensor,
-        lengths: torch.Tensor,
-        first: int,
-        last: int,
-        scale: float,
-        out: torch.Tensor,
-    ) -> None:
-        """Rows of one query each: row `r` is query `r` of the group."""
-        queries = slice(first, last)
-        # A padded row sees a zero: nothing at all would be a NaN.
-        visible = self.position < lengths[first:last, None].clamp(min=1)  # [rows, width]
-        # Heads that share keys take the place of queries: [rows, Hkv, group, D].
-        num_kv_heads, head_size = self.buffer.keys.shape[2:]
-        grouped = query[queries].reshape(last - first, num_kv_heads, -1, head_size)
-        attended = F.scaled_dot_product_attention(
-            grouped,
-            self.buffer.keys[: last - first].transpose(1, 2),
-            self.buffer.values[: last - first].transpose(1, 2),
-            attn_mask=visible[:, None, None],
-            scale=scale,
-        )
-        out[queries] = attended.flatten(1, 2)
-
-    def _attend_row(
-        self,
-        query: torch.Tensor,
+        sinks: torch.Tensor | None,
         group: RowGroup,
-        lengths: torch.Tensor,
-        row: int,
-        line: int,
+        rows: GatheredRows,
         scale: float,
         out: torch.Tensor,
     ) -> None:
-        start, num_queries = int(group.query_starts[row]), int(group.query_lens[row])
-        queries = slice(start, start + num_queries)
-        # The last query sees all tokens of the row, the one before it all but the last.
-        last_visible = lengths[row] - num_queries + self.position[:num_queries, None]
-        # Heads that share keys take the place of requests: [group, Hkv, queries, D].
-        num_kv_heads, head_size = self.buffer.keys.shape[2:]
-        grouped = (
-            query[queries].reshape(num_queries, num_kv_heads, -1, head_size).permute(2, 1, 0, 3)
-        )
-        keys, values = (
-            tensor[line].transpose(0, 1).expand(len(grouped), -1, -1, -1)
-            for tensor in (self.buffer.keys, self.buffer.values)
-        )
-        attended = F.scaled_dot_product_attention(
-            grouped, keys, values, attn_mask=self.position <= last_visible, scale=scale
-        )
-        out[queries] = attended.permute(2, 1, 0, 3).flatten(1, 2)
+        """Attend the gathered rows of a group; `sinks` are those of `LayerCache`."""

@@ -8,9 +8,15 @@ from __future__ import annotations
 import torch
 
 from vllm_tokenselect.device_memory import make_lasting
-from vllm_tokenselect.gpu.attention import PAGE_TOKENS, GatherBuffer
+from vllm_tokenselect.gpu.attention import (
+    PAGE_TOKENS,
+    GatherBuffer,
+    GatheredRows,
+    GatheringAttention,
+)
 from vllm_tokenselect.gpu.flash_varlen import VarlenFunction, attend_with_sinks
 from vllm_tokenselect.gpu.rows import RowGroup
+from vllm_tokenselect.kernels.block_table.table import SparseBlockTable
 from vllm_tokenselect.kernels.layer_cache import LayerCache
 
 # What FlashAttention allocates at most for the partial outputs of the parts that it splits a row's tokens
@@ -72,8 +78,7 @@ class PagedFlashAttention:
         query: torch.Tensor,
         cache: LayerCache,
         group: RowGroup,
-        slots: torch.Tensor,
-        lengths: torch.Tensor,
+        table: SparseBlockTable,
         scale: float,
         out: torch.Tensor,
     ) -> None:
@@ -88,16 +93,16 @@ class PagedFlashAttention:
             k=keys,
             v=values,
             max_seqlen_q=group.max_query_len,
-            seqused_k=lengths,
+            seqused_k=table.lengths,
             max_seqlen_k=group.max_length,
-            block_table=slots,
+            block_table=table.slots,
             softmax_scale=scale,
             softcap=self.soft_cap,
             num_splits=choose_splits(3, query, len(query)),
         )
 
 
-class GatheredFlashAttention:
+class GatheredFlashAttention(GatheringAttention):
     """FlashAttention of any version over gathered tokens: before Hopper, and for keys to widen or rotate.
 
     Args:
@@ -109,15 +114,15 @@ class GatheredFlashAttention:
 
     name = "flash"
     scratch_bytes = SPLIT_BYTES
+    zeroed = PAGE_TOKENS  # versions 3 and 4 copy whole pages, and multiply all of one with weights
 
     def __init__(
         self, varlen: VarlenFunction, version: int, buffer: GatherBuffer, soft_cap: float = 0.0
     ) -> None:
+        super().__init__(buffer)
         self.varlen = varlen
         self.version = version
         self.soft_cap = soft_cap
-        self.buffer = buffer
-        self.buffer_bytes = buffer.num_bytes
         # The buffer as a paged cache, so that lengths may lie on the device.
         self.keys = buffer.keys.unflatten(1, (-1, PAGE_TOKENS)).flatten(0, 1)
         self.values = buffer.values.unflatten(1, (-1, PAGE_TOKENS)).flatten(0, 1)
@@ -126,40 +131,35 @@ class GatheredFlashAttention:
         )
         self.block_table = pages.view(buffer.num_lines, -1)
 
-    def takes(self, pages: torch.Tensor) -> bool:
-        return True
-
-    def __call__(
+    def attend(
         self,
         query: torch.Tensor,
-        cache: LayerCache,
+        sinks: torch.Tensor | None,
         group: RowGroup,
-        slots: torch.Tensor,
-        lengths: torch.Tensor,
+        rows: GatheredRows,
         scale: float,
         out: torch.Tensor,
     ) -> None:
-        # Versions 3 and 4 copy whole pages, and multiply all of one with weights.
-        for first, last in self.buffer.gather(cache, slots, lengths, zeroed=PAGE_TOKENS):
-            queries, starts = _queries_of(group, first, last)
-            own = query[queries]
-            attend_with_sinks(
-                self.varlen,
-                self.version,
-                cache.sinks,
-                out[queries],
-                starts,
-                q=own,
-                k=self.keys,
-                v=self.values,
-                max_seqlen_q=group.max_query_len,
-                seqused_k=lengths[first:last],
-                max_seqlen_k=self.buffer.keys.shape[1],
-                block_table=self.block_table[: last - first],
-                softmax_scale=scale,
-                softcap=self.soft_cap,
-                num_splits=choose_splits(self.version, own, (last - first) * group.max_query_len),
-            )
+        num_rows = rows.last - rows.first
+        queries, starts = _queries_of(group, rows.first, rows.last)
+        own = query[queries]
+        attend_with_sinks(
+            self.varlen,
+            self.version,
+            sinks,
+            out[queries],
+            starts,
+            q=own,
+            k=self.keys,
+            v=self.values,
+            max_seqlen_q=group.max_query_len,
+            seqused_k=rows.lengths,
+            max_seqlen_k=rows.keys.shape[1],
+            block_table=self.block_table[:num_rows],
+            softmax_scale=scale,
+            softcap=self.soft_cap,
+            num_splits=choose_splits(self.version, own, num_rows * group.max_query_len),
+        )
 
 
 def _queries_of(group: RowGroup, first: int, last: int) -> tuple[slice, torch.Tensor]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from vllm_tokenselect.gpu.cutting import graph_spans
 from vllm_tokenselect.gpu.limits import GRAPH_PASSES, StepLimits
-from vllm_tokenselect.kernels.block_table.gpu import DIGIT_BITS, choose_parts
+from vllm_tokenselect.kernels.block_table.gpu import num_launches
 
 
 def num_passes(limits: StepLimits, num_tokens: int, queries_per_request: int) -> int:
@@ -36,7 +36,7 @@ def count_launches(
     attention: Callable[[int], int],
     together: bool = False,
 ) -> int:
-    """Launches of a layer in a captured step.
+    """Launches of a layer in a captured step: those of each verb of `GpuStep.run_layer`.
 
     Args:
         limits: of the buffers.
@@ -45,22 +45,17 @@ def count_launches(
         attention: launches of the library that attends, for a number of rows.
         together: whether the heads of several processes vote together; an exchange counts as one.
     """
-    reuses, rotates = limits.method.reuses_selections, limits.method.reassigns_positions
+    method, width = limits.method, limits.max_width or limits.table_width
     launches = 0
     for first, last, passes in graph_spans(limits, num_tokens, queries_per_request):
-        rows = last - first
-        if reuses:
-            launches += 1 + 3 * together  # decide; clamp, gather and exchange the heads' queries
-        if passes:
-            launches += 1 + rotates  # average
-        launches += 2 * len(passes)  # score, vote
-        launches += together and bool(passes)
-        launches += _table_launches(rows, limits.max_width or limits.table_width, bool(passes))
-        launches += 1 + rotates + attention(rows)  # finish, rotate, attend
+        rows, selects = last - first, bool(passes)
+        rotates = method.reassigns_positions
+        # Heads in several processes: clamp, gather and exchange their queries.
+        decide = method.reuses_selections * (1 + 3 * together)
+        score = selects * (1 + rotates) + len(passes)  # average, and rotate what is averaged
+        vote = len(passes)
+        build_table = selects * together + num_launches(rows, width, selects)  # exchange votes
+        finish = 1
+        attend = rotates + attention(rows)
+        launches += decide + score + vote + build_table + finish + attend
     return launches
-
-
-def _table_launches(rows: int, width: int, selects: bool) -> int:
-    if choose_parts(rows, width) == 1:
-        return 1
-    return 1 + selects * (1 + len(DIGIT_BITS) + 1)  # write; reset, count each digit, count the kept

@@ -1,8 +1,8 @@
-"""One layer of one step on a GPU: decide -> mean query -> score -> vote -> table -> finish -> attention.
+"""One layer of one step on a GPU: decide -> score -> vote -> build the table -> finish -> attend.
 
-Launches the same kernels whatever the rows are; a row that sees its whole context or reuses a selection,
-or a padded one, is left out by the kernels themselves. Where positions are reassigned, queries and keys
-come without their rotation: the mean queries are rotated for the vote, and the queries to attend.
+Every verb launches the same kernels whatever the rows are; a row that sees its whole context or reuses a
+selection, or a padded one, is left out by the kernels themselves. Where positions are reassigned, queries
+and keys come without their rotation: the mean queries are rotated for the vote, and the queries to attend.
 """
 
 from __future__ import annotations
@@ -58,10 +58,8 @@ class GpuStep:
             # A group is handed its own queries: what libraries allocate grows with how many they get.
             own, own_out = query[group.queries], out[group.queries]
             self.decide(group, own, cache, workspace)
-            if group.passes:
-                self.average(group, own, cache, workspace)
             for part in group.passes:
-                self.score(group, part, cache, scale, workspace)
+                self.score(group, part, own, cache, scale, workspace)
                 self.vote(group, part, workspace)
             self.build_table(group, cache, workspace)
             self.finish(group, cache, workspace)
@@ -96,24 +94,24 @@ class GpuStep:
             group.reused_end,
         )
 
-    def average(
-        self, group: RowGroup, query: torch.Tensor, cache: LayerCache, workspace: Workspace
-    ) -> None:
-        """Fill in the mean query of every row of the group."""
-        means = workspace.mean_queries[: group.num_rows]
-        mean_queries(query, group.query_start_loc[:-1], group.query_len, means)
-        if cache.rotation is not None:
-            rotate_means(means, cache.rotation.vote)
-
     def score(
         self,
         group: RowGroup,
         part: ScorePass,
+        query: torch.Tensor,
         cache: LayerCache,
         scale: float,
         workspace: Workspace,
     ) -> None:
-        """Score the candidates of the rows of a pass with their mean queries."""
+        """Score the candidates of the rows of a pass with their mean queries.
+
+        The first pass averages the queries of all rows of the group: one launch.
+        """
+        if part is group.passes[0]:
+            means = workspace.mean_queries[: group.num_rows]
+            mean_queries(query, group.query_start_loc[:-1], group.query_len, means)
+            if cache.rotation is not None:
+                rotate_means(means, cache.rotation.vote)
         buffers = workspace.for_scores(group, part)
         for tiles in part.tiles:
             score_paged_keys(
@@ -138,33 +136,30 @@ class GpuStep:
         start = workspace.limits.method.n_init
         soft_vote(Scores(buffers.logits, buffers.maxima, buffers.sums, start, ends), buffers.votes)
 
-    def _votes(self, group: RowGroup, workspace: Workspace) -> torch.Tensor | None:
-        """The group's votes, of all processes that vote together; None where no row may select."""
-        if not group.passes:
-            return None
-        votes = workspace.votes(group)
-        # Behind a row's candidates lies what was there before, and stays unread when summed.
-        return votes if workspace.heads is None else workspace.heads.sum_votes(votes)
-
     def build_table(self, group: RowGroup, cache: LayerCache, workspace: Workspace) -> None:
         """Fill the workspace's sparse block table, but for rows that reuse a selection."""
-        method = workspace.limits.method
+        votes = workspace.votes(group) if group.passes else None  # without passes no row may select
+        if votes is not None and workspace.heads is not None:
+            # Behind a row's candidates lies what was there before, and stays unread when summed.
+            votes = workspace.heads.sum_votes(votes)
+        table = workspace.table_of(group)
         build_sparse_block_table(
-            self._votes(group, workspace),
+            votes,
             self.block_table,
             group.row_seq,
-            method.n_init,
+            workspace.limits.method.n_init,
             group.top_k,
             group.scored_end,
             group.table_end,
             cache.pages.shape[3],
-            workspace.slots(group),
-            workspace.lengths[: group.num_rows],
+            table.slots,
+            table.lengths,
             workspace.table_scratch,
         )
 
     def finish(self, group: RowGroup, cache: LayerCache, workspace: Workspace) -> None:
         """Fill in the rows that reuse a selection, remember the others', and count all."""
+        table = workspace.table_of(group)
         finish_rows(
             group.chains,
             self.block_table,
@@ -179,8 +174,8 @@ class GpuStep:
             group.reused_end,
             cache.pages.shape[3],
             cache.selections,
-            workspace.slots(group),
-            workspace.lengths[: group.num_rows],
+            table.slots,
+            table.lengths,
             workspace.counters,
         )
 
@@ -195,7 +190,7 @@ class GpuStep:
         out: torch.Tensor,
     ) -> None:
         """Attend to what the workspace's sparse block table names."""
-        slots, lengths = workspace.slots(group), workspace.lengths[: group.num_rows]
+        table = workspace.table_of(group)
         if cache.rotation is not None:
             # `view_as` refuses a step that is longer than the buffer.
             rotated = workspace.rotated_queries[: len(query)].view_as(query)
@@ -204,9 +199,9 @@ class GpuStep:
                 group.query_start_loc[:-1],
                 group.query_len,
                 group.max_query_len,
-                lengths,
+                table.lengths,
                 cache.rotation.cos_sin,
                 rotated,
             )
             query = rotated
-        attention(query, cache, group, slots, lengths, scale, out)
+        attention(query, cache, group, table, scale, out)

@@ -11,6 +11,7 @@ from vllm_tokenselect.device_memory import make_lasting
 from vllm_tokenselect.gpu.limits import MAX_GROUP_ROWS, StepLimits
 from vllm_tokenselect.gpu.rows import RowGroup, ScorePass
 from vllm_tokenselect.kernels.block_table.gpu import TableScratch
+from vllm_tokenselect.kernels.block_table.table import SparseBlockTable
 from vllm_tokenselect.kernels.head_group import HeadGroup
 from vllm_tokenselect.kernels.score.gpu import NUM_PARTS
 
@@ -38,7 +39,7 @@ class Workspace:
         heads: the processes whose heads vote together; None where a process votes for itself.
 
     Attributes:
-        lengths: int32 [MAX_GROUP_ROWS], entries of each row of the sparse block table.
+        slots, lengths: of the sparse block table, see `table_of`.
         rotated_queries: [max_tokens, Hq, D]; of no tokens where positions are the model's own.
         row_numbers: int32 [MAX_GROUP_ROWS], 0, 1, 2 ...
     """
@@ -58,7 +59,7 @@ class Workspace:
         self.limits = limits
         self.heads = heads
         rows, num_heads = MAX_GROUP_ROWS, limits.num_heads
-        self.table = empty(limits.table_entries, dtype=torch.int32)
+        self.slots = empty(limits.table_entries, dtype=torch.int32)
         self.lengths = empty(rows, dtype=torch.int32)
         self.mean_queries = empty(rows, num_heads, head_size)
         self.parts = empty(2, rows, num_heads, NUM_PARTS)
@@ -75,16 +76,18 @@ class Workspace:
 
     @property
     def num_bytes(self) -> int:
-        tensors = (
-            *(self.table, self.lengths, self.mean_queries, self.parts, self.scores),
-            *(self.rotated_queries, self.row_numbers),
-        )
-        return sum(t.nbytes for t in tensors) + self.table_scratch.num_bytes
+        scoring = (self.mean_queries, self.parts, self.scores, self.rotated_queries)
+        return sum(t.nbytes for t in (*scoring, self.row_numbers)) + self.table_bytes
 
-    def slots(self, group: RowGroup) -> torch.Tensor:
-        """The group's sparse block table, int32 [R, width]."""
-        entries = group.num_rows * group.table_width
-        return self.table[:entries].view(group.num_rows, group.table_width)
+    @property
+    def table_bytes(self) -> int:
+        """What the sparse block table takes, and what builds it."""
+        return int(self.slots.nbytes + self.lengths.nbytes) + self.table_scratch.num_bytes
+
+    def table_of(self, group: RowGroup) -> SparseBlockTable:
+        """The group's lines of the sparse block table."""
+        rows, width = group.num_rows, group.table_width
+        return SparseBlockTable(self.slots[: rows * width].view(rows, width), self.lengths[:rows])
 
     def votes(self, group: RowGroup) -> torch.Tensor:
         """The group's votes, fp32 [R, N]: before the scores of its passes."""

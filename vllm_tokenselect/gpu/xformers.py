@@ -6,72 +6,53 @@ import torch
 from xformers.ops import memory_efficient_attention_forward
 from xformers.ops.fmha.attn_bias import BlockDiagonalCausalWithOffsetPaddedKeysMask
 
-from vllm_tokenselect.gpu.attention import GatherBuffer
+from vllm_tokenselect.gpu.attention import GatheredRows, GatheringAttention
 from vllm_tokenselect.gpu.rows import RowGroup
-from vllm_tokenselect.kernels.layer_cache import LayerCache
+from vllm_tokenselect.method.requests import Int32
 
 
-class XformersAttention:
-    """Attends the rows of a gathered buffer in one call; no CUDA graph, its mask is made on the host.
-
-    Args:
-        buffer: scratch, shared by layers.
-    """
+class XformersAttention(GatheringAttention):
+    """Attends all gathered rows in one call; no CUDA graph, since its mask is made on the host."""
 
     name = "xformers"
-    scratch_bytes = 0
 
-    def __init__(self, buffer: GatherBuffer) -> None:
-        self.buffer = buffer
-        self.buffer_bytes = buffer.num_bytes
-
-    def takes(self, pages: torch.Tensor) -> bool:
-        return True
-
-    def __call__(
+    def attend(
         self,
         query: torch.Tensor,
-        cache: LayerCache,
+        sinks: torch.Tensor | None,
         group: RowGroup,
-        slots: torch.Tensor,
-        lengths: torch.Tensor,
+        rows: GatheredRows,
         scale: float,
         out: torch.Tensor,
     ) -> None:
-        num_kv_heads, head_size = self.buffer.keys.shape[2:]
-        for first, last in self.buffer.gather(cache, slots, lengths):
-            start = int(group.query_starts[first])
-            num_queries = int(group.query_lens[first:last].sum())
-            queries = slice(start, start + num_queries)
-            # [1, queries, KV heads, heads that share one, head size]
-            grouped = query[queries].view(num_queries, num_kv_heads, -1, head_size)[None]
-            shape = (1, -1, num_kv_heads, grouped.shape[3], head_size)
-            keys, values = (
-                tensor[: last - first].flatten(0, 1)[None, :, :, None].expand(shape)
-                for tensor in (self.buffer.keys, self.buffer.values)
-            )
-            attended = memory_efficient_attention_forward(
-                grouped,
-                keys,
-                values,
-                attn_bias=self._mask(group, lengths, first, last),
-                scale=scale,
-            )
-            out[queries] = attended[0].flatten(1, 2)
-
-    def _mask(
-        self, group: RowGroup, lengths: torch.Tensor, first: int, last: int
-    ) -> BlockDiagonalCausalWithOffsetPaddedKeysMask:
-        """Each row's queries see its own line, causally, aligned to the row's last token.
-
-        The host knows no row's length; it says the longest, and the real ones lie on the device.
-        """
-        width = self.buffer.keys.shape[1]
-        mask = BlockDiagonalCausalWithOffsetPaddedKeysMask.from_seqlens(
-            q_seqlen=group.query_lens[first:last].tolist(),
-            kv_padding=width,
-            kv_seqlen=[width] * (last - first),
-            device=lengths.device,
+        num_kv_heads, head_size = rows.keys.shape[2:]
+        query_lens = group.query_lens[rows.first : rows.last]
+        start, num_queries = int(group.query_starts[rows.first]), int(query_lens.sum())
+        queries = slice(start, start + num_queries)
+        # [1, queries, KV heads, heads that share one, head size]
+        grouped = query[queries].view(num_queries, num_kv_heads, -1, head_size)[None]
+        shape = (1, -1, num_kv_heads, grouped.shape[3], head_size)
+        keys, values = (
+            tensor.flatten(0, 1)[None, :, :, None].expand(shape)
+            for tensor in (rows.keys, rows.values)
         )
-        mask.k_seqinfo.seqlen = lengths[first:last]
-        return mask
+        attended = memory_efficient_attention_forward(
+            grouped, keys, values, attn_bias=_mask(query_lens, rows), scale=scale
+        )
+        out[queries] = attended[0].flatten(1, 2)
+
+
+def _mask(query_lens: Int32, rows: GatheredRows) -> BlockDiagonalCausalWithOffsetPaddedKeysMask:
+    """Each row's queries see its own line, causally, aligned to the row's last token.
+
+    The host knows no row's length; it says the longest, and the real ones lie on the device.
+    """
+    width = rows.keys.shape[1]
+    mask = BlockDiagonalCausalWithOffsetPaddedKeysMask.from_seqlens(
+        q_seqlen=query_lens.tolist(),
+        kv_padding=width,
+        kv_seqlen=[width] * len(query_lens),
+        device=rows.lengths.device,
+    )
+    mask.k_seqinfo.seqlen = rows.lengths
+    return mask

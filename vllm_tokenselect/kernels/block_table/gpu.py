@@ -13,6 +13,8 @@ cut into parts, whose programs add up their counts between the passes.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -53,6 +55,13 @@ def choose_parts(num_rows: int, width: int) -> int:
     return max(parts, 1)
 
 
+def num_launches(num_rows: int, width: int, selects: bool) -> int:
+    """Kernels that `build_sparse_block_table` launches; the reset of the counts is one."""
+    if choose_parts(num_rows, width) == 1 or not selects:
+        return 1
+    return 1 + len(DIGIT_BITS) + 1 + 1  # reset, count each digit, count the kept, write
+
+
 def build_sparse_block_table(
     votes: torch.Tensor | None,
     block_table: torch.Tensor,
@@ -86,39 +95,38 @@ def build_sparse_block_table(
     if votes is None:
         # Never read; of the kind that votes are, so that no other kernel is compiled.
         votes = lengths.view(torch.float32)[None]
-    arguments = (
-        votes,
-        block_table,
-        row_seq,
-        candidate_ends,
-        context_ends,
-        slots,
-        lengths,
-        scratch.counts,
-        scratch.kept,
-        top_k,
-        n_init,
-        votes.stride(0) if selects else 0,
-        block_table.stride(0),
-        slots.stride(0),
-    )
-    constants = {
-        "BLOCK_SIZE": block_size,
+    rows: dict[str, Any] = {
+        "votes": votes,
+        "candidate_ends": candidate_ends,
+        "top_k": top_k,
+        "n_init": n_init,
+        "votes_stride": votes.stride(0) if selects else 0,
         "BITS_0": DIGIT_BITS[0],
         "BITS_1": DIGIT_BITS[1],
         "TOKENS": TOKENS_PER_STEP,
-        "MAX_PARTS": MAX_PARTS,
         "num_warps": 8,
     }
+    written: dict[str, Any] = {
+        "block_table": block_table,
+        "row_seq": row_seq,
+        "context_ends": context_ends,
+        "slots": slots,
+        "lengths": lengths,
+        "table_stride": block_table.stride(0),
+        "slots_stride": slots.stride(0),
+        "BLOCK_SIZE": block_size,
+    }
+    counts, grid = scratch.counts, (parts, num_rows)
+    kept: dict[str, Any] = {"counts": counts, "kept": scratch.kept, "MAX_PARTS": MAX_PARTS}
     if parts == 1:
-        _build[(1, num_rows)](*arguments, **constants)
+        _build[grid](**rows, **written)
         return
     if selects:
-        scratch.counts[:num_rows].zero_()
+        counts[:num_rows].zero_()
         for digit in range(len(DIGIT_BITS)):
-            _count_digit[(parts, num_rows)](*arguments, DIGIT=digit, **constants)
-        _count_kept[(parts, num_rows)](*arguments, **constants)
-    _write_parts[(parts, num_rows)](*arguments, **constants)
+            _count_digit[grid](**rows, counts=counts, DIGIT=digit)
+        _count_kept[grid](**rows, **kept)
+    _write_parts[grid](**rows, **written, **kept)
 
 
 @triton.jit
@@ -132,6 +140,7 @@ def _load_keys(votes_line, first, last, TOKENS: tl.constexpr):
     """Order keys of the candidates [first, first + TOKENS), and which of them are below `last`."""
     token = first + tl.arange(0, TOKENS)
     visible = token < last
+    # [TOKENS]
     bits = tl.load(votes_line + token, visible, 0).to(tl.int32, bitcast=True)
     return visible, _order_key(bits)
 
@@ -144,6 +153,7 @@ def write_range(
     for position in range(first, last, TOKENS):
         token = position + tl.arange(0, TOKENS)
         visible = token < last
+        # [TOKENS]
         block = tl.load(line + token // BLOCK_SIZE, visible, 0)
         slot = block * BLOCK_SIZE + token % BLOCK_SIZE
         tl.store(slots_line + entry + token - first, slot, visible)
@@ -171,6 +181,7 @@ def _write_kept(
         kept = (visible & (key > threshold)) | kept_tie
         order = tl.cumsum(kept.to(tl.int32), 0)
         position = n_init + step + tl.arange(0, TOKENS)
+        # [TOKENS]
         block = tl.load(line + position // BLOCK_SIZE, kept, 0)
         slot = block * BLOCK_SIZE + position % BLOCK_SIZE
         tl.store(slots_line + entry + order - 1, slot, kept)
@@ -195,7 +206,10 @@ def _histogram(
 
 @triton.jit
 def _next_digit(counts, wanted, prefix, BITS: tl.constexpr):
-    """The threshold's next digit, and how many of the votes that share it are still wanted."""
+    """The threshold's next digit, and how many of the votes that share it are still wanted.
+
+    `digit = max d with (sum over e >= d of counts[e]) >= wanted`.
+    """
     at_least = tl.cumsum(counts, 0, reverse=True)
     digit = tl.sum((at_least >= wanted).to(tl.int32), 0) - 1
     above = tl.sum(tl.where(tl.arange(0, 1 << BITS) > digit, counts, 0), 0)
@@ -205,6 +219,7 @@ def _next_digit(counts, wanted, prefix, BITS: tl.constexpr):
 @triton.jit
 def _counted_digit(counts_line, wanted, prefix, OFFSET: tl.constexpr, BITS: tl.constexpr):
     """As `_next_digit`, from the counts that all parts of a row have added up."""
+    # [1 << BITS]
     counts = tl.load(counts_line + OFFSET + tl.arange(0, 1 << BITS))
     return _next_digit(counts, wanted, prefix, BITS)
 
@@ -218,8 +233,6 @@ def _build(
     context_ends,
     slots,
     lengths,
-    counts,
-    kept,
     top_k,
     n_init,
     votes_stride,
@@ -229,9 +242,8 @@ def _build(
     BITS_0: tl.constexpr,
     BITS_1: tl.constexpr,
     TOKENS: tl.constexpr,
-    MAX_PARTS: tl.constexpr,
 ):
-    """A whole row by one program."""
+    """A whole row by one program, as `reference.build_sparse_block_table`."""
     row = tl.program_id(1).to(tl.int64)
     line = block_table + tl.load(row_seq + row).to(tl.int64) * table_stride
     slots_line = slots + row * slots_stride
@@ -278,24 +290,14 @@ def _part(num_tokens, TOKENS: tl.constexpr):
 @triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=ROW_ARRAYS)
 def _count_digit(
     votes,
-    block_table,
-    row_seq,
     candidate_ends,
-    context_ends,
-    slots,
-    lengths,
     counts,
-    kept,
     top_k,
     n_init,
     votes_stride,
-    table_stride,
-    slots_stride,
-    BLOCK_SIZE: tl.constexpr,
     BITS_0: tl.constexpr,
     BITS_1: tl.constexpr,
     TOKENS: tl.constexpr,
-    MAX_PARTS: tl.constexpr,
     DIGIT: tl.constexpr,
 ):
     """Add this part's count of one digit to the row's."""
@@ -310,10 +312,12 @@ def _count_digit(
         first, last = _part(num_candidates, TOKENS)
         if DIGIT == 0:
             found = _histogram(votes_line, first, last, 0, BITS_1, BITS_0, TOKENS)
+            # [bins_0]
             tl.atomic_add(counts_line + tl.arange(0, bins_0), found, found > 0)
         else:
             prefix = _counted_digit(counts_line, wanted, 0, 0, BITS_0)[0]
             found = _histogram(votes_line, first, last, prefix, 0, BITS_1, TOKENS)
+            # [bins_1]
             tl.atomic_add(counts_line + bins_0 + tl.arange(0, bins_1), found, found > 0)
 
 
@@ -330,20 +334,12 @@ def _threshold(counts, row, wanted, BITS_0: tl.constexpr, BITS_1: tl.constexpr):
 @triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=ROW_ARRAYS)
 def _count_kept(
     votes,
-    block_table,
-    row_seq,
     candidate_ends,
-    context_ends,
-    slots,
-    lengths,
     counts,
     kept,
     top_k,
     n_init,
     votes_stride,
-    table_stride,
-    slots_stride,
-    BLOCK_SIZE: tl.constexpr,
     BITS_0: tl.constexpr,
     BITS_1: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -388,7 +384,10 @@ def _write_parts(
     TOKENS: tl.constexpr,
     MAX_PARTS: tl.constexpr,
 ):
-    """Write this part's kept candidates behind those of the parts before it."""
+    """Write this part's kept candidates behind those of the parts before it.
+
+    All parts together write what `reference.build_sparse_block_table` does.
+    """
     part, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     line = block_table + tl.load(row_seq + row).to(tl.int64) * table_stride
     slots_line = slots + row * slots_stride
@@ -405,6 +404,7 @@ def _write_parts(
         threshold, ties = _threshold(counts, row, wanted, BITS_0, BITS_1)
         other = tl.arange(0, MAX_PARTS)
         before = other < part
+        # [MAX_PARTS]
         above = tl.sum(tl.load(kept + row * 2 * MAX_PARTS + other, before, 0), 0)
         equal = tl.sum(tl.load(kept + (row * 2 + 1) * MAX_PARTS + other, before, 0), 0)
         first, last = _part(num_candidates, TOKENS)

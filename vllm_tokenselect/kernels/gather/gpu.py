@@ -61,7 +61,7 @@ def gather_rows(
         ZEROED=zeroed,
         BLOCK_SIZE=block_size,
         TOKENS=tokens,
-        QUANTISED=is_fp8(kv_cache.dtype),
+        QUANTIZED=is_fp8(kv_cache.dtype),
         num_warps=4,
     )
 
@@ -89,8 +89,12 @@ def _gather(
     ZEROED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TOKENS: tl.constexpr,
-    QUANTISED: tl.constexpr,
+    QUANTIZED: tl.constexpr,
 ):
+    """`out_keys[r, i] = rotate(key[slots[r, i]] * key_scale, i)`, the values alike but for the rotation.
+
+    Zeros behind a row's length, up to the next multiple of `ZEROED`. As `reference.gather_rows`.
+    """
     kv_head, num_kv_heads = tl.program_id(0), tl.num_programs(0)
     row = tl.program_id(2).to(tl.int64)
     length = tl.load(lengths + row)
@@ -98,6 +102,7 @@ def _gather(
     end = tl.minimum(tl.cdiv(tl.maximum(length, 1), ZEROED) * ZEROED, width)
     if tl.program_id(1) * TOKENS < end:
         visible, written = entry < length, entry < end
+        # [TOKENS]
         slot = tl.load(slots + row * slots_stride + entry, visible, 0).to(tl.int64)
         token = (slot // BLOCK_SIZE) * block_stride + (slot % BLOCK_SIZE) * token_stride
         source = kv_cache + token + kv_head.to(tl.int64) * head_stride
@@ -105,9 +110,10 @@ def _gather(
         element = tl.arange(0, PADDED_SIZE)
         in_head = (element < HEAD_SIZE)[None, :]
         mask = visible[:, None] & in_head
+        # [TOKENS, PADDED_SIZE]
         keys = tl.load(source[:, None] + element[None, :], mask, 0.0)
         values = tl.load(source[:, None] + value_offset + element[None, :], mask, 0.0)
-        if QUANTISED:
+        if QUANTIZED:
             keys = keys.to(tl.float32) * tl.load(key_scale)
             values = values.to(tl.float32) * tl.load(value_scale)
         if ROTATED > 0:
@@ -116,8 +122,9 @@ def _gather(
             in_rotated = element < ROTATED
             partner = tl.where(element < half, element + half, element - half)
             turned = mask & in_rotated[None, :]
+            # [TOKENS, PADDED_SIZE], and so are the angles
             partners = tl.load(source[:, None] + partner[None, :], turned, 0.0).to(tl.float32)
-            if QUANTISED:
+            if QUANTIZED:
                 partners = partners * tl.load(key_scale)
             pair = element % half
             angle = cos_sin + entry[:, None] * ROTATED + pair[None, :]
@@ -125,7 +132,7 @@ def _gather(
             sine = tl.load(angle + half, turned, 0.0).to(tl.float32)
             sign = tl.where(element < half, -1.0, 1.0)
             keys = keys.to(tl.float32) * cosine + partners * (sine * sign[None, :])
-        # What was not loaded is zero, whatever is done to it.
+        # [TOKENS, PADDED_SIZE]; what was not loaded is zero, whatever is done to it.
         tl.store(out_keys + target[:, None] + element[None, :], keys, written[:, None] & in_head)
         tl.store(
             out_values + target[:, None] + element[None, :], values, written[:, None] & in_head

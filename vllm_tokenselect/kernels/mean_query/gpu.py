@@ -47,6 +47,10 @@ def _mean_queries(
     PADDED_SIZE: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
+    """`out[r, h] = sum of query[start .. start + length, h] / length`, in fp32.
+
+    As `reference.mean_queries`.
+    """
     head, row = tl.program_id(0), tl.program_id(1)
     start = tl.load(query_start + row).to(tl.int64)
     length = tl.load(query_len + row)
@@ -57,7 +61,9 @@ def _mean_queries(
         token = first + tl.arange(0, TOKENS)
         source = query + (start + token)[:, None] * token_stride + head * head_stride
         visible = (token < length)[:, None] & in_head[None, :]
+        # [TOKENS, PADDED_SIZE] -> [PADDED_SIZE]
         total += tl.sum(tl.load(source + element[None, :], visible, 0.0).to(tl.float32), 0)
     mean = total / tl.maximum(length, 1).to(tl.float32)
     target = out + (row.to(tl.int64) * tl.num_programs(0) + head) * HEAD_SIZE
+    # [PADDED_SIZE]
     tl.store(target + element, mean, in_head)

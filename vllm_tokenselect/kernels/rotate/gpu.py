@@ -78,10 +78,12 @@ def rotate_means(means: torch.Tensor, vote: torch.Tensor) -> None:
 def _rotate(source, target, cosine, sine, visible, HALF: tl.constexpr, PADDED_HALF: tl.constexpr):
     """Rotate the heads that start at `source` into those at `target`, which may be the same.
 
-    A thread reads both elements of a pair before it writes them: no other waits for them.
+    The pair `(a, b) = (x[i], x[HALF + i])` becomes `(a cos - b sin, b cos + a sin)`, as in
+    `reference.rotate`. A thread reads both elements before it writes them: no other waits for them.
     """
     pair = tl.arange(0, PADDED_HALF)[None, :]
     mask = visible[:, None] & (pair < HALF)
+    # [n, PADDED_HALF]
     first = tl.load(source[:, None] + pair, mask, 0.0).to(tl.float32)
     second = tl.load(source[:, None] + HALF + pair, mask, 0.0).to(tl.float32)
     tl.store(target[:, None] + pair, first * cosine - second * sine, mask)
@@ -104,7 +106,10 @@ def _rotate_queries(
     PADDED_REST: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """One head of a part of a row's queries."""
+    """Rotate one head of a part of a row's queries: query `i` of `n` to position `length - n + i`.
+
+    As `reference.rotate_queries`.
+    """
     head, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start = tl.load(query_start + row).to(tl.int64)
     num_queries = tl.load(query_len + row)
@@ -118,6 +123,7 @@ def _rotate_queries(
         visible = (token < num_queries) & (position >= 0)
         line = cos_sin + position[:, None] * ROTATED + pair
         in_line = visible[:, None] & (pair < half)
+        # [TOKENS, PADDED_HALF]
         cosine = tl.load(line, in_line, 0.0)
         sine = tl.load(line + half, in_line, 0.0)
         source = query + (start + token) * token_stride + head * head_stride
@@ -126,6 +132,7 @@ def _rotate_queries(
         if HEAD_SIZE > ROTATED:
             rest = ROTATED + tl.arange(0, PADDED_REST)[None, :]
             mask = visible[:, None] & (rest < HEAD_SIZE)
+            # [TOKENS, PADDED_REST]
             tl.store(target[:, None] + rest, tl.load(source[:, None] + rest, mask, 0.0), mask)
 
 
@@ -139,8 +146,10 @@ def _rotate_means(
     PADDED_HALF: tl.constexpr,
     MEANS: tl.constexpr,
 ):
+    """Rotate some of the means' heads by one line of cosines and sines, as `reference.rotate`."""
     mean = tl.program_id(0) * MEANS + tl.arange(0, MEANS)
     pair = tl.arange(0, PADDED_HALF)[None, :]
+    # [1, PADDED_HALF]
     cosine = tl.load(vote + pair, pair < HALF, 0.0)
     sine = tl.load(vote + HALF + pair, pair < HALF, 0.0)
     place = means + mean.to(tl.int64) * HEAD_SIZE

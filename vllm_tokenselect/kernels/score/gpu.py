@@ -138,7 +138,7 @@ def score_paged_keys(
         PARTS=NUM_PARTS,
         # Triton's interpreter multiplies bf16 bits as if they were integers.
         WIDEN=INTERPRETED or kv_cache.dtype == torch.float32,
-        QUANTISED=is_fp8(kv_cache.dtype),
+        QUANTIZED=is_fp8(kv_cache.dtype),
         num_warps=8 if many or padded_size > 256 else 4,
         # fp8 is widened in registers, and many lines fill them: no room for a third stage.
         num_stages=2 if is_fp8(kv_cache.dtype) or many else 3,
@@ -177,8 +177,14 @@ def _score(
     TOKENS: tl.constexpr,
     PARTS: tl.constexpr,
     WIDEN: tl.constexpr,
-    QUANTISED: tl.constexpr,
+    QUANTIZED: tl.constexpr,
 ):
+    """`logits[r, h, t - start] = scale * query[r, h] . key[t, h // GROUP]` of the rows of a tile.
+
+    Beside them, of every part `p` of the candidates, `maxima[r, h, p] = max over t of logits` and
+    `sums[r, h, p] = sum over t of exp(logits - maxima)`. The scores are those of
+    `reference.score_paged_keys`.
+    """
     # KV heads vary fastest: the keys that they read lie beside each other.
     kv_head, share, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2) // SPLITS
     seq = tl.load(tiles + tile * 3).to(tl.int64)
@@ -189,6 +195,7 @@ def _score(
     line = tl.program_id(2) % SPLITS * LINES + tl.arange(0, LINES)
     row, head = first_row + line // GROUP, kv_head * GROUP + line % GROUP
     in_tile = line < num_rows * GROUP
+    # [LINES]
     end = tl.load(ends + row, in_tile, start)
     # All reuse selections, say; a kernel of more lines, which are seldom all without candidates, would
     # run out of registers for it.
@@ -199,12 +206,13 @@ def _score(
 
     element = tl.arange(0, PADDED_SIZE)
     in_head = element < HEAD_SIZE
+    # [LINES, PADDED_SIZE]
     queries = tl.load(
         query + row_head[:, None] * HEAD_SIZE + element[None, :],
         in_tile[:, None] & in_head[None, :],
         0.0,
     )
-    if QUANTISED:
+    if QUANTIZED:
         scale = scale * tl.load(key_scale)
         if not WIDEN:
             queries = queries.to(tl.bfloat16)
@@ -227,8 +235,10 @@ def _score(
     for position in tl.range(first, last, TOKENS):
         token = position + tl.arange(0, TOKENS)
         visible = token < last
+        # [TOKENS]
         block = tl.load(block_table + seq * table_stride + token // BLOCK_SIZE, visible, 0)
         source = block.to(tl.int64) * block_stride + (token % BLOCK_SIZE) * token_stride
+        # [PADDED_SIZE, TOKENS]
         keys = tl.load(
             kv_cache + kv_head.to(tl.int64) * head_stride + source[None, :] + element[:, None],
             visible[None, :] & in_head[:, None],
@@ -239,6 +249,7 @@ def _score(
         else:
             score = tl.dot(queries, keys.to(queries.dtype)) * scale
         own = token[None, :] < tl.minimum(end, last)[:, None]
+        # [LINES, TOKENS]
         tl.store(logits + row_head[:, None] * width + (token - start)[None, :], score, own)
         score = tl.where(own, score, float("-inf"))
         above = tl.maximum(largest, tl.max(score, 1))
@@ -248,6 +259,7 @@ def _score(
         left -= TOKENS
         ends_part = tl.minimum(left, last - position - TOKENS) <= 0
         done = line < tl.where(ends_part, num_rows * GROUP, 0)
+        # [LINES]
         tl.store(maxima + part_of, above, done)
         tl.store(sums + part_of, total, done)
         part_of += ends_part.to(tl.int32)

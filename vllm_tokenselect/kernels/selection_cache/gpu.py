@@ -31,8 +31,17 @@ CONTEXT = tl.constexpr(Counter.CONTEXT.value)
 # A kernel is compiled once, not again for every number that 16 happens to divide.
 NUMBERS = ["n_init", "refresh_interval", "num_rows"]
 ROW_ARRAYS = [
-    *("query_start", "chains", "row_seq", "row_seats", "query_len", "top_k"),
-    *("candidate_ends", "context_ends", "scored_ends", "table_ends", "reused_ends"),
+    "query_start",
+    "chains",
+    "row_seq",
+    "row_seats",
+    "query_len",
+    "top_k",
+    "candidate_ends",
+    "context_ends",
+    "scored_ends",
+    "table_ends",
+    "reused_ends",
 ]
 
 
@@ -195,7 +204,11 @@ def _decide(
     PADDED_KV_HEADS: tl.constexpr,
     PADDED_SIZE: tl.constexpr,
 ):
-    """The rows of a chain, one after the other."""
+    """The rows of a chain, one after the other: as `reference.decide`.
+
+    With `q` a row's query and `l` that of the last selection, heads that share a KV head as one vector,
+    a row reuses the selection if in every KV head `q . l >= threshold |q| |l|`.
+    """
     chain = chains + tl.program_id(0) * 4
     first = tl.load(chain).to(tl.int64)
     num_rows = tl.load(chain + 1)
@@ -208,6 +221,7 @@ def _decide(
     element = group * GROUP_SIZE + in_group
     source = query + (element // HEAD_SIZE) * head_stride + element % HEAD_SIZE
     stored = state_query + seat * KV_HEADS * GROUP_SIZE + element
+    # [PADDED_KV_HEADS, PADDED_SIZE]
     last = tl.load(stored, is_element, 0.0).to(tl.float32)
     last_square = tl.sum(last * last, 1)
     last_end = tl.load(state_end + seat)
@@ -217,6 +231,7 @@ def _decide(
         row = first + following
         candidate_end = tl.load(candidate_ends + row)
         start = tl.load(query_start + row).to(tl.int64)
+        # [PADDED_KV_HEADS, PADDED_SIZE]
         own = tl.load(source + start * token_stride, is_element, 0.0).to(tl.float32)
         own_square = tl.sum(own * own, 1)
         least = threshold * tl.sqrt(own_square) * tl.sqrt(last_square)
@@ -235,6 +250,7 @@ def _decide(
         known = known | selects
         changed = changed | selects
     if changed:
+        # [PADDED_KV_HEADS, PADDED_SIZE]
         tl.store(stored, last.to(state_query.dtype.element_ty), is_element)
         tl.store(state_end + seat, last_end)
         tl.store(state_owner + seat, owner)
@@ -257,6 +273,7 @@ def _add_counts(
     """Count all rows of a group: `reference.count_rows`, with lengths as they follow from the rows."""
     for first in range(0, num_rows, ROWS):
         row = first + tl.arange(0, ROWS)
+        # [ROWS], and so is all that is loaded below
         counts = tl.load(row_seats + row, row < num_rows, -1) >= 0
         reused_end = tl.load(reused_ends + row, counts, SELECTS).to(tl.int64)
         reuses = counts & (reused_end != SELECTS)
@@ -334,7 +351,10 @@ def _finish(
     ENTRIES: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """One piece of the line, for all rows of a chain; behind the last chain, the counting."""
+    """One piece of the line, for all rows of a chain: as `reference.finish`.
+
+    Behind the last chain, the counting: as `reference.count_rows`.
+    """
     piece, which = tl.program_id(0), tl.program_id(1)
     if which == tl.num_programs(1) - 1:
         if piece == 0:
@@ -360,6 +380,7 @@ def _finish(
     entry = piece * ENTRIES + tl.arange(0, ENTRIES)
     in_line = entry < size
     stored = state_selected + tl.load(chains + which * 4 + 2).to(tl.int64) * selected_stride + entry
+    # [ENTRIES]
     kept = tl.load(stored, in_line, 0)
     changed = False
     for following in range(0, chain_rows):
@@ -367,10 +388,12 @@ def _finish(
         line = slots + row * slots_stride
         reused_end = tl.load(reused_ends + row)
         selects = tl.load(scored_ends + row) > n_init
+        # [ENTRIES]
         own = tl.load(line + entry, entry < tl.where(selects, size, 0), 0)
         kept = tl.where(selects, own, kept)
         changed = changed | selects
         if reused_end != SELECTS:
+            # [ENTRIES]
             tl.store(line + entry, kept, in_line)
             if piece == 0:
                 context_end = tl.load(context_ends + row)
@@ -378,4 +401,5 @@ def _finish(
                 write_range(blocks, reused_end, context_end, size, line, BLOCK_SIZE, ENTRIES)
                 tl.store(lengths + row, size + context_end - reused_end)
     if changed:
+        # [ENTRIES]
         tl.store(stored, kept, in_line)

@@ -60,6 +60,11 @@ def _soft_vote(
     PARTS: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
+    """`votes[r, t] = sum over h of exp(logits[r, h, t] - M[r, h]) / Z[r, h]`, as `reference.soft_vote`.
+
+    Known of each part `p` of the candidates: `m[r, h, p]`, the largest score, and `z[r, h, p]`, the sum
+    of `exp(score - m)`. So `M = max over p of m` and `Z = sum over p of z * exp(m - M)`.
+    """
     part, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     num_candidates = tl.load(ends + row) - start
     if part * TOKENS < num_candidates:
@@ -67,8 +72,10 @@ def _soft_vote(
         is_head = head < HEADS
         part_of = (row * HEADS + head)[:, None] * PARTS + split[None, :]
         is_part = is_head[:, None] & (split >= 0)[None, :]
+        # [PADDED_HEADS, PARTS]
         part_largest = tl.load(maxima + part_of, is_part, float("-inf"))
         part_total = tl.load(sums + part_of, is_part, 0.0)
+        # [PADDED_HEADS]
         largest = tl.max(part_largest, 1)
         largest = tl.where(largest == float("-inf"), 0.0, largest)
         total = tl.sum(part_total * tl.exp(part_largest - largest[:, None]), 1)
@@ -76,10 +83,12 @@ def _soft_vote(
         for first in range(part * TOKENS, num_candidates, tl.num_programs(0) * TOKENS):
             token = first + tl.arange(0, TOKENS)
             visible = token < num_candidates
+            # [PADDED_HEADS, TOKENS]
             score = tl.load(
                 logits + (row * HEADS + head)[:, None] * width + token[None, :],
                 is_head[:, None] & visible[None, :],
                 float("-inf"),
             )
             share = tl.exp(score - largest[:, None]) * weight[:, None]
+            # [TOKENS]
             tl.store(votes + row * votes_stride + token, tl.sum(share, 0), visible)

@@ -144,7 +144,7 @@ def _buffers(
 ) -> Buffers:
     limits = step_limits(server, rank)
     workspace = Workspace(limits, rank.head_size, META, dtype=server.dtype)
-    table = workspace.table.nbytes + workspace.lengths.nbytes + workspace.table_scratch.num_bytes
+    table = workspace.table_bytes
     return Buffers(
         weights=_weights(model, server, layout, stage),
         selection_cache=_selection_cache(server, layout, stage, rank),
