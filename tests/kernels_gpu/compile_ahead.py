@@ -37,7 +37,12 @@ KV_DTYPES = {
 # Query heads, KV heads, head size: no grouping, SmolLM2, a rank of Gemma, Qwen2-7B, Qwen3-32B, Llama-405B,
 # Gemma 4 E4B.
 SHAPES = [
-    *((8, 8, 80), (9, 3, 64), (8, 2, 256), (28, 4, 128), (64, 8, 128), (128, 8, 128)),
+    (8, 8, 80),
+    (9, 3, 64),
+    (8, 2, 256),
+    (28, 4, 128),
+    (64, 8, 128),
+    (128, 8, 128),
     (8, 2, 512),
 ]
 
@@ -124,7 +129,13 @@ def launches(architecture: int) -> Iterator[tuple[str, Callable[[], object]]]:
             yield (
                 name,
                 lambda q=query, t=table: rotate_queries(
-                    *(q, ints(rows), ints(rows), 1, ints(rows), t, torch.empty_like(q))
+                    query=q,
+                    query_start=ints(rows),
+                    query_len=ints(rows),
+                    max_query_len=1,
+                    lengths=ints(rows),
+                    cos_sin=t,
+                    out=torch.empty_like(q),
                 ),
             )
             yield name, lambda m=means, t=table: rotate_means(m, t[0])
@@ -139,17 +150,40 @@ def launches(architecture: int) -> Iterator[tuple[str, Callable[[], object]]]:
             yield (
                 f"B{block_size}, {'dense, ' if votes is None else ''}{parts} parts",
                 lambda b=block_size, v=votes, s=slots, c=scratch, p=parts: build_sparse_block_table(
-                    *(v, ints(8, 256), ints(rows), 128, ints(rows), ints(rows), ints(rows), b, s),
-                    *(ints(rows), c, p),
+                    votes=v,
+                    block_table=ints(8, 256),
+                    row_seq=ints(rows),
+                    n_init=128,
+                    top_k=ints(rows),
+                    candidate_ends=ints(rows),
+                    context_ends=ints(rows),
+                    block_size=b,
+                    slots=s,
+                    lengths=ints(rows),
+                    scratch=c,
+                    parts=p,
                 ),
             )
         for state in (None, selections(28, 128)):
             yield (
                 f"B{block_size}{', counts only' if state is None else ''}",
                 lambda b=block_size, s=state, t=slots: finish_rows(
-                    *(ints(rows, 4), ints(8, 256), ints(rows), ints(rows), ints(rows), 128),
-                    *(ints(rows), ints(rows), ints(rows), ints(rows), ints(rows), b, s),
-                    *(t, ints(rows), torch.zeros(5, dtype=torch.int64)),
+                    chains=ints(rows, 4),
+                    block_table=ints(8, 256),
+                    row_seq=ints(rows),
+                    row_seats=ints(rows),
+                    query_len=ints(rows),
+                    n_init=128,
+                    top_k=ints(rows),
+                    candidate_ends=ints(rows),
+                    context_ends=ints(rows),
+                    scored_ends=ints(rows),
+                    reused_ends=ints(rows),
+                    block_size=b,
+                    state=s,
+                    slots=t,
+                    lengths=ints(rows),
+                    counters=torch.zeros(5, dtype=torch.int64),
                 ),
             )
     for heads, kv_heads, head_size in SHAPES:
@@ -158,19 +192,20 @@ def launches(architecture: int) -> Iterator[tuple[str, Callable[[], object]]]:
         yield (
             f"H{heads}/{kv_heads} D{head_size}",
             lambda q=query, s=state, k=kv_heads: decide_rows(
-                *(
-                    q,
-                    k,
-                    ints(rows),
-                    ints(rows, 4),
-                    128,
-                    ints(rows),
-                    ints(rows),
-                    ints(rows),
-                    0.9,
-                    64,
-                ),
-                *(s, ints(rows), ints(rows), ints(rows)),
+                query=q,
+                num_kv_heads=k,
+                query_start=ints(rows),
+                chains=ints(rows, 4),
+                n_init=128,
+                top_k=ints(rows),
+                candidate_ends=ints(rows),
+                context_ends=ints(rows),
+                threshold=0.9,
+                refresh_interval=64,
+                state=s,
+                scored_ends=ints(rows),
+                table_ends=ints(rows),
+                reused_ends=ints(rows),
             ),
         )
         stats = torch.zeros(rows, heads, 64)
@@ -184,8 +219,18 @@ def launches(architecture: int) -> Iterator[tuple[str, Callable[[], object]]]:
                 yield (
                     f"{name} {str(dtype)[6:]}, {lines} rows",
                     lambda m=means, p=pages, n=lines, h=heads: score_paged_keys(
-                        *(m, p, ints(8, 256), ints(4, 3), n, 128, ints(n), 0.1, scale),
-                        *(torch.zeros(n, h, width), torch.zeros(n, h, 64), torch.zeros(n, h, 64)),
+                        query=m,
+                        kv_cache=p,
+                        block_table=ints(8, 256),
+                        tiles=ints(4, 3),
+                        rows_per_tile=n,
+                        start=128,
+                        ends=ints(n),
+                        scale=0.1,
+                        key_scale=scale,
+                        logits=torch.zeros(n, h, width),
+                        maxima=torch.zeros(n, h, 64),
+                        sums=torch.zeros(n, h, 64),
                     ),
                 )
             for rotated in (False, True):
@@ -193,8 +238,15 @@ def launches(architecture: int) -> Iterator[tuple[str, Callable[[], object]]]:
                 yield (
                     f"{name} {str(dtype)[6:]}{', rotated' if rotated else ''}",
                     lambda p=pages, o=out, r=rotated, d=head_size: gather_rows(
-                        *(p, ints(2, 3200), ints(2), o, o),
-                        *(torch.zeros(4096, d) if r else None, scale, scale, 128),
+                        kv_cache=p,
+                        slots=ints(2, 3200),
+                        lengths=ints(2),
+                        out_keys=o,
+                        out_values=o,
+                        cos_sin=torch.zeros(4096, d) if r else None,
+                        key_scale=scale,
+                        value_scale=scale,
+                        zeroed=128,
                     ),
                 )
 

@@ -64,8 +64,15 @@ def test_ties_go_to_the_lowest_positions(vote: float, parts: int):
     # More than a program reads at once, so that the ties lie in both parts.
     votes = torch.full((1, 4500), vote, device=DEVICE)
     slots, lengths = assert_same_table(
-        *(votes, identity_table(1, 16), int32(0), 16, 2500),
-        *(int32(4516), int32(4530), 16, parts),
+        votes,
+        identity_table(1, 16),
+        row_seq=int32(0),
+        n_init=16,
+        top_k=2500,
+        ends=int32(4516),
+        context=int32(4530),
+        block_size=16,
+        parts=parts,
     )
     assert slots[0, : lengths[0]].tolist() == [*range(16 + 2500), *range(4516, 4530)]
 
@@ -77,8 +84,18 @@ def test_scratch_of_an_earlier_step_does_not_matter():
         votes = torch.rand(1, 5000, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
         slots, lengths = torch.zeros(1, 400, dtype=torch.int32, device=DEVICE), int32(0)
         gpu.build_sparse_block_table(
-            *(votes, identity_table(1, 16), int32(0), 16, int32(300), int32(5016), int32(5017), 16),
-            *(slots, lengths, scratch, 3),
+            votes=votes,
+            block_table=identity_table(1, 16),
+            row_seq=int32(0),
+            n_init=16,
+            top_k=int32(300),
+            candidate_ends=int32(5016),
+            context_ends=int32(5017),
+            block_size=16,
+            slots=slots,
+            lengths=lengths,
+            scratch=scratch,
+            parts=3,
         )
         tables.append(slots)
     assert torch.equal(tables[0], tables[2])
@@ -125,8 +142,15 @@ def test_every_row_selects_as_many_as_its_own_top_k(parts: int):
 @pytest.mark.parametrize("context", [0, 1, 2049, 8000])
 def test_a_whole_context_is_written_by_all_parts_of_a_row(context: int, parts: int):
     slots, lengths = assert_same_table(
-        *(None, identity_table(1, 32), int32(0), 128, FULL_ATTENTION),
-        *(int32(context - 513), int32(context), 32, parts),
+        None,
+        identity_table(1, 32),
+        row_seq=int32(0),
+        n_init=128,
+        top_k=FULL_ATTENTION,
+        ends=int32(context - 513),
+        context=int32(context),
+        block_size=32,
+        parts=parts,
     )
     assert lengths.tolist() == [context]
     assert slots[0, :context].tolist() == [*range(context)]

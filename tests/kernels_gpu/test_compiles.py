@@ -27,7 +27,15 @@ def test_kernels_compile_and_fit(architecture: int):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     for kernel in (
-        *("_mean_queries", "_rotate_means", "_score", "_soft_vote", "_rotate_queries", "_gather"),
-        *("_build", "_count_digit", "_count_kept", "_write_parts"),
+        "_mean_queries",
+        "_rotate_means",
+        "_score",
+        "_soft_vote",
+        "_rotate_queries",
+        "_gather",
+        "_build",
+        "_count_digit",
+        "_count_kept",
+        "_write_parts",
     ):
         assert kernel in done.stdout

@@ -10,9 +10,18 @@ from vllm_tokenselect.kernels.rotate.rotation import Rotation
 POSITIONS = 300
 # Heads, head size, rotated elements: all of a head, and parts of it.
 SHAPES = [
-    *((7, 64, 64), (9, 64, 16), (4, 80, 80), (3, 80, 32), (1, 96, 24)),
-    *((2, 96, 96), (5, 128, 128), (2, 128, 64), (2, 256, 256), (3, 112, 28)),
-    *((1, 512, 512), (1, 512, 128)),
+    (7, 64, 64),
+    (9, 64, 16),
+    (4, 80, 80),
+    (3, 80, 32),
+    (1, 96, 24),
+    (2, 96, 96),
+    (5, 128, 128),
+    (2, 128, 64),
+    (2, 256, 256),
+    (3, 112, 28),
+    (1, 512, 512),
+    (1, 512, 128),
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -24,9 +24,19 @@ def assert_same_scores_and_votes(
     votes = torch.full((rows, width), float("nan"), device=DEVICE)
     key_scale = torch.tensor([KEY_SCALE], device=DEVICE) if quantized else None
     scores = gpu.score_paged_keys(
-        *(query, kv_cache, block_table, tiles, int(tiles[:, 2].max()), start, ends, scale),
-        key_scale,
-        *(logits, maxima, torch.full_like(maxima, float("nan")), programs),
+        query=query,
+        kv_cache=kv_cache,
+        block_table=block_table,
+        tiles=tiles,
+        rows_per_tile=int(tiles[:, 2].max()),
+        start=start,
+        ends=ends,
+        scale=scale,
+        key_scale=key_scale,
+        logits=logits,
+        maxima=maxima,
+        sums=torch.full_like(maxima, float("nan")),
+        programs=programs,
     )
     vote_gpu.soft_vote(scores, votes)
 
@@ -68,7 +78,10 @@ def test_decoding_rows_score_as_the_definition_says(case: Case, layout: str):
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "size"),
     [
-        *((3, 3, 64), (6, 2, 64), (7, 1, 64), (8, 1, 64)),
+        (3, 3, 64),
+        (6, 2, 64),
+        (7, 1, 64),
+        (8, 1, 64),
         (20, 1, 512),  # two programs share the 100 lines of a tile
     ],
 )
@@ -89,7 +102,14 @@ def test_rows_without_candidates_and_padded_rows_write_nothing():
     tiles = int32(0, 0, 1, 1, 1, 1, 2, 2, 1, 0, 0, 0).view(4, 3)
     ends = int32(64, 150, 0)
     assert_same_scores_and_votes(
-        query, kv_cache, block_table, int32(0, 1, 2), tiles, 64, ends, 0.125
+        query=query,
+        kv_cache=kv_cache,
+        block_table=block_table,
+        row_seq=int32(0, 1, 2),
+        tiles=tiles,
+        start=64,
+        ends=ends,
+        scale=0.125,
     )
 
 
@@ -100,8 +120,15 @@ def test_the_number_of_programs_changes_no_bit(tokens: int):
     query = torch.randn(1, 7, 64, device=DEVICE)
     kinds = [
         assert_same_scores_and_votes(
-            *(query, kv_cache, block_table, int32(0), int32(0, 0, 1).view(1, 3)),
-            *(3, int32(tokens), 0.2, programs),
+            query=query,
+            kv_cache=kv_cache,
+            block_table=block_table,
+            row_seq=int32(0),
+            tiles=int32(0, 0, 1).view(1, 3),
+            start=3,
+            ends=int32(tokens),
+            scale=0.2,
+            programs=programs,
         )
         for programs in (1, 2, 7, 64)
     ]
@@ -116,6 +143,12 @@ def test_scores_far_apart_do_not_overflow():
     kv_cache, block_table = device_cache(case)
     query = 100 * torch.randn(1, 2, 64, device=DEVICE)
     assert_same_scores_and_votes(
-        *(query, kv_cache, block_table, int32(0), int32(0, 0, 1).view(1, 3)),
-        *(0, int32(300), 1.0),
+        query=query,
+        kv_cache=kv_cache,
+        block_table=block_table,
+        row_seq=int32(0),
+        tiles=int32(0, 0, 1).view(1, 3),
+        start=0,
+        ends=int32(300),
+        scale=1.0,
     )

@@ -120,28 +120,44 @@ def step_of_reference(rows: Rows, state: SelectionCacheState, blocks, seed=0) ->
     state = copy_of(state)
     takes_part = rows.caches & rows.sparse
     reused_end = reference.decide(
-        *(
-            rows.query,
-            KV_HEADS,
-            rows.query_start,
-            takes_part,
-            rows.seat,
-            rows.owner,
-            rows.candidate_end,
-        ),
-        *(THRESHOLD, REFRESH, state),
+        query=rows.query,
+        num_kv_heads=KV_HEADS,
+        query_start=rows.query_start,
+        caches=takes_part,
+        seat=rows.seat,
+        owner=rows.owner,
+        candidate_ends=rows.candidate_end,
+        threshold=THRESHOLD,
+        refresh_interval=REFRESH,
+        state=state,
     )
     reuses = reused_end != reference.SELECTS
     selects = rows.sparse & ~reuses
     table_end = torch.where(reuses, 0, rows.context_end)
     slots, lengths = built_table(rows, table_end, seed)
     reference.finish(
-        *(reused_end, takes_part, rows.seat, blocks, rows.row_seq, N_INIT, rows.top_k),
-        *(rows.context_end, BLOCK_SIZE, state, slots, lengths),
+        reused_ends=reused_end,
+        caches=takes_part,
+        seat=rows.seat,
+        block_table=blocks,
+        row_seq=rows.row_seq,
+        n_init=N_INIT,
+        top_k=rows.top_k,
+        context_ends=rows.context_end,
+        block_size=BLOCK_SIZE,
+        state=state,
+        slots=slots,
+        lengths=lengths,
     )
     counters = torch.arange(5, device=DEVICE)
     reference.count_rows(
-        *(rows.seat, rows.query_len, selects, reused_end, rows.context_end, lengths, counters)
+        seat=rows.seat,
+        query_len=rows.query_len,
+        selects=selects,
+        reused_ends=reused_end,
+        context_ends=rows.context_end,
+        lengths=lengths,
+        counters=counters,
     )
     scored_end = torch.where(selects, rows.candidate_end, N_INIT)
     return Outcome(scored_end, table_end, reused_end, slots, lengths, counters, state)
@@ -153,23 +169,40 @@ def step_of_kernels(rows: Rows, state: SelectionCacheState, blocks, seed=0) -> O
     scored_end = torch.where(rows.sparse, rows.candidate_end, N_INIT)
     table_end, reused_end = rows.context_end.clone(), torch.full_like(scored_end, -1)
     gpu.decide_rows(
-        *(
-            rows.query,
-            KV_HEADS,
-            rows.query_start,
-            rows.chains,
-            N_INIT,
-            rows.top_k,
-            rows.candidate_end,
-        ),
-        *(rows.context_end, THRESHOLD, REFRESH, state, scored_end, table_end, reused_end),
+        query=rows.query,
+        num_kv_heads=KV_HEADS,
+        query_start=rows.query_start,
+        chains=rows.chains,
+        n_init=N_INIT,
+        top_k=rows.top_k,
+        candidate_ends=rows.candidate_end,
+        context_ends=rows.context_end,
+        threshold=THRESHOLD,
+        refresh_interval=REFRESH,
+        state=state,
+        scored_ends=scored_end,
+        table_ends=table_end,
+        reused_ends=reused_end,
     )
     slots, lengths = built_table(rows, table_end, seed)
     counters = torch.arange(5, device=DEVICE)
     gpu.finish_rows(
-        *(rows.chains, blocks, rows.row_seq, rows.seat, rows.query_len, N_INIT, rows.top_k),
-        *(rows.candidate_end, rows.context_end, scored_end, reused_end, BLOCK_SIZE, state),
-        *(slots, lengths, counters),
+        chains=rows.chains,
+        block_table=blocks,
+        row_seq=rows.row_seq,
+        row_seats=rows.seat,
+        query_len=rows.query_len,
+        n_init=N_INIT,
+        top_k=rows.top_k,
+        candidate_ends=rows.candidate_end,
+        context_ends=rows.context_end,
+        scored_ends=scored_end,
+        reused_ends=reused_end,
+        block_size=BLOCK_SIZE,
+        state=state,
+        slots=slots,
+        lengths=lengths,
+        counters=counters,
     )
     return Outcome(scored_end, table_end, reused_end, slots, lengths, counters, state)
 
@@ -366,9 +399,22 @@ def test_counts_are_those_of_the_definition_without_a_cache():
     counters = torch.arange(5, device=DEVICE)
     scored_end = torch.where(rows.sparse, rows.candidate_end, N_INIT)
     gpu.finish_rows(
-        *(rows.chains, block_table(), rows.row_seq, rows.seat, rows.query_len, N_INIT, rows.top_k),
-        *(rows.candidate_end, rows.context_end, scored_end, torch.full_like(scored_end, -1)),
-        *(BLOCK_SIZE, None, int32(), int32(), counters),
+        chains=rows.chains,
+        block_table=block_table(),
+        row_seq=rows.row_seq,
+        row_seats=rows.seat,
+        query_len=rows.query_len,
+        n_init=N_INIT,
+        top_k=rows.top_k,
+        candidate_ends=rows.candidate_end,
+        context_ends=rows.context_end,
+        scored_ends=scored_end,
+        reused_ends=torch.full_like(scored_end, -1),
+        block_size=BLOCK_SIZE,
+        state=None,
+        slots=int32(),
+        lengths=int32(),
+        counters=counters,
     )
     attended = sum(N_INIT + TOP_K + N_LOCAL + i for i in range(1, 513))
     attended += N_INIT + 7 + N_LOCAL + 1

@@ -8,54 +8,55 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from vllm_tokenselect.gpu.limits import StepLimits
 from vllm_tokenselect.kernels.score.gpu import tile_rows
 from vllm_tokenselect.method.plan import SelectionPlan
 from vllm_tokenselect.method.requests import Int32
 
-
-class Span(NamedTuple):
-    """Rows [first, last) of a step."""
-
-    first: int
-    last: int
+Table = TypeVar("Table", Int32, torch.Tensor)  # on the host, on the device
 
 
-class TilesCut(NamedTuple):
-    """As `rows.Tiles`, on the host: `table` is int32 [tiles, 3]."""
+class Tiles(NamedTuple, Generic[Table]):
+    """Rows that share the reading of a request's keys.
 
-    table: Int32
+    Attributes:
+        table: int32 [tiles, 3], of each the request, the first row and the number of rows.
+        rows_per_tile: most rows of one of them.
+    """
+
+    table: Table
     rows_per_tile: int
 
 
-class PassCut(NamedTuple):
-    """Rows [first, last) of a step that are scored together, and the tiles of those that may select."""
+class ScorePass(NamedTuple, Generic[Table]):
+    """Consecutive rows of a group that are scored together: their scores fit the workspace.
+
+    Attributes:
+        first, last: the rows, counted from the group's first.
+        tiles: of those of them that may select, rows counted from `first`.
+    """
 
     first: int
     last: int
-    tiles: tuple[TilesCut, ...]
+    tiles: tuple[Tiles[Table], ...]
 
 
 @dataclass(frozen=True)
 class GroupCut:
-    """Rows [first, last) of a step; the other attributes are those of `rows.RowGroup`, on the host.
-
-    Attributes:
-        query_start_loc: int32 [R + 1].
-        chains: int32 [chains, 4].
-    """
+    """Rows [first, last) of a step; the other attributes are those of `rows.RowGroup`, on the host."""
 
     first: int
     last: int
     queries: slice
     query_start_loc: Int32
     chains: Int32
-    passes: tuple[PassCut, ...]
+    passes: tuple[ScorePass[Int32], ...]
     width: int
     max_query_len: int
     max_length: int
@@ -69,12 +70,13 @@ def cut_step(plan: SelectionPlan, limits: StepLimits) -> list[GroupCut]:
         width = _width(plan, first, last, limits)
         passes = []
         for start, end in _cut_passes(first, last, limits.pass_rows(last - first, width)):
-            tiles = _tile_runs(plan, start, end, most_rows)
+            runs = _tile_runs(plan, start, end, most_rows)
             # A tile of one row is padded to a small product, any other to a full one: two compiled
             # kernels serve every step.
-            single, shared = tiles[tiles[:, 2] == 1], tiles[tiles[:, 2] > 1]
-            classes = (TilesCut(single, 1), TilesCut(shared, most_rows))
-            passes.append(PassCut(start, end, tuple(c for c in classes if len(c.table))))
+            single, shared = runs[runs[:, 2] == 1], runs[runs[:, 2] > 1]
+            classes = (Tiles(single, 1), Tiles(shared, most_rows))
+            tiles = tuple(each for each in classes if len(each.table))
+            passes.append(ScorePass(start - first, end - first, tiles))
         queries = slice(
             int(plan.query_start[first]),
             int(plan.query_start[last - 1] + plan.query_len[last - 1]),
@@ -108,8 +110,9 @@ def cut_graph_step(
     for first, last, spans in graph_spans(limits, num_tokens, queries_per_request):
         passes = []
         for start, end in spans:
-            tiles = _tile_runs(plan, start, min(end, plan.num_rows), most_rows)
-            passes.append(PassCut(start, end, (TilesCut(_padded(tiles, end - start), most_rows),)))
+            runs = _tile_runs(plan, start, min(end, plan.num_rows), most_rows)
+            tiles = Tiles(_padded(runs, end - start), most_rows)
+            passes.append(ScorePass(start - first, end - first, (tiles,)))
         chains = _chain_runs(plan, first, min(last, plan.num_rows))
         # A row has a query at least: those of row `r` are not before query `r`.
         queries = slice(first, min(last * queries_per_request, num_tokens))
@@ -131,7 +134,7 @@ def cut_graph_step(
 
 def graph_spans(
     limits: StepLimits, num_tokens: int, queries_per_request: int
-) -> Iterator[tuple[int, int, list[Span]]]:
+) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:
     """First and last row of each group that a CUDA graph may replay, and the rows of its passes.
 
     They are cut for the longest context that the model may have.
@@ -149,23 +152,22 @@ def _whole_requests(rows: int, queries_per_request: int) -> int:
     return rows - rows % queries_per_request if rows > queries_per_request else rows
 
 
-def _cut_passes(first: int, last: int, rows: int) -> list[Span]:
-    return [Span(start, min(start + rows, last)) for start in range(first, last, rows)]
+def _cut_passes(first: int, last: int, rows: int) -> list[tuple[int, int]]:
+    return [(start, min(start + rows, last)) for start in range(first, last, rows)]
 
 
-def _cut_groups(plan: SelectionPlan, limits: StepLimits) -> list[Span]:
+def _cut_groups(plan: SelectionPlan, limits: StepLimits) -> list[tuple[int, int]]:
     if plan.num_rows <= limits.group_rows(_width(plan, 0, plan.num_rows, limits)):
-        return [Span(0, plan.num_rows)] if plan.num_rows else []
-    groups: list[Span] = []
+        return [(0, plan.num_rows)] if plan.num_rows else []
+    groups = []
     first, widest = 0, 0
     for row in range(plan.num_rows):
         width = 0 if plan.dense[row] else limits.width_of(int(plan.candidate_end[row]))
         widest = max(widest, width)
         if row > first and row - first + 1 > limits.group_rows(widest):
-            groups.append(Span(first, row))
+            groups.append((first, row))
             first, widest = row, width
-    groups.append(Span(first, plan.num_rows))
-    return groups
+    return [*groups, (first, plan.num_rows)]
 
 
 def _width(plan: SelectionPlan, first: int, last: int, limits: StepLimits) -> int:

@@ -13,38 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from vllm_tokenselect.gpu.cutting import GroupCut, PassCut, cut_graph_step, cut_step
+from vllm_tokenselect.gpu.cutting import GroupCut, ScorePass, Tiles, cut_graph_step, cut_step
 from vllm_tokenselect.gpu.limits import StepLimits
 from vllm_tokenselect.gpu.sending import DeviceRows, RowBuffers, pack_rows, send_rows
 from vllm_tokenselect.method.plan import SelectionPlan
 from vllm_tokenselect.method.requests import Int32
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """Rows that share the reading of a request's keys.
-
-    Attributes:
-        table: int32 [tiles, 3], of each the request, the first row and the number of rows.
-        rows_per_tile: most rows of one of them.
-    """
-
-    table: torch.Tensor
-    rows_per_tile: int
-
-
-@dataclass(frozen=True)
-class ScorePass:
-    """Consecutive rows of a group that are scored together: their scores fit the workspace.
-
-    Attributes:
-        first, last: the rows, counted from the group's first.
-        tiles: of those of them that may select, rows counted from `first`.
-    """
-
-    first: int
-    last: int
-    tiles: tuple[Tiles, ...]
 
 
 @dataclass(frozen=True)
@@ -89,7 +62,7 @@ class RowGroup:
     table_end: torch.Tensor
     reused_end: torch.Tensor
     chains: torch.Tensor
-    passes: tuple[ScorePass, ...]
+    passes: tuple[ScorePass[torch.Tensor], ...]
     width: int
     query_starts: Int32
     query_lens: Int32
@@ -169,7 +142,7 @@ def _groups(cuts: list[GroupCut], rows: DeviceRows, limits: StepLimits) -> list[
                 table_end=table_end,
                 reused_end=reused_end,
                 chains=rows.chains[first:][: len(cut.chains)],
-                passes=tuple(_score_pass(part, first, rows.tiles) for part in cut.passes),
+                passes=tuple(_score_pass(part, rows.tiles[first:]) for part in cut.passes),
                 width=cut.width,
                 query_starts=cut.query_start_loc[:-1],
                 query_lens=np.diff(cut.query_start_loc),
@@ -181,9 +154,9 @@ def _groups(cuts: list[GroupCut], rows: DeviceRows, limits: StepLimits) -> list[
     return groups
 
 
-def _score_pass(cut: PassCut, group_first: int, tiles: torch.Tensor) -> ScorePass:
+def _score_pass(cut: ScorePass[Int32], tiles: torch.Tensor) -> ScorePass[torch.Tensor]:
     found, start = [], cut.first
     for table, rows_per_tile in cut.tiles:
         found.append(Tiles(tiles[start : start + len(table)], rows_per_tile))
         start += len(table)
-    return ScorePass(cut.first - group_first, cut.last - group_first, tuple(found))
+    return ScorePass(cut.first, cut.last, tuple(found))

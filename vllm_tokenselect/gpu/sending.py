@@ -40,11 +40,8 @@ class RowBuffers:
 class DeviceRows(NamedTuple):
     """The rows of a step on the device; see `rows.RowGroup`.
 
-    Attributes:
-        ends: int32 [5, R], `candidate_end`, `context_end`, `scored_end`, `table_end` and `reused_end`.
-        tiles: int32 [R, 3], those of a pass from its first row on.
-        chains: int32 [R, 4], those of a group from its first row on.
-        query_start_loc: int32, of one group behind the other.
+    `ends` is int32 [5, R]: `candidate_end`, `context_end`, `scored_end`, `table_end` and `reused_end`. The
+    tiles of a pass and the chains of a group lie from its first row on.
     """
 
     row_seq: torch.Tensor
@@ -81,7 +78,7 @@ def pack_rows(
         starts[group.first + number :][: len(group.query_start_loc)] = group.query_start_loc
         for part in group.passes:
             table = np.concatenate([each.table for each in part.tiles])
-            tiles[part.first :][: len(table)] = table
+            tiles[group.first + part.first :][: len(table)] = table
     return packed
 
 

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import torch
 
 from vllm_tokenselect.gpu.attention import RowAttention
-from vllm_tokenselect.gpu.rows import RowGroup, ScorePass
+from vllm_tokenselect.gpu.cutting import ScorePass
+from vllm_tokenselect.gpu.rows import RowGroup
 from vllm_tokenselect.gpu.workspace import Workspace
 from vllm_tokenselect.kernels.block_table.gpu import build_sparse_block_table
 from vllm_tokenselect.kernels.layer_cache import LayerCache
@@ -97,7 +98,7 @@ class GpuStep:
     def score(
         self,
         group: RowGroup,
-        part: ScorePass,
+        part: ScorePass[torch.Tensor],
         query: torch.Tensor,
         cache: LayerCache,
         scale: float,
@@ -129,7 +130,7 @@ class GpuStep:
                 buffers.sums,
             )
 
-    def vote(self, group: RowGroup, part: ScorePass, workspace: Workspace) -> None:
+    def vote(self, group: RowGroup, part: ScorePass[torch.Tensor], workspace: Workspace) -> None:
         """Turn the scores of a pass into votes."""
         buffers = workspace.for_scores(group, part)
         ends = group.scored_end[part.first : part.last]

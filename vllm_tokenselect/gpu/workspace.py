@@ -8,8 +8,9 @@ import torch
 
 from vllm_tokenselect.counters import Counter
 from vllm_tokenselect.device_memory import make_lasting
+from vllm_tokenselect.gpu.cutting import ScorePass
 from vllm_tokenselect.gpu.limits import MAX_GROUP_ROWS, StepLimits
-from vllm_tokenselect.gpu.rows import RowGroup, ScorePass
+from vllm_tokenselect.gpu.rows import RowGroup
 from vllm_tokenselect.kernels.block_table.gpu import TableScratch
 from vllm_tokenselect.kernels.block_table.table import SparseBlockTable
 from vllm_tokenselect.kernels.head_group import HeadGroup
@@ -93,7 +94,7 @@ class Workspace:
         """The group's votes, fp32 [R, N]: before the scores of its passes."""
         return self.scores[: group.num_rows * group.width].view(group.num_rows, group.width)
 
-    def for_scores(self, group: RowGroup, part: ScorePass) -> ScoreBuffers:
+    def for_scores(self, group: RowGroup, part: ScorePass[torch.Tensor]) -> ScoreBuffers:
         """Views for the scores of a pass of a group that has candidates."""
         rows, heads, width = part.last - part.first, self.limits.num_heads, group.width
         scores = self.scores[group.num_rows * width :][: rows * heads * width]

@@ -83,13 +83,9 @@ def score_paged_keys(
         query: fp32 [R, Hq, D], contiguous.
         kv_cache: fp32, bf16, fp16, fp8 e4m3 or e5m2 [num_blocks, Hkv, 2, block_size, D] of any
             strides whose last is 1.
-        block_table: int32 [S, W].
         tiles: int32 [tiles, 3], the request, first row and number of rows of each tile; rows of one
             tile follow each other. A tile without rows is left out.
         rows_per_tile: most rows of a tile; no more than `tile_rows`.
-        start: first candidate, the same for all rows.
-        ends: int32 [R], end of the candidates (exclusive); `<= start` for a row without any.
-        scale: the attention's own scale of q . k.
         key_scale: fp32 [1] that a quantized cache's keys are multiplied by, on the device.
         logits: fp32 [R, Hq, N], contiguous, N at least max(ends) - start; written below the end of
             each row of a tile.

@@ -30,19 +30,8 @@ ATTENDED = tl.constexpr(Counter.ATTENDED.value)
 CONTEXT = tl.constexpr(Counter.CONTEXT.value)
 # A kernel is compiled once, not again for every number that 16 happens to divide.
 NUMBERS = ["n_init", "refresh_interval", "num_rows"]
-ROW_ARRAYS = [
-    "query_start",
-    "chains",
-    "row_seq",
-    "row_seats",
-    "query_len",
-    "top_k",
-    "candidate_ends",
-    "context_ends",
-    "scored_ends",
-    "table_ends",
-    "reused_ends",
-]
+ROW_ARRAYS = ["query_start", "chains", "row_seq", "row_seats", "query_len", "top_k"]
+END_ARRAYS = ["candidate_ends", "context_ends", "scored_ends", "table_ends", "reused_ends"]
 
 
 def decide_rows(
@@ -61,22 +50,15 @@ def decide_rows(
     table_ends: torch.Tensor,
     reused_ends: torch.Tensor,
 ) -> None:
-    """As `reference.decide`, and says what scores and table have to do of each row.
+    """As `reference.decide`, and says what the scores and the table have to do for each row.
 
     Args:
         query: [T, Hq, D] in the dtype of the state's, the last dimension contiguous.
-        num_kv_heads: Hkv.
-        query_start: int32 [R].
         chains: int32 [C, 4], of each the first row, the number of rows, their seat and its owner.
             Rows of a chain follow each other, are of one request and of one query, and no other
             chain has its seat. A chain without rows is left out.
-        n_init: length of the sink.
         top_k: int32 [R]; a row with no more candidates neither reuses nor becomes the last selection.
-        candidate_ends: int32 [R].
         context_ends: int32 [R], end of the row's own tokens (exclusive).
-        threshold: least cosine.
-        refresh_interval: most tokens that may have left the local window.
-        state: `query`, `candidate_end` and `owner` are read and written.
         scored_ends: int32 [R], written for rows of a chain: end of the candidates of a row that selects,
             `n_init` of any other.
         table_ends: int32 [R], written for rows of a chain: end of the row's own tokens, 0 for a row
@@ -137,40 +119,37 @@ def finish_rows(
 
     Args:
         chains: int32 [C, 4], as given to `decide_rows`; those whose rows reuse or leave selections.
-        block_table: int32 [S, W].
-        row_seq: int32 [R].
         row_seats: int32 [R], seat of each row's request; -1 for a row that does not count.
-        query_len: int32 [R].
-        n_init: length of the sink.
-        top_k: int32 [R].
         candidate_ends, context_ends, scored_ends, reused_ends: int32 [R], as `decide_rows` left them.
-        block_size: tokens of a KV block.
         state: `selected` is read and written. None where there is no Selection Cache: rows are counted.
-        slots: int32 [R, width], completed.
-        lengths: int32 [R], completed.
+        slots, lengths: int32 [R, width] and [R], completed.
         counters: int64 [len(Counter)], added to.
     """
     num_rows = len(row_seq)
     if not num_rows:
         return
-    rows = (row_seats, query_len, top_k, candidate_ends, context_ends, scored_ends, reused_ends)
-    if state is None or not len(chains):
-        _count[(1,)](*rows, counters, num_rows, n_init, ROWS=ROWS_PER_STEP, num_warps=4)
-        return
-    pieces = triton.cdiv(state.selected.shape[1], ENTRIES_PER_PROGRAM)
-    _finish[(pieces, len(chains) + 1)](
-        *rows,
+    num_chains = 0 if state is None else len(chains)
+    selected = slots if state is None else state.selected  # not read without chains
+    pieces = triton.cdiv(selected.shape[1], ENTRIES_PER_PROGRAM) if num_chains else 1
+    _finish[(pieces, num_chains + 1)](
+        row_seats,
+        query_len,
+        top_k,
+        candidate_ends,
+        context_ends,
+        scored_ends,
+        reused_ends,
         counters,
         chains,
         block_table,
         row_seq,
-        state.selected,
+        selected,
         slots,
         lengths,
         num_rows,
         n_init,
         block_table.stride(0),
-        state.selected.stride(0),
+        selected.stride(0),
         slots.stride(0),
         BLOCK_SIZE=block_size,
         ENTRIES=ENTRIES_PER_PROGRAM,
@@ -179,7 +158,7 @@ def finish_rows(
     )
 
 
-@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=ROW_ARRAYS)
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=ROW_ARRAYS + END_ARRAYS)
 def _decide(
     query,
     query_start,
@@ -296,37 +275,7 @@ def _add_counts(
         tl.atomic_add(counters + CONTEXT, tl.sum(context, 0))
 
 
-@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=ROW_ARRAYS)
-def _count(
-    row_seats,
-    query_len,
-    top_k,
-    candidate_ends,
-    context_ends,
-    scored_ends,
-    reused_ends,
-    counters,
-    num_rows,
-    n_init,
-    ROWS: tl.constexpr,
-):
-    """Where no row can reuse a selection, one program counts."""
-    _add_counts(
-        row_seats,
-        query_len,
-        top_k,
-        candidate_ends,
-        context_ends,
-        scored_ends,
-        reused_ends,
-        counters,
-        num_rows,
-        n_init,
-        ROWS,
-    )
-
-
-@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=ROW_ARRAYS)
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=ROW_ARRAYS + END_ARRAYS)
 def _finish(
     row_seats,
     query_len,
