@@ -76,10 +76,14 @@ def make_attention(shape: LayerShape, padded: bool = False) -> RowAttention:
         padded: whether pages of the KV cache are larger than their tokens.
     """
     version = flash_version(shape.library, shape.head_size)
-    reassigned = shape.limits.method.reassigns_positions
-    as_cached = not (shape.fp8_dtype or reassigned or padded)
-    in_place = reads_in_place(version, as_cached)
-    attention = _in_place(shape) if in_place else _over_gathered_tokens(shape, version)
+    limits, reassigned = shape.limits, shape.limits.method.reassigns_positions
+    changed = shape.fp8_dtype is not None or reassigned or padded
+    in_place, buffer = reads_in_place(version, as_cached=not changed), None
+    if not in_place:
+        buffer = GatherBuffer(
+            limits.num_kv_heads, shape.head_size, shape.dtype, limits.table_width, shape.device
+        )
+    attention = _attention(shape, version, buffer)
     plain = isinstance(attention, PlainAttention)
     get_logger(__name__).info(
         "TOKENSELECT attends with %s, %s%s%s: %d MiB of buffers, up to %d MiB of %s",
@@ -94,22 +98,15 @@ def make_attention(shape: LayerShape, padded: bool = False) -> RowAttention:
     return attention
 
 
-def _in_place(shape: LayerShape) -> RowAttention:
-    from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
-
-    return PagedFlashAttention(flash_attn_varlen_func, shape.soft_cap)
-
-
-def _over_gathered_tokens(shape: LayerShape, version: int | None) -> RowAttention:
-    """The library's attention, of a version if it is FlashAttention."""
-    limits = shape.limits
-    buffer = GatherBuffer(
-        limits.num_kv_heads, shape.head_size, shape.dtype, limits.table_width, shape.device
-    )
+def _attention(shape: LayerShape, version: int | None, buffer: GatherBuffer | None) -> RowAttention:
+    """The library's attention, over gathered tokens where there is a buffer for them."""
     if version is not None:
         from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
 
+        if buffer is None:
+            return PagedFlashAttention(flash_attn_varlen_func, shape.soft_cap)
         return GatheredFlashAttention(flash_attn_varlen_func, version, buffer, shape.soft_cap)
+    assert buffer is not None  # only FlashAttention reads in place
     if shape.library == "xformers":
         from vllm_tokenselect.gpu.xformers import XformersAttention
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import cache
 
 import torch
@@ -131,15 +130,18 @@ class GpuTokenSelectImpl(TokenSelectImpl[GpuTokenSelectMetadata]):
     ) -> LayerCache:
         """vLLM's [num_blocks, Hkv, block_size, 2 D], of any strides, as the kernels read it."""
         pages = kv_cache.unfold(-1, self.head_size, self.head_size).movedim(3, 2)
-        cache = LayerCache(pages, selections=self.selections, rotation=rotation, sinks=self.sinks)
-        if self.fp8_dtype is None:
-            return cache
-        writer = self.writer or layer  # a layer that shares a cache may come without scales
-        return replace(
-            cache,
-            pages=pages.view(self.fp8_dtype),
-            key_scale=writer._k_scale,
-            value_scale=writer._v_scale,
+        key_scale, value_scale = None, None
+        if self.fp8_dtype is not None:
+            writer = self.writer or layer  # a layer that shares a cache may come without scales
+            pages = pages.view(self.fp8_dtype)
+            key_scale, value_scale = writer._k_scale, writer._v_scale
+        return LayerCache(
+            pages=pages,
+            key_scale=key_scale,
+            value_scale=value_scale,
+            selections=self.selections,
+            rotation=rotation,
+            sinks=self.sinks,
         )
 
 

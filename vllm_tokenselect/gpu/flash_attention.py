@@ -1,6 +1,6 @@
 """FlashAttention over the sparse block table.
 
-Its function comes from outside (vLLM builds its own), so that nothing here imports vLLM.
+vLLM builds its own FlashAttention; whoever makes these classes hands its function over.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from vllm_tokenselect.gpu.rows import RowGroup
 from vllm_tokenselect.kernels.block_table.table import SparseBlockTable
 from vllm_tokenselect.kernels.layer_cache import LayerCache
 
-# What FlashAttention allocates at most for the partial outputs of the parts that it splits a row's tokens
-# into, to have work for every multiprocessor.
+# FlashAttention splits a row's tokens into parts, to have work for every multiprocessor. This is the most
+# that it allocates for their partial outputs.
 SPLIT_BYTES = 64 << 20
 MAX_SPLITS = 32  # as many as vLLM allows in a CUDA graph
 
@@ -35,7 +35,7 @@ def reads_in_place(version: int | None, as_cached: bool) -> bool:
 
 
 def choose_splits(version: int, query: torch.Tensor, most_queries: int) -> int:
-    """Most parts that a row's tokens may be split into; 0 where FlashAttention's own choice is bounded.
+    """Most parts that a row's tokens may be split into; 0 leaves the choice to FlashAttention.
 
     Partial outputs are allocated for all queries that are handed over. FlashAttention 3 chooses as many
     parts as one row alone could use; version 4 no more than its rows need to fill the multiprocessors,
@@ -103,7 +103,9 @@ class PagedFlashAttention:
 
 
 class GatheredFlashAttention(GatheringAttention):
-    """FlashAttention of any version over gathered tokens: before Hopper, and for keys to widen or rotate.
+    """FlashAttention of any version over gathered tokens.
+
+    For GPUs before Hopper, and where keys must be widened or rotated first.
 
     Args:
         varlen: `flash_attn_varlen_func` of vLLM's `vllm_flash_attn`.
@@ -165,8 +167,8 @@ class GatheredFlashAttention(GatheringAttention):
 def _queries_of(group: RowGroup, first: int, last: int) -> tuple[slice, torch.Tensor]:
     """Queries of the rows [first, last) of a group, and where each row's start among them.
 
-    FlashAttention 2 takes as many queries as rows where each has one. Fixed for a captured step, whose
-    longer rows start where only the device knows: theirs are all of the group's.
+    Where each row has one query, FlashAttention 2 takes as many queries as rows. Longer rows of a captured
+    step start where only the device knows: they are handed all queries of the group.
     """
     starts = group.query_start_loc[first : last + 1]
     if group.max_query_len > 1 or (first == 0 and last == group.num_rows):
@@ -178,7 +180,7 @@ def _queries_of(group: RowGroup, first: int, last: int) -> tuple[slice, torch.Te
 def lies_evenly(pages: torch.Tensor) -> bool:
     """Whether the tokens of all blocks [num_blocks, Hkv, 2, block_size, D] lie at equal distances.
 
-    Not where a page is padded to the size of another layer's, or holds the tokens of one head together.
+    They do not where a page is padded to the size of another layer's, or keeps each head's tokens together.
     """
     block, _, _, token, element = pages.stride()
     return block == pages.shape[3] * token and element == 1

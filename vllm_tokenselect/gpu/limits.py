@@ -1,4 +1,4 @@
-"""What the buffers of a GPU's steps are cut for, and how many rows fit them."""
+"""What the buffers of a GPU are allocated for, and how many rows of a step fit into them."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 from vllm_tokenselect.method.settings import Method, SettingsError
 
-# Rows that are built and attended together at most: lines of the sparse block table.
+# Most rows of a group: lines of the sparse block table.
 MAX_GROUP_ROWS = 512
-# Of the sparse block table; one line of it at least.
+# Size of the sparse block table, which has one line at least.
 TABLE_BYTES = 64 << 20
-# Passes of scoring that a group of rows is cut into at most. Votes are kept for a whole group, scores
-# of every head for a pass: more passes make larger groups and smaller passes.
+# Most passes that a group is scored in. The workspace keeps the votes of a whole group, but every head's
+# scores of one pass only: more passes make larger groups and smaller passes.
 GROUP_PASSES = 8
-# Passes of a CUDA graph's largest step: with more, its nodes take longer than their work.
+# Most passes of a step in a CUDA graph: with more, launching its kernels takes longer than their work.
 GRAPH_PASSES = 16
 # Widths of the scores are multiples of it, so that one compiled kernel fits all of them.
 WIDTH_STEP = 64
@@ -30,9 +30,10 @@ class StepLimits:
         num_heads, num_kv_heads: of a layer.
         max_model_len: longest context.
         workspace_bytes: for the votes of a group and the scores of one of its passes.
-        full_attention: whether requests may ask for it, whose rows are as long as their context.
-        max_tokens: most tokens of a step, whose queries are rotated into a buffer where positions are
-            reassigned; needed there only.
+        full_attention: whether requests may ask for full attention; their rows are as long as their
+            context.
+        max_tokens: most tokens of a step. Needed where positions are reassigned: a buffer holds the
+            rotated queries of all of them.
 
     Raises:
         SettingsError: when the workspace cannot hold one query's scores over the longest context.
@@ -57,7 +58,7 @@ class StepLimits:
 
     @property
     def max_width(self) -> int:
-        """Width of the scores of the row with most candidates."""
+        """Width of the scores of the longest context's last token, which has most candidates."""
         return self.width_of(self.max_model_len - 1 - self.method.n_local)
 
     def width_of(self, candidate_end: int) -> int:

@@ -25,8 +25,8 @@ class RowGroup:
     """Consecutive rows of a step that are selected and attended together.
 
     Attributes:
-        queries: the group's among the step's, on the host: which of a captured step's is fixed. Of one
-            whose rows have a single query each, query `r` of the group is row `r`'s.
+        queries: which of the step's queries are the group's, on the host; fixed for a captured step. Where
+            every row has one query, query `r` of the group is row `r`'s.
         row_seq: int32 [R], the row's request.
         query_start_loc: int32 [R + 1], where the queries of each row start among the group's.
         query_len: int32 [R]; 0 for a padded row.
@@ -34,14 +34,15 @@ class RowGroup:
         seat: int32 [R], of the row's request; -1 for a padded row and where there is no request.
         candidate_end: int32 [R], `a - n_local`.
         context_end: int32 [R], `b`; 0 for a padded row.
-        scored_end: int32 [R], `a - n_local` of a row that selects, `n_init` of any other.
-        table_end: int32 [R], `b`; 0 for a padded row and for one that reuses a selection.
-        reused_end: int32 [R], where the candidates of the selection ended that the row reuses; -1 for
-            a row that reuses none.
-        chains: int32 [chains, 4], rows that take part in the Selection Cache: of each run of one
-            request's the first row, the number of rows, their seat and its owner.
-        passes: over the rows that may select; none if there is none.
-        width: most candidates of a row that may select, rounded up; 0 if there is none.
+        scored_end: int32 [R], where the candidates end that are scored: `candidate_end` of a row that
+            selects, `n_init` of any other.
+        table_end: int32 [R], `context_end`, or 0 for a row that reuses a selection.
+        reused_end: int32 [R], where the candidates of the reused selection ended; -1 for a row that
+            reuses none.
+        chains: int32 [chains, 4], the rows in the Selection Cache; each run of rows of one request is a
+            line: first row, number of rows, seat, owner of the seat.
+        passes: over the rows that may select; empty if none may.
+        width: most candidates of a row that may select, rounded up; 0 if none may.
         query_starts, query_lens: `query_start_loc` without its last entry and `query_len`, on the host.
         max_query_len: most queries of a row.
         max_length: most tokens that a row attends to.

@@ -98,6 +98,7 @@ def send_rows(
     sent.copy_(source, non_blocking=True)
     fields, tiles, chains, starts = _split(sent, num_rows)
     row_seq, query_len, after, top_k, seat = fields
+    # As `SelectionPlan.build`, of the real lengths: `after` is how far a row ends before its request does.
     context_end = (seq_lens[row_seq.long()] - after) * (query_len > 0)
     candidate_end = context_end - query_len - method.n_local
     selects = candidate_end - method.n_init > top_k

@@ -1,4 +1,4 @@
-"""The buffers of a step, shared by all layers of a shape, since layers run one after the other."""
+"""The buffers of a step. Layers run one after the other: all layers of a shape share them."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ class Workspace:
     """Allocated once, before a server measures what memory is left for the KV cache.
 
     Args:
-        limits: of the steps; those of steps for shorter contexts will do as well.
+        limits: of the steps; steps whose contexts are shorter fit too.
         head_size: of a layer.
         device: where the buffers lie.
         counters: int64 [len(Counter)] on the device, added to by every layer. Zeros of its own when None.
-        dtype: of the queries; needed where positions are reassigned only.
+        dtype: of the queries; only needed where positions are reassigned.
         heads: the processes whose heads vote together; None where a process votes for itself.
 
     Attributes:
         slots, lengths: of the sparse block table, see `table_of`.
-        rotated_queries: [max_tokens, Hq, D]; of no tokens where positions are the model's own.
+        rotated_queries: [max_tokens, Hq, D]; empty where positions are native.
         row_numbers: int32 [MAX_GROUP_ROWS], 0, 1, 2 ...
     """
 
