@@ -97,11 +97,15 @@ def test_sinks_and_soft_caps(shape, soft_cap, library):
     layer.cache = replace(layer.cache, sinks=sinks)
     layer.run(0)
     (group,) = layer.steps[0].groups
-    expected = torch.empty_like(layer.data.out)
+    expected, table = torch.empty_like(layer.data.out), layer.workspace.table_of(group)
     reference.attend(
-        *(layer.data.query, group.query_start_loc, layer.cache.pages),
-        *(layer.workspace.slots(group), layer.workspace.lengths[: group.num_rows]),
-        *(layer.data.work.shape.scale, expected),
+        layer.data.query,
+        group.query_start_loc,
+        layer.cache.pages,
+        table.slots,
+        table.lengths,
+        layer.data.work.shape.scale,
+        expected,
         sinks=sinks,
         soft_cap=soft_cap,
     )

@@ -7,8 +7,7 @@ query's output is then `sigmoid(lse - sink)` of what it is without, exactly.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -16,8 +15,32 @@ import torch
 MOST_HEADS = 64
 
 
-# `flash_attn_varlen_func` of vLLM's `vllm_flash_attn`, whose arguments are all named here.
-VarlenFunction = Callable[..., Any]
+class VarlenFunction(Protocol):
+    """What is handed to `flash_attn_varlen_func` of vLLM's `vllm_flash_attn`.
+
+    The check of a new vLLM release holds vLLM's function against it.
+    """
+
+    def __call__(
+        self,
+        *,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cu_seqlens_q: torch.Tensor,
+        max_seqlen_q: int,
+        seqused_k: torch.Tensor,
+        max_seqlen_k: int,
+        block_table: torch.Tensor,
+        softmax_scale: float,
+        softcap: float,
+        causal: bool,
+        out: torch.Tensor,
+        num_splits: int,
+        fa_version: int,
+        s_aux: torch.Tensor | None = None,
+        return_softmax_lse: bool = False,
+    ) -> Any: ...
 
 
 def takes_sinks(version: int, num_heads: int) -> bool:
