@@ -13,12 +13,22 @@ import statistics
 import time
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
+from vllm_tokenselect.counters import Counter
+from vllm_tokenselect.cpu.rows import step_rows
+from vllm_tokenselect.cpu.step import CpuStep
 from vllm_tokenselect.cpu.warmup import compile_cpu_kernels
-from vllm_tokenselect.kernels.operations import cpu_operations
+from vllm_tokenselect.kernels.block_table.cpu import build_sparse_block_table
+from vllm_tokenselect.kernels.gather.cpu import gather_tokens
+from vllm_tokenselect.kernels.layer_cache import LayerCache
+from vllm_tokenselect.kernels.score.cpu import score_paged_keys
 from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
-from vllm_tokenselect.kernels.single_queries.rows import CachingRows, SingleQueryRows
+from vllm_tokenselect.kernels.vote.cpu import soft_vote
+from vllm_tokenselect.method.plan import SelectionPlan
+from vllm_tokenselect.method.requests import BatchRequests
+from vllm_tokenselect.method.settings import Method
 
 try:
     from vllm import _custom_ops as ops
@@ -77,16 +87,32 @@ def contenders(
     num_heads: int, num_kv_heads: int, head_size: int, context: int
 ) -> dict[str, list[Callable[[], object]]]:
     """For every operation one call a layer."""
-    operations = cpu_operations()
     num_blocks = context // BLOCK_SIZE + 8
     shape = (num_blocks, num_kv_heads, 2, BLOCK_SIZE, head_size)
     cache_bytes = 2 * torch.Size(shape).numel()
     block_table = torch.randperm(num_blocks)[: context // BLOCK_SIZE].to(torch.int32)[None]
-    row_seq = torch.zeros(1, dtype=torch.int32)
-    candidate_end = torch.tensor([context - 1 - N_LOCAL], dtype=torch.int32)
-    context_end = torch.tensor([context], dtype=torch.int32)
-    slots = torch.empty((1, N_INIT + TOP_K + N_LOCAL + 1), dtype=torch.int32)
-    lengths = torch.empty(1, dtype=torch.int32)
+    method = Method(
+        top_k=TOP_K,
+        n_init=N_INIT,
+        n_local=N_LOCAL,
+        similarity_threshold=-2.0,  # whatever the query, a selection is reused
+        refresh_interval=0,
+    )
+    requests = BatchRequests(*(np.array([x], np.int32) for x in (0, 1, context - 1, TOP_K)))
+    starts, ends = np.array([0, 1], np.int32), np.array([context], np.int32)
+    plan = SelectionPlan.build(starts, ends, requests, method)
+    (group,) = step_rows(plan, block_table, BLOCK_SIZE, num_heads, method, 1 << 30)
+    row_seq, top_k, candidate_end, context_end, slots, lengths = map(
+        torch.from_numpy,
+        (
+            group.row_seq,
+            group.top_k,
+            group.candidate_end,
+            group.context_end,
+            group.slots,
+            group.lengths,
+        ),
+    )
     query = torch.randn(1, num_heads, head_size).bfloat16()
     mean_query, out, scale = query.float(), torch.empty_like(query), head_size**-0.5
     calls: dict[str, list[Callable[[], object]]] = {
@@ -96,57 +122,54 @@ def contenders(
             "CPU_ATTN",
         )
     }
-    top_k = torch.tensor([TOP_K], dtype=torch.int32)
     rows = (block_table, row_seq, N_INIT, top_k, candidate_end, context_end, BLOCK_SIZE)
-    caching = CachingRows(
-        caches=torch.ones(1, dtype=torch.bool),
-        seat=row_seq,
-        owner=torch.ones(1, dtype=torch.int32),
-        similarity_threshold=-2.0,  # whatever the query, a selection is reused
-        refresh_interval=0,
-        counts=torch.zeros(5, dtype=torch.int64),
-    )
     attend_only, whole, reusing = (
-        operations.single_queries(SingleQueryRows(row_seq, *rows, slots, lengths, selects, part))
-        for selects, part in ((False, None), (True, None), (True, caching))
+        CpuStep(
+            [group._replace(selects=selects, caches=np.array([caches]))],
+            block_table,
+            BLOCK_SIZE,
+            method,
+            torch.zeros(len(Counter), dtype=torch.int64),
+        ).run_layer
+        for selects, caches in ((False, False), (True, False), (True, True))
     )
     for _ in range(max(2, CACHES_BYTES // cache_bytes)):
         kv_cache = torch.randn(shape, dtype=torch.bfloat16)
         arguments = (mean_query, kv_cache, block_table, row_seq, N_INIT, candidate_end, scale)
-        logits = operations.score_paged_keys(*arguments)
-        votes = operations.soft_vote(logits)
+        logits = score_paged_keys(*arguments)
+        votes = soft_vote(logits)
         table = (votes, *rows)
-        operations.build_sparse_block_table(*table, slots, lengths)
+        build_sparse_block_table(*table, slots, lengths)
         keys = torch.zeros((slots.shape[1], num_kv_heads, head_size), dtype=torch.bfloat16)
         values = torch.zeros_like(keys)
         decode = cpu_attn_decode(query, kv_cache, block_table, context)
 
         def score(arguments=arguments):
-            operations.score_paged_keys(*arguments)
+            score_paged_keys(*arguments)
 
         def vote(logits=logits):
-            operations.soft_vote(logits)
+            soft_vote(logits)
 
         def build(table=table):
-            operations.build_sparse_block_table(*table, slots, lengths)
+            build_sparse_block_table(*table, slots, lengths)
 
         def attend(kv_cache=kv_cache):
-            attend_only(query, kv_cache, scale, out, None, None)
+            attend_only(query, LayerCache(kv_cache), scale, None, out)
 
         def reselect(kv_cache=kv_cache):
-            whole(query, kv_cache, scale, out, None, None)
+            whole(query, LayerCache(kv_cache), scale, None, out)
 
         state = SelectionCacheState.allocate(
             1, N_INIT + TOP_K, num_heads, head_size, torch.bfloat16, torch.device("cpu")
         )
 
         def reuse(kv_cache=kv_cache, state=state):
-            reusing(query, kv_cache, scale, out, state, None)
+            reusing(query, LayerCache(kv_cache, selections=state), scale, None, out)
 
         reuse()  # the first one selects
 
         def gather(kv_cache=kv_cache, keys=keys, values=values):
-            operations.gather_tokens(kv_cache, slots[0], keys, values)
+            gather_tokens(kv_cache, slots[0], keys, values)
 
         for name, call in zip(
             calls, (score, vote, build, attend, reselect, reuse, gather, decode), strict=True

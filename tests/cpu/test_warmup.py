@@ -7,18 +7,25 @@ import numba
 import pytest
 import torch
 
-from tests.kernels.cases import SHAPES, Case, int32, make_softmax, paged_cache
-from vllm_tokenselect.cpu import warmup
+from tests.kernels.cases import (
+    SHAPES,
+    Case,
+    int32,
+    make_group,
+    make_softmax,
+    paged_cache,
+    run_group,
+)
+from vllm_tokenselect.cpu import step, warmup
 from vllm_tokenselect.kernels.attend import cpu as attend
 from vllm_tokenselect.kernels.block_table import cpu as block_table
 from vllm_tokenselect.kernels.gather import cpu as gather
-from vllm_tokenselect.kernels.operations import cpu_operations
+from vllm_tokenselect.kernels.layer_cache import LayerCache
 from vllm_tokenselect.kernels.score import cpu as score
 from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
-from vllm_tokenselect.kernels.single_queries import cpu as single_queries
-from vllm_tokenselect.kernels.single_queries.rows import CachingRows, SingleQueryRows
 from vllm_tokenselect.kernels.vote import cpu as vote
 from vllm_tokenselect.kernels.write import cpu as write
+from vllm_tokenselect.method.settings import Method
 
 KERNELS = [
     score.score_rows,
@@ -26,7 +33,8 @@ KERNELS = [
     block_table.build_rows,
     gather._gather,
     attend.attend_rows,
-    single_queries._single_queries,
+    step._attend,
+    step._run_rows,
     write._write,
 ]
 
@@ -38,7 +46,6 @@ def test_no_kernel_is_compiled_after_the_warm_up(case: Case):
     )
     compiled = [len(kernel.signatures) for kernel in KERNELS]
 
-    operations = cpu_operations()
     kv_cache, table = paged_cache(case)
     query = torch.randn(case.rows, case.num_heads, case.head_size)
     row_seq = torch.arange(case.rows, dtype=torch.int32)
@@ -47,32 +54,24 @@ def test_no_kernel_is_compiled_after_the_warm_up(case: Case):
     lengths = torch.empty_like(ends)
     out = torch.empty_like(query, dtype=case.torch_dtype)
     keys = torch.zeros((16, case.num_kv_heads, case.head_size), dtype=case.torch_dtype)
-    votes = operations.soft_vote(
-        operations.score_paged_keys(query, kv_cache, table, row_seq, 0, ends, 0.1)
-    )
+    votes = vote.soft_vote(score.score_paged_keys(query, kv_cache, table, row_seq, 0, ends, 0.1))
     state = SelectionCacheState.allocate(
         case.rows, 16, case.num_heads, case.head_size, case.torch_dtype, torch.device("cpu")
     )
-    caching = CachingRows(
-        caches=torch.ones(case.rows, dtype=torch.bool),
-        seat=row_seq,
-        owner=row_seq + 1,
-        similarity_threshold=0.9,
-        refresh_interval=4,
-        counts=torch.zeros(5, dtype=torch.int64),
-    )
+    query_in_dtype, method = query.to(case.torch_dtype), Method(n_init=0, refresh_interval=4)
+    caching = {"caches": torch.ones(case.rows).bool(), "seat": row_seq, "owner": row_seq + 1}
     for wanted, selects in ((16, True), (case.tokens, False)):
         top_k = torch.full((case.rows,), wanted, dtype=torch.int32)
         table_rows = (table, row_seq, 0, top_k, ends, ends, case.block_size, slots, lengths)
-        operations.build_sparse_block_table(votes if selects else None, *table_rows)
-        for part, kept in ((None, None), (caching, state)):
-            rows = SingleQueryRows(row_seq, *table_rows, selects, part if selects else None)
-            layer = operations.single_queries(rows)
-            layer(query.to(case.torch_dtype), kv_cache, 0.1, out, kept, None)
-            softmax = make_softmax(case, "sinks and a cap")
-            layer(query.to(case.torch_dtype), kv_cache, 0.1, out, kept, None, **softmax)
+        block_table.build_sparse_block_table(votes if selects else None, *table_rows)
+        for part, kept in (({}, None), (caching if selects else {}, state)):
+            rows = (row_seq, row_seq, top_k, ends - 1, slots, lengths)
+            for softmax in ({}, make_softmax(case, "sinks and a cap")):
+                cache = LayerCache(kv_cache, selections=kept, **softmax)
+                group = make_group(*rows, selects, **part)
+                run_group(group, query_in_dtype, cache, table, method, out)
     write.write_tokens(keys, keys, kv_cache, slots[0, :16].long())
-    operations.gather_tokens(kv_cache, slots[0, :16], keys, keys.clone())
+    gather.gather_tokens(kv_cache, slots[0, :16], keys, keys.clone())
 
     assert [len(kernel.signatures) for kernel in KERNELS] == compiled
 

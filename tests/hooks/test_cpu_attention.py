@@ -5,13 +5,20 @@ import torch
 
 pytest.importorskip("vllm")
 
-from vllm_tokenselect.backend.cpu_attention import CpuAttention, plan_cpu_attention
-from vllm_tokenselect.cpu.attention import SdpaAttention
+from tests.oracle.step import sdpa
+from vllm_tokenselect.backend.cpu_attention import CpuAttention
 
 HEADS, KV_HEADS, MOST = 4, 2, 768
 
 
-def attend(library: CpuAttention, dtype: torch.dtype, head_size: int, num_keys: int, **softmax):
+def attend(
+    library: CpuAttention,
+    dtype: torch.dtype,
+    head_size: int,
+    num_keys: int,
+    sinks=None,
+    soft_cap=0.0,
+):
     generator = torch.Generator().manual_seed(num_keys)
     num_queries = min(num_keys, 33)
 
@@ -19,16 +26,8 @@ def attend(library: CpuAttention, dtype: torch.dtype, head_size: int, num_keys: 
         return torch.randn(count, heads, head_size, generator=generator).to(dtype)
 
     query, out = random(num_queries, HEADS), torch.empty(num_queries, HEADS, head_size, dtype=dtype)
-    row = plan_cpu_attention(
-        num_queries=num_queries,
-        num_keys=num_keys,
-        num_heads=HEADS,
-        num_kv_heads=KV_HEADS,
-        head_size=head_size,
-        dtype=dtype,
-    )
     keys, values = random(num_keys, KV_HEADS), random(num_keys, KV_HEADS)
-    library.attend(query, keys, values, out, row, 0.2, **softmax)
+    library(query, keys, values, 0.2, sinks, soft_cap, out)
     return out, (query, keys, values)
 
 
@@ -58,9 +57,8 @@ def test_vllms_operation_takes_sinks_and_caps_as_they_are_defined(
     library = CpuAttention(KV_HEADS, head_size, dtype, MOST)
     sinks = torch.tensor([-2.0, 1.0, 4.0, 7.0]) if has_sinks else None
     for num_keys in (2, 40, 129, 700):
-        softmax = {"sinks": sinks, "soft_cap": soft_cap}
-        out, asked = attend(library, dtype, head_size, num_keys, **softmax)
+        out, asked = attend(library, dtype, head_size, num_keys, sinks, soft_cap)
         defined = torch.empty_like(out)
-        SdpaAttention(0.2, sinks, soft_cap)(0, *asked, defined)
+        sdpa(*asked, 0.2, sinks, soft_cap, defined)
         tolerance = TOLERANCE[dtype]
         torch.testing.assert_close(out, defined, rtol=tolerance, atol=tolerance)

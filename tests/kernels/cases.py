@@ -5,9 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
+from vllm_tokenselect.counters import Counter
+from vllm_tokenselect.cpu.rows import RowGroup
+from vllm_tokenselect.cpu.step import CpuStep
+from vllm_tokenselect.kernels.layer_cache import LayerCache
 from vllm_tokenselect.kernels.rotate.rotation import Rotation
+from vllm_tokenselect.method.settings import Method
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -90,3 +96,56 @@ def make_softmax(case: Case, name: str) -> dict[str, Any]:
 
 def int32(*values: int) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32)
+
+
+def make_group(
+    query_start: torch.Tensor,
+    row_seq: torch.Tensor,
+    top_k: torch.Tensor,
+    candidate_end: torch.Tensor,
+    slots: torch.Tensor,
+    lengths: torch.Tensor,
+    selects: bool = True,
+    caches: torch.Tensor | None = None,
+    seat: torch.Tensor | None = None,
+    owner: torch.Tensor | None = None,
+) -> RowGroup:
+    """Rows of one query, the token behind their candidates; they share the memory of the tensors."""
+    none = torch.zeros_like(row_seq)
+    return RowGroup(
+        row_seq=row_seq.numpy(),
+        query_start=query_start.numpy(),
+        query_len=np.ones(len(row_seq), np.int32),
+        top_k=top_k.to(torch.int32).numpy(),
+        seat=(none if seat is None else seat).numpy(),
+        owner=(none if owner is None else owner).numpy(),
+        caches=(none.bool() if caches is None else caches).numpy(),
+        candidate_end=candidate_end.numpy(),
+        context_end=(candidate_end + 1).numpy(),
+        slots=slots.numpy(),
+        lengths=lengths.numpy(),
+        selects=selects,
+        max_query_len=1,
+    )
+
+
+def run_group(
+    group: RowGroup,
+    query: torch.Tensor,
+    cache: LayerCache,
+    block_table: torch.Tensor,
+    method: Method,
+    out: torch.Tensor,
+    scale: float = 0.2,
+    counters: torch.Tensor | None = None,
+    step_class: type[CpuStep] = CpuStep,
+) -> None:
+    """Compute a layer of a step that has these rows only."""
+    if counters is None:
+        counters = torch.zeros(len(Counter), dtype=torch.int64)
+    step = step_class([group], block_table, cache.pages.shape[3], method, counters)
+    step.run_layer(query, cache, scale, _no_attention, out)
+
+
+def _no_attention(*_: object) -> None:
+    raise AssertionError("rows of one query attend in place")

@@ -10,14 +10,16 @@ from tests.kernels.cases import (
     SOFTMAX,
     Case,
     int32,
+    make_group,
     make_rotation,
     make_softmax,
     paged_cache,
+    run_group,
 )
 from vllm_tokenselect.kernels.attend import reference
+from vllm_tokenselect.kernels.layer_cache import LayerCache
 from vllm_tokenselect.kernels.rotate.rotation import Rotation
-from vllm_tokenselect.kernels.single_queries.cpu import single_queries
-from vllm_tokenselect.kernels.single_queries.rows import SingleQueryRows
+from vllm_tokenselect.method.settings import Method
 
 TOLERANCE = {"fp32": 2e-5, "fp16": 1e-3, "bf16": 8e-3}  # of the output's own rounding
 
@@ -30,9 +32,9 @@ def attend_on_the_cpu(
     query, index, kv_cache, slots, lengths, scale, out, rotation: Rotation | None = None, **softmax
 ) -> None:
     none = torch.zeros(len(index), dtype=torch.int32)
-    table = (none.view(-1, 1), none, 0, none, none, none, kv_cache.shape[3])
-    rows = SingleQueryRows(index, *table, slots, lengths, selects=False)
-    single_queries(rows)(query, kv_cache, scale, out, None, rotation, **softmax)
+    group = make_group(index, none, none, none, slots, lengths, selects=False)
+    cache = LayerCache(kv_cache, rotation=rotation, **softmax)
+    run_group(group, query, cache, none.view(-1, 1), Method(), out, scale)
 
 
 BOTH = [attend_on_the_cpu, reference.attend_single_queries]

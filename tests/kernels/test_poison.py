@@ -3,12 +3,23 @@
 import pytest
 import torch
 
-from tests.kernels.cases import SHAPES, Case, make_rotation, paged_cache
-from vllm_tokenselect.kernels.operations import cpu_operations
+from tests.kernels.cases import (
+    SHAPES,
+    Case,
+    make_group,
+    make_rotation,
+    paged_cache,
+    run_group,
+)
+from vllm_tokenselect.kernels.gather.cpu import gather_tokens
+from vllm_tokenselect.kernels.layer_cache import LayerCache
+from vllm_tokenselect.kernels.score.cpu import score_paged_keys
 from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
-from vllm_tokenselect.kernels.single_queries.rows import CachingRows, SingleQueryRows
+from vllm_tokenselect.kernels.vote.cpu import soft_vote
+from vllm_tokenselect.method.settings import Method
 
 N_INIT, TOP_K = 5, 20
+METHOD = Method(n_init=N_INIT, top_k=TOP_K, similarity_threshold=0.9, refresh_interval=4)
 POISON = [float("nan"), float("inf"), float("-inf")]
 # One of each dtype, with heads and blocks that fill no vector and no tile.
 CASES = [SHAPES[5], SHAPES[7], SHAPES[8]]
@@ -25,7 +36,6 @@ class Request:
         shape = (1, case.num_heads, case.head_size)
         self.query = torch.randn(shape, generator=generator).to(case.torch_dtype)
         self.end = torch.tensor([case.tokens - 4], dtype=torch.int32)
-        self.operations = cpu_operations()
 
     def own_slots(self) -> torch.Tensor:
         """Slots of the tokens in the context; all others are somebody else's, or nobody's yet."""
@@ -43,27 +53,23 @@ class Request:
         case, found = self.case, []
         row = torch.zeros(1, dtype=torch.int32)
         scoring = (self.kv_cache, self.block_table, row, N_INIT, self.end, 0.2)
-        logits = self.operations.score_paged_keys(self.query.float(), *scoring)
-        found += [logits.clone(), self.operations.soft_vote(logits)]
+        logits = score_paged_keys(self.query.float(), *scoring)
+        found += [logits.clone(), soft_vote(logits)]
         slots = self.own_slots().int()
         gathered = torch.empty((2, len(slots), case.num_kv_heads, case.head_size))
         gathered = gathered.to(case.torch_dtype)
         rotation = make_rotation(case)
-        self.operations.gather_tokens(self.kv_cache, slots, *gathered, rotation.cos_sin)
+        gather_tokens(self.kv_cache, slots, *gathered, rotation.cos_sin)
         found.append(gathered)
         top_k = torch.tensor([TOP_K], dtype=torch.int32)
-        table = (self.block_table, row, N_INIT, top_k, self.end, self.end + 1, case.block_size)
-        caching = CachingRows(
-            torch.ones(1, dtype=torch.bool), row, row + 7, 0.9, 4, torch.zeros(5, dtype=torch.int64)
-        )
+        cache = LayerCache(self.kv_cache, selections=state, rotation=rotation)
         for selects in (False, True):
             lengths = torch.tensor([len(slots)], dtype=torch.int32)
-            part = caching if selects and state is not None else None
-            rows = SingleQueryRows(row, *table, slots[None].clone(), lengths, selects, part)
+            caches = torch.tensor([selects and state is not None])
+            table = (slots[None].clone(), lengths)
+            group = make_group(row, row, top_k, self.end, *table, selects, caches, row, row + 7)
             out = torch.empty_like(self.query)
-            self.operations.single_queries(rows)(
-                self.query, self.kv_cache, 0.2, out, state, rotation
-            )
+            run_group(group, self.query, cache, self.block_table, METHOD, out)
             found.append(out)
         return found
 
@@ -118,10 +124,9 @@ def test_nan_of_a_request_stays_nan_and_its_neighbor_in_the_step_keeps_its_bits(
 
     def attend() -> torch.Tensor:
         slots = torch.empty((2, case.tokens), dtype=torch.int32)
-        table = (block_table, index, N_INIT, top_k, end, end + 1, case.block_size)
-        rows = SingleQueryRows(index, *table, slots, torch.empty_like(end), selects=True)
+        group = make_group(index, index, top_k, end, slots, torch.empty_like(end))
         out = torch.empty_like(query)
-        cpu_operations().single_queries(rows)(query, kv_cache, 0.2, out, None, None)
+        run_group(group, query, LayerCache(kv_cache), block_table, METHOD, out)
         return out
 
     clean = attend()

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from functools import cache
 
 import numpy as np
 import torch
 
 from tests.method.definition import BLOCK_SIZE, HEAD_SIZE, SCALE, best
-from vllm_tokenselect.cpu.attention import SdpaAttention, attend
-from vllm_tokenselect.cpu.step import StepSelection
+from tests.oracle.step import sdpa_attention
+from vllm_tokenselect.counters import Counter
+from vllm_tokenselect.cpu.step import CpuStep
 from vllm_tokenselect.kernels.head_group import HeadGroup
-from vllm_tokenselect.kernels.operations import Operations
+from vllm_tokenselect.kernels.layer_cache import LayerCache
 from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
 from vllm_tokenselect.method.plan import SelectionPlan
 from vllm_tokenselect.method.requests import BatchRequests, RequestTable, StepRequests
@@ -122,27 +122,27 @@ class Server:
     """One layer, served in steps of any requests, each in blocks of its own.
 
     Args:
-        operations: which.
+        step_class: which.
         heads, kv_heads: of the process.
         together: the processes whose heads vote together.
     """
 
     def __init__(
         self,
-        operations: Callable[[], Operations],
+        step_class: type[CpuStep] = CpuStep,
         heads: int = HEADS,
         kv_heads: int = KV_HEADS,
         together: HeadGroup | None = None,
     ):
-        self.heads, self.kv_heads, self.together = heads, kv_heads, together
-        self.operations = operations()
+        self.heads, self.together = heads, together
+        self.step_class = step_class
         self.table = RequestTable(CAPACITY)
-        self.counts = torch.zeros(5, dtype=torch.int64)
+        self.counts = torch.zeros(len(Counter), dtype=torch.int64)
         width = -(-TOKENS // BLOCK_SIZE)
         blocks = torch.randperm(CAPACITY * width).to(torch.int32)
         self.blocks = dict(enumerate(blocks.view(CAPACITY, width)))
-        self.cache = torch.zeros(CAPACITY * width, kv_heads, 2, BLOCK_SIZE, HEAD_SIZE)
-        self.state = SelectionCacheState.allocate(
+        pages = torch.zeros(CAPACITY * width, kv_heads, 2, BLOCK_SIZE, HEAD_SIZE)
+        selections = SelectionCacheState.allocate(
             CAPACITY,
             METHOD.selection_size,
             heads * (together.size if together else 1),
@@ -150,6 +150,8 @@ class Server:
             torch.float32,
             torch.device("cpu"),
         )
+        self.cache = LayerCache(pages, selections=selections)
+        self.attention = sdpa_attention(self.cache, TOKENS)
 
     def start(self, *requests: Request) -> None:
         for request in requests:
@@ -175,20 +177,17 @@ class Server:
         query = torch.cat([r.queries[r.done : e] for r, e in zip(requests, ends, strict=True)])
         batch = BatchRequests.of_step(StepRequests(self.table, seats), ends, METHOD.top_k)
         plan = SelectionPlan.build(np.cumsum([0, *lens]).astype(np.int32), ends, batch, METHOD)
-        step = StepSelection(
+        step = self.step_class.of_plan(
             plan,
             block_table,
             BLOCK_SIZE,
             self.heads,
             METHOD,
-            self.operations,
             self.counts,
             heads=self.together,
         )
-        step.select(query, self.cache, SCALE)
         out = torch.full_like(query, float("nan"))
-        scratch = query.new_empty(2, TOKENS, self.kv_heads, HEAD_SIZE)
-        attend(query, self.cache, step, self.state, SCALE, SdpaAttention(SCALE), scratch, out)
+        step.run_layer(query, self.cache, SCALE, self.attention, out)
         positions = [(r, p) for r, e in zip(requests, ends, strict=True) for p in range(r.done, e)]
         expected = torch.stack([request.expected(position) for request, position in positions])
         torch.testing.assert_close(out, expected, rtol=2e-4, atol=2e-5)
@@ -199,5 +198,5 @@ class Server:
     def _write(self, request: Request, blocks: torch.Tensor, first: int, end: int) -> None:
         positions = torch.arange(first, end)
         where = blocks[positions // BLOCK_SIZE].long(), slice(None)
-        self.cache[*where, 0, positions % BLOCK_SIZE] = request.keys[first:end]
-        self.cache[*where, 1, positions % BLOCK_SIZE] = request.values[first:end]
+        self.cache.pages[*where, 0, positions % BLOCK_SIZE] = request.keys[first:end]
+        self.cache.pages[*where, 1, positions % BLOCK_SIZE] = request.values[first:end]

@@ -25,7 +25,7 @@ def build(*requests: tuple[int, int, int], config=CONFIG) -> SelectionPlan:
 
 
 def selecting_chunks(plan: SelectionPlan) -> list[tuple[int, int, int]]:
-    rows = range(plan.num_dense, plan.num_rows)
+    rows = range(plan.dense.sum(), plan.num_rows)
     return [(int(plan.row_seq[r]), int(plan.chunk_start[r]), int(plan.chunk_end[r])) for r in rows]
 
 
@@ -61,13 +61,13 @@ def test_generated_tokens_select_for_themselves_also_when_recomputed_after_preem
 
 def test_a_chunk_is_dense_while_its_candidates_fit_the_budget():
     # Candidates of the chunk at 56 are [8, 40): exactly top_k; of the one at 57 one more.
-    assert build((56, 57, 50)).num_dense == 1
-    assert build((57, 58, 50)).num_dense == 0
+    assert build((56, 57, 50)).dense.sum() == 1
+    assert build((57, 58, 50)).dense.sum() == 0
 
 
 def test_dense_chunks_of_a_request_become_one_row():
     plan = build((0, 100, 100))
-    assert plan.num_dense == 1
+    assert plan.dense.sum() == 1
     assert (plan.chunk_start[0], plan.chunk_end[0], plan.query_len[0]) == (0, 64, 64)
 
 
@@ -98,7 +98,7 @@ def test_rows_are_the_chunks_of_the_definition_and_cover_every_query_once(reques
         [np.arange(s, s + n) for s, n in zip(plan.query_start, plan.query_len, strict=True)]
     )
     assert sorted(queries) == list(range(sum(end - first for first, end, _ in requests)))
-    assert (plan.chunk_end <= CONFIG.max_attended)[: plan.num_dense].all()
+    assert (plan.chunk_end <= CONFIG.max_attended)[: plan.dense.sum()].all()
 
 
 @given(batches())

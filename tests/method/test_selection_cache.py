@@ -12,13 +12,14 @@ import torch
 
 from tests.method.definition import HEAD_SIZE
 from tests.method.serving import METHOD, Request, Server
-from vllm_tokenselect.kernels.operations import cpu_operations, reference_operations
+from tests.oracle.step import ReferenceStep
+from vllm_tokenselect.cpu.step import CpuStep
 from vllm_tokenselect.method.plan import SelectionPlan
 from vllm_tokenselect.method.requests import BatchRequests
 from vllm_tokenselect.method.settings import FULL_ATTENTION
 
 
-@pytest.fixture(params=[reference_operations, cpu_operations])
+@pytest.fixture(params=[ReferenceStep, CpuStep])
 def server(request) -> Server:
     torch.manual_seed(0)
     return Server(request.param)

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from tests.method.serving import CAPACITY, METHOD, TOKENS, Request, Server
-from vllm_tokenselect.kernels.operations import cpu_operations
 from vllm_tokenselect.method.settings import FULL_ATTENTION
 
 NAMES = "abcdefgh"
@@ -28,7 +27,7 @@ class Serving(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.server = Server(cpu_operations)
+        self.server = Server()
         self.running: list[str] = []
 
     @precondition(lambda self: len(self.running) < CAPACITY)

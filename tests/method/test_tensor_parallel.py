@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 
 import pytest
 import torch
 
 from tests.method.ranks import GlooHeads, on_ranks
 from tests.method.serving import HEADS, Request, Server
-from vllm_tokenselect.kernels.operations import (
-    Operations,
-    cpu_operations,
-    reference_operations,
-)
+from tests.oracle.step import ReferenceStep
+from vllm_tokenselect.cpu.step import CpuStep
 
 PROMPTS = {"longer": 90, "short": 20}
 # Request, position, and the heads that ask for something else from there on: those of one rank only.
@@ -23,12 +19,12 @@ CHANGES_OF_MIND = [(0, 103, FIRST), (0, 127, SECOND), (0, 151, FIRST), (1, 83, S
 
 
 def serve(rank: int, vote: str, kv_heads: int) -> None:
-    """Serve two requests on one rank, by each kind of operations."""
-    for operations in (reference_operations, cpu_operations):
-        serve_by(operations, rank, vote, kv_heads)
+    """Serve two requests on one rank, by each kind of step."""
+    for step_class in (ReferenceStep, CpuStep):
+        serve_by(step_class, rank, vote, kv_heads)
 
 
-def serve_by(operations: Callable[[], Operations], rank: int, vote: str, kv_heads: int) -> None:
+def serve_by(step_class: type[CpuStep], rank: int, vote: str, kv_heads: int) -> None:
     """Every step is compared with the definition."""
     whole = [Request(name, prompt, kv_heads=kv_heads) for name, prompt in PROMPTS.items()]
     for request, position, heads in CHANGES_OF_MIND:
@@ -38,7 +34,7 @@ def serve_by(operations: Callable[[], Operations], rank: int, vote: str, kv_head
     own = [request.share(rank, 2, apart=vote == "local") for request in whole]
     together = GlooHeads(kv_heads) if vote == "global" else None
     torch.manual_seed(0)
-    server = Server(operations, HEADS // 2, max(kv_heads // 2, 1), together)
+    server = Server(step_class, HEADS // 2, max(kv_heads // 2, 1), together)
     long, short = own
     server.start(long, short)
     server.step((long, 64), (short, 20))

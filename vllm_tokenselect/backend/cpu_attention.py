@@ -8,8 +8,8 @@ the few thousand that were selected.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,25 +20,27 @@ from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 PAGE_SIZE = 128
 
 
-@dataclass(frozen=True)
-class CpuAttentionRow:
-    """Host-side plan of one call, shared by all layers of a step."""
+class CallPlan(NamedTuple):
+    """What the operation wants to know of a call."""
 
     query_start_loc: torch.Tensor
     seq_lens: torch.Tensor
     scheduler_metadata: torch.Tensor
 
 
-def plan_cpu_attention(
-    *,
+@lru_cache(maxsize=1024)
+def plan_call(
     num_queries: int,
     num_keys: int,
     num_heads: int,
     num_kv_heads: int,
     head_size: int,
     dtype: torch.dtype,
-) -> CpuAttentionRow:
-    """Plan the attention of `num_queries` over `num_keys`, causal, aligned to the lower right."""
+) -> CallPlan:
+    """Plan the attention of `num_queries` over `num_keys`, causal, aligned to the lower right.
+
+    The layers of a step share the plans of its rows, and so do rows of the same lengths.
+    """
     query_start_loc = torch.tensor([0, num_queries], dtype=torch.int32)
     seq_lens = torch.tensor([num_keys], dtype=torch.int32)
     metadata = ops.cpu_attn_get_scheduler_metadata(
@@ -54,7 +56,7 @@ def plan_cpu_attention(
         isa=_get_attn_isa(dtype, PAGE_SIZE, head_size),
         enable_kv_split=True,
     )
-    return CpuAttentionRow(query_start_loc, seq_lens, metadata)
+    return CallPlan(query_start_loc, seq_lens, metadata)
 
 
 class CpuAttention:
@@ -82,23 +84,18 @@ class CpuAttention:
         size = math.prod(self.shape) * self.dtype.itemsize
         return torch.from_numpy(np.zeros(size, np.uint8)).view(self.dtype).view(self.shape)
 
-    def attend(
+    def __call__(
         self,
         query: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
-        out: torch.Tensor,
-        row: CpuAttentionRow,
         scale: float,
-        sinks: torch.Tensor | None = None,
-        soft_cap: float = 0.0,
+        sinks: torch.Tensor | None,
+        soft_cap: float,
+        out: torch.Tensor,
     ) -> None:
-        """Attend `query` [n, Hq, D] to `keys`, `values` [m, Hkv, D]; writes `out` [n, Hq, D].
-
-        Args:
-            sinks: fp32 [Hq], a logit of each head in the softmax's denominator.
-            soft_cap: of the scores; 0 for none.
-        """
+        """Attend `query` [n, Hq, D] to `keys`, `values` [m, Hkv, D]; see `LibraryAttention`."""
+        plan = plan_call(len(query), len(keys), query.shape[1], *keys.shape[1:], query.dtype)
         key_pages, value_pages = self.pages.chunk(2, dim=2)
         self._write(keys, values, 0)
         # The operation multiplies what it masks by zero, in whole tiles; what another request left
@@ -110,15 +107,15 @@ class CpuAttention:
             key_cache=key_pages,
             value_cache=value_pages,
             output=out,
-            query_start_loc=row.query_start_loc,
-            seq_lens=row.seq_lens,
+            query_start_loc=plan.query_start_loc,
+            seq_lens=plan.seq_lens,
             scale=scale,
             causal=True,
             alibi_slopes=None,
             sliding_window=-1,
             block_table=self.block_table,
             softcap=soft_cap,
-            scheduler_metadata=row.scheduler_metadata,
+            scheduler_metadata=plan.scheduler_metadata,
             s_aux=sinks,
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache, partial
+from functools import cache
 
 import torch
 from vllm.config import VllmConfig
@@ -11,11 +11,12 @@ from vllm.v1.attention.backend import AttentionLayer
 from vllm_tokenselect.backend.cpu_attention import CpuAttention
 from vllm_tokenselect.backend.cpu_metadata import CpuTokenSelectMetadata
 from vllm_tokenselect.backend.impl import TokenSelectImpl
-from vllm_tokenselect.cpu.attention import attend
+from vllm_tokenselect.cpu.attention import GatheredAttention
 from vllm_tokenselect.cpu.warmup import compile_cpu_kernels
 from vllm_tokenselect.engine.log import get_logger
 from vllm_tokenselect.kernels.cpu_cache import is_temporary, kept_in
 from vllm_tokenselect.kernels.head_group import HeadGroup
+from vllm_tokenselect.kernels.layer_cache import LayerCache
 from vllm_tokenselect.kernels.write.cpu import write_tokens
 
 logger = get_logger(__name__)
@@ -39,10 +40,8 @@ class CpuTokenSelectImpl(TokenSelectImpl[CpuTokenSelectMetadata]):
             # A request may ask for full attention: its rows are as long as its context. Memory that
             # no such request has touched is only reserved.
             longest = max(longest, vllm_config.model_config.max_model_len)
-        self.library, self.scratch = _shared_scratch(
-            self.num_kv_heads, self.head_size, self.dtype, longest
-        )
-        self.state = self.selection_cache(vllm_config, torch.device("cpu"))
+        self.attention = _shared_attention(self.num_kv_heads, self.head_size, self.dtype, longest)
+        self.selections = self.selection_cache(vllm_config, torch.device("cpu"))
 
     def do_kv_cache_update(
         self,
@@ -71,48 +70,18 @@ class CpuTokenSelectImpl(TokenSelectImpl[CpuTokenSelectMetadata]):
         rotation = self.layer_rotation()
         if attn_metadata is None:  # profiling run
             return output.zero_()
-        step = attn_metadata.step
         num_tokens = attn_metadata.num_actual_tokens
-        queries, out = query[:num_tokens], output[:num_tokens]
-        pages = self._pages(kv_cache)
-        step.select(queries, pages, self.scale, rotation)
-        sinks = None if self.sinks is None else self.sinks.detach().float()
-        library = partial(self._attend_row, attn_metadata, sinks)
-        attend(
-            queries,
-            pages,
-            step,
-            self.state,
-            self.scale,
-            library,
-            self.scratch,
-            out,
-            rotation,
-            sinks,
-            self.logits_soft_cap,
+        cache = LayerCache(
+            pages=self._pages(kv_cache),
+            selections=self.selections,
+            rotation=rotation,
+            sinks=self.sinks,
+            soft_cap=self.logits_soft_cap,
+        )
+        attn_metadata.step.run_layer(
+            query[:num_tokens], cache, self.scale, self.attention, output[:num_tokens]
         )
         return output
-
-    def _attend_row(
-        self,
-        metadata: CpuTokenSelectMetadata,
-        sinks: torch.Tensor | None,
-        row: int,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        out: torch.Tensor,
-    ) -> None:
-        self.library.attend(
-            query,
-            keys,
-            values,
-            out,
-            metadata.library_rows[row],
-            self.scale,
-            sinks,
-            self.logits_soft_cap,
-        )
 
     def _pages(self, kv_cache: torch.Tensor) -> torch.Tensor:
         """[num_blocks, Hkv, 2, block_size, D]: a head's keys of a block, then its values."""
@@ -121,12 +90,12 @@ class CpuTokenSelectImpl(TokenSelectImpl[CpuTokenSelectMetadata]):
 
 
 @cache
-def _shared_scratch(
+def _shared_attention(
     num_kv_heads: int, head_size: int, dtype: torch.dtype, max_tokens: int
-) -> tuple[CpuAttention, torch.Tensor]:
-    """Layers run one after the other, so those of a shape share one scratch."""
+) -> GatheredAttention:
+    """Layers run one after the other, so those of a shape share their buffers."""
     library = CpuAttention(num_kv_heads, head_size, dtype, max_tokens)
-    return library, torch.empty((2, max_tokens, num_kv_heads, head_size), dtype=dtype)
+    return GatheredAttention(library, num_kv_heads, head_size, dtype, max_tokens)
 
 
 @cache

@@ -1,251 +1,364 @@
-"""Rows of a plan -> sparse block table: which cached tokens every row attends to.
-
-    mean query -> score -> soft vote -> top-k -> sparse block table
+"""One layer of one step on a CPU: decide -> score -> vote -> build the table -> finish -> attend.
 
 One way for prompt chunks, the prompt's tail and generated tokens. Source of the method: TokenSelect,
 arXiv 2411.02886, sections 3.2 and 3.3.
+
+The order stands in compiled code. In decoding a layer takes a fraction of a millisecond, and five calls
+from Python would be a third of it. So rows of one query are one call; where heads in several processes add
+up their votes, it is cut behind the vote. Rows of several queries ask with their mean query, reuse nothing,
+and attend by a library. `_select_by_means` calls the same kernels for them one by one: to compile the order
+once more, for these fp32 queries, would make the first start about a seventh slower.
+
+Compiled code knows what it gets by name. But numba takes a microsecond more for each named tuple that comes
+from Python (1.6 instead of 0.7, with five arrays in it), so plain ones are handed over and named inside.
 """
+
+# mypy: allow-untyped-defs, allow-untyped-calls
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
+from numba import get_num_threads, njit
 
-from vllm_tokenselect.counters import Counter
+from vllm_tokenselect.cpu.attention import RowAttention
+from vllm_tokenselect.cpu.rows import RowGroup, step_rows
+from vllm_tokenselect.kernels.attend.cpu import attend_rows
+from vllm_tokenselect.kernels.block_table.cpu import build_rows
+from vllm_tokenselect.kernels.cpu_arrays import LayerArrays, Queries, cache_elements, int32_array
+from vllm_tokenselect.kernels.cpu_cache import compile_once
+from vllm_tokenselect.kernels.cpu_numbers import rotate_run
+from vllm_tokenselect.kernels.cpu_tiles import widen
+from vllm_tokenselect.kernels.cpu_vectors import LANES
 from vllm_tokenselect.kernels.head_group import HeadGroup
-from vllm_tokenselect.kernels.operations import Operations
+from vllm_tokenselect.kernels.layer_cache import LayerCache
 from vllm_tokenselect.kernels.rotate.reference import rotate
-from vllm_tokenselect.kernels.rotate.rotation import Rotation
-from vllm_tokenselect.kernels.single_queries.rows import CachingRows, Layer, SingleQueryRows
+from vllm_tokenselect.kernels.score.cpu import score_paged_keys, score_rows
+from vllm_tokenselect.kernels.selection_cache.cpu import decide_rows, finish_rows
+from vllm_tokenselect.kernels.selection_cache.state import SELECTS
+from vllm_tokenselect.kernels.vote.cpu import soft_vote, vote_rows
 from vllm_tokenselect.method.plan import SelectionPlan
-from vllm_tokenselect.method.requests import NO_SEAT
 from vllm_tokenselect.method.settings import Method
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Consecutive rows of the plan, with their part of every array; cut once a step."""
-
-    first: int
-    last: int
-    row_seq: torch.Tensor
-    query_start: torch.Tensor
-    candidate_end: torch.Tensor
-    chunk_end: torch.Tensor
-    top_k: torch.Tensor
-    slots: torch.Tensor
-    lengths: torch.Tensor
-
-
-class StepSelection:
-    """The sparse block table of one step, and what is needed to fill it layer by layer.
-
-    Rows that see their whole context get their entries here, once a step; the others once a layer,
-    those of several queries in `select`, those of one as they attend.
-
-    Args:
-        plan: rows of the step.
-        block_table: int32 [S, W], KV blocks of each request of the batch.
-        block_size: tokens of a KV block.
-        num_heads: query heads of a layer.
-        method: the settings.
-        operations: the implementation to use.
-        counts: int64 [len(Counter)], the counters that rows add to.
-        workspace_bytes: for the scores of the rows that are voted on together.
-        heads: the processes whose heads vote together; None where a process votes for itself.
+class StepArrays(NamedTuple):
+    """What all groups of a step share, as compiled code takes it.
 
     Attributes:
-        plan: the rows by kind; everything below is in its order.
-        slots: int32 [R, width], block table of page size 1, ascending by position.
-        lengths: int32 [R], entries of each row.
-        single_queries: work of a layer for the rows of one query, which select as they attend.
-        groups: rows of several queries that select, cut so that their scores fit the workspace.
-        several_queries: all rows of several queries.
-        fixed_counts: int64 [len(Counter)], what a layer adds for the rows that do not take part
-            in the Selection Cache.
+        block_table: int32 [S, W], KV blocks of each request of the batch.
+        block_size: tokens of a KV block.
+        n_init: length of the sink.
+        similarity_threshold, refresh_interval: of the Selection Cache.
+        counters: int64 [len(Counter)].
+    """
+
+    block_table: np.ndarray
+    block_size: int
+    n_init: int
+    similarity_threshold: np.float32
+    refresh_interval: int
+    counters: np.ndarray
+
+
+class CpuStep:
+    """What the layers of one step share.
+
+    Args:
+        groups: rows of the step.
+        block_table: int32 [S, W], KV blocks of each request.
+        block_size: tokens of a KV block.
+        method: the settings.
+        counters: int64 [len(Counter)], which every layer adds to.
+        fixed_counts: int64 [len(Counter)], what a layer adds for rows outside the Selection Cache.
+        heads: the processes whose heads vote together; None where a process votes for itself.
     """
 
     def __init__(
         self,
+        groups: Sequence[RowGroup],
+        block_table: torch.Tensor,
+        block_size: int,
+        method: Method,
+        counters: torch.Tensor,
+        fixed_counts: np.ndarray | int = 0,
+        heads: HeadGroup | None = None,
+    ) -> None:
+        # Starts numba's threads where nothing has yet: a kernel that calls parallel ones and comes from
+        # a cache does not do so itself, and would crash.
+        get_num_threads()
+        self.groups = groups
+        self.block_table = block_table
+        self.block_size = block_size
+        self.method = method
+        self.heads = heads
+        self.fixed_counts = fixed_counts
+        self.shared = StepArrays(
+            block_table=int32_array(block_table),
+            block_size=block_size,
+            n_init=method.n_init,
+            similarity_threshold=np.float32(method.similarity_threshold),
+            refresh_interval=method.refresh_interval,
+            counters=counters.numpy(),
+        )
+
+    @classmethod
+    def of_plan(
+        cls,
         plan: SelectionPlan,
         block_table: torch.Tensor,
         block_size: int,
         num_heads: int,
         method: Method,
-        operations: Operations,
-        counts: torch.Tensor,
+        counters: torch.Tensor,
         workspace_bytes: int = 32 << 20,
         heads: HeadGroup | None = None,
-    ) -> None:
-        self.plan = plan = plan.by_kind()
-        self.block_table = block_table
-        self.block_size = block_size
-        self.method = method
-        self.workspace_bytes = workspace_bytes
-        self.operations = operations
-        self.heads = heads
-        self.counts = counts
-        self.fixed_counts = torch.from_numpy(_fixed_counts(plan, method))
-        self.row_seq = torch.from_numpy(plan.row_seq)
-        self.candidate_end = torch.from_numpy(plan.candidate_end)
-        self.chunk_end = torch.from_numpy(plan.chunk_end)
-        self.top_k = torch.from_numpy(plan.top_k)
-        lengths = np.where(
-            plan.dense,
-            plan.chunk_end,
-            method.n_init + plan.top_k + plan.chunk_end - plan.candidate_end,
-        ).astype(np.int32)
-        # A reused selection attends to what has left the local window since, besides.
-        width = int((lengths + method.refresh_interval * plan.caches).max(initial=0))
-        self.slots = torch.empty((plan.num_rows, width), dtype=torch.int32)
-        self.lengths = torch.from_numpy(lengths)
-        self.query_start = torch.from_numpy(plan.query_start)
-        self.single_queries: list[Layer] = []
-        if plan.num_dense:
-            self._fill(self._rows(0, plan.num_dense), votes=None)
-            singles = int((plan.query_len[: plan.num_dense] == 1).sum())
-            if singles:
-                self.single_queries.append(
-                    self._prepare_single_queries(self._rows(0, singles), False)
-                )
-        self.groups: list[Rows] = []
-        for rows in self._group_rows(num_heads):
-            if plan.query_len[rows.first] == 1:
-                self.single_queries.append(self._prepare_single_queries(rows, True))
-            else:
-                self.groups.append(rows)
-        self.several_queries: list[int] = (plan.query_len > 1).nonzero()[0].tolist()
+    ) -> CpuStep:
+        """The step of a plan; `num_heads` and `workspace_bytes` as in `step_rows`."""
+        groups = step_rows(plan, block_table, block_size, num_heads, method, workspace_bytes)
+        fixed_counts = plan.fixed_counts(method)
+        return cls(groups, block_table, block_size, method, counters, fixed_counts, heads)
 
-    def select(
+    def run_layer(
         self,
         query: torch.Tensor,
-        kv_cache: torch.Tensor,
+        cache: LayerCache,
         scale: float,
-        rotation: Rotation | None = None,
+        attention: RowAttention,
+        out: torch.Tensor,
     ) -> None:
-        """Fill the table's rows of several queries that select, for one layer.
+        """Select, or reuse selections, and attend.
 
         Args:
-            query: [T, Hq, D], the layer's queries of this step.
-            kv_cache: [num_blocks, Hkv, 2, block_size, D].
-            scale: the attention's own scale of q . k.
-            rotation: the layer's, if positions are reassigned.
+            query: fp32, bf16 or fp16 [T, Hq, D], the layer's queries of this step.
+            cache: of the layer, this step's keys and values written. Its selections follow the step.
+            scale: scale of q . k.
+            attention: attends rows of several queries.
+            out: [T, Hq, D], written for every query of a row.
         """
-        for rows in self.groups:
-            mean = self._mean_query(query, rows)
-            if rotation is not None:
-                mean = rotate(mean, rotation.vote[None])
-            logits = self.operations.score_paged_keys(
-                mean,
-                kv_cache,
-                self.block_table,
-                rows.row_seq,
-                self.method.n_init,
-                rows.candidate_end,
-                scale,
-            )
-            votes = self.operations.soft_vote(logits)
-            self._fill(rows, votes if self.heads is None else self.heads.sum_votes(votes))
+        self.shared.counters[:] += self.fixed_counts
+        layer = tuple(LayerArrays.of(cache, scale, query.dtype))
+        shared, num_kv_heads = tuple(self.shared), cache.pages.shape[1]
+        attended = out.contiguous()
+        written = cache_elements(attended)
+        for group in self.groups:
+            if group.max_query_len > 1:
+                if group.selects:
+                    self._select_by_means(group, query, cache, scale)
+                attention(query, cache, group, scale, attended)
+                continue
+            asking = Queries.of(query, group.query_start, num_kv_heads)
+            if group.selects and self.heads is None:
+                _run_rows(tuple(asking), layer, tuple(group), shared, written)
+                continue
+            if group.selects and self.heads is not None:
+                self._select_together(self.heads, group, query, asking, layer)
+            _attend(tuple(asking), layer, tuple(group), shared, written)
+        if attended is not out:
+            out.copy_(attended)
 
-    def _rows(self, first: int, last: int) -> Rows:
-        return Rows(
-            first,
-            last,
-            self.row_seq[first:last],
-            self.query_start[first:last],
-            self.candidate_end[first:last],
-            self.chunk_end[first:last],
-            self.top_k[first:last],
-            self.slots[first:last],
-            self.lengths[first:last],
-        )
-
-    def _fill(self, rows: Rows, votes: torch.Tensor | None) -> None:
-        self.operations.build_sparse_block_table(
-            votes,
-            self.block_table,
-            rows.row_seq,
-            self.method.n_init,
-            rows.top_k,
-            rows.candidate_end,
-            rows.chunk_end,
-            self.block_size,
-            rows.slots,
-            rows.lengths,
-        )
-
-    def _mean_query(self, query: torch.Tensor, rows: Rows) -> torch.Tensor:
-        """Mean query of each row, fp32 [rows, Hq, D]."""
-        starts = self.plan.query_start[rows.first : rows.last]
-        lens = self.plan.query_len[rows.first : rows.last]
-        return torch.stack(
+    def _select_by_means(
+        self, group: RowGroup, query: torch.Tensor, cache: LayerCache, scale: float
+    ) -> None:
+        """Fill the table of rows of several queries, which ask with their mean query."""
+        means = torch.stack(  # fp32 [R, Hq, D]
             [
                 query[start : start + length].mean(dim=0, dtype=torch.float32)
-                for start, length in zip(starts, lens, strict=True)
+                for start, length in zip(group.query_start, group.query_len, strict=True)
             ]
         )
-
-    def _group_rows(self, num_heads: int) -> list[Rows]:
-        """Cut the selecting rows into groups whose scores fit the workspace.
-
-        A group holds rows of one query or rows of several, never both.
-        """
-        plan = self.plan
-        groups: list[Rows] = []
-        first, most = plan.num_dense, 0
-        for row in range(plan.num_dense, plan.num_rows):
-            candidates = int(plan.candidate_end[row]) - self.method.n_init
-            most = max(most, candidates)
-            too_large = 4 * num_heads * most * (row - first + 1) > self.workspace_bytes
-            other_kind = (plan.query_len[row] == 1) != (plan.query_len[first] == 1)
-            if row > first and (too_large or other_kind):
-                groups.append(self._rows(first, row))
-                first, most = row, candidates
-        if first < plan.num_rows:
-            groups.append(self._rows(first, plan.num_rows))
-        return groups
-
-    def _prepare_single_queries(self, rows: Rows, selects: bool) -> Layer:
-        return self.operations.single_queries(
-            SingleQueryRows(
-                rows.query_start,
-                self.block_table,
-                rows.row_seq,
-                self.method.n_init,
-                rows.top_k,
-                rows.candidate_end,
-                rows.chunk_end,
-                self.block_size,
-                rows.slots,
-                rows.lengths,
-                selects,
-                self._caching(slice(rows.first, rows.last)),
-                self.heads,
-            )
+        if cache.rotation is not None:
+            means = rotate(means, cache.rotation.vote[None])
+        scores = score_paged_keys(
+            means,
+            cache.pages,
+            self.block_table,
+            torch.from_numpy(group.row_seq),
+            self.method.n_init,
+            torch.from_numpy(group.candidate_end),
+            scale,
         )
+        votes = soft_vote(scores)
+        if self.heads is not None:
+            votes = self.heads.sum_votes(votes)
+        group.build_table(votes, self.block_table, self.block_size, self.method.n_init)
 
-    def _caching(self, rows: slice) -> CachingRows | None:
-        plan = self.plan
-        if not plan.caches[rows].any():
-            return None
-        return CachingRows(
-            caches=torch.from_numpy(plan.caches[rows]),
-            seat=torch.from_numpy(plan.seat[rows]),
-            owner=torch.from_numpy(plan.owner[rows]),
-            similarity_threshold=self.method.similarity_threshold,
-            refresh_interval=self.method.refresh_interval,
-            counts=self.counts,
+    def _select_together(
+        self,
+        heads: HeadGroup,
+        group: RowGroup,
+        query: torch.Tensor,
+        asking: Queries,
+        layer: tuple[Any, ...],
+    ) -> None:
+        """Fill the table of rows of one query whose votes are those of several processes."""
+        deciding = asking
+        if group.caches.any():  # nothing is compared where no row takes part
+            tokens = np.arange(group.num_rows, dtype=np.int32)
+            gathered = heads.gather_heads(query[torch.from_numpy(group.query_start).long()])
+            deciding = Queries.of(gathered, tokens, heads.num_kv_heads)
+        rows, shared = tuple(group), tuple(self.shared)
+        reused_end, selecting, votes = _find_votes(
+            tuple(asking), tuple(deciding), layer, rows, shared
         )
+        if len(selecting):
+            votes = heads.sum_votes(torch.from_numpy(votes)).numpy()
+        _fill_table(reused_end, selecting, votes, LayerArrays(*layer).selected, rows, shared)
 
 
-def _fixed_counts(plan: SelectionPlan, method: Method) -> npt.NDArray[np.int64]:
-    counted = (plan.seat != NO_SEAT) & ~plan.caches
-    counts = np.zeros(len(Counter), np.int64)
-    counts[Counter.RESELECTED] = (counted & ~plan.dense).sum()
-    counts[Counter.DENSE] = (counted & plan.dense).sum()
-    counts[Counter.ATTENDED] = plan.num_attended(method)[counted].sum()
-    counts[Counter.CONTEXT] = plan.num_in_context()[counted].sum()
-    return counts
+@compile_once()
+def _run_rows(asking, layer, rows, shared, out):
+    """Rows of one query that select, from their queries to their outputs."""
+    reused_end, selecting, votes = _find_votes(asking, asking, layer, rows, shared)
+    _fill_table(reused_end, selecting, votes, LayerArrays(*layer).selected, rows, shared)
+    _attend(asking, layer, rows, shared, out)
+
+
+@compile_once()
+def _find_votes(asking, deciding, layer, rows, shared):
+    """Decide which rows select, score their candidates, and vote.
+
+    Returns:
+        int32 [R], where the candidates of the selection ended that a row reuses, `SELECTS` for one that
+        selects; int64 [n], the rows that select; fp32 [n, N], their votes.
+    """
+    layer, group, shared = LayerArrays(*layer), RowGroup(*rows), StepArrays(*shared)
+    reused_end = _decide(Queries(*deciding), layer, group, shared)
+    selecting = np.flatnonzero(reused_end == SELECTS)
+    if len(selecting) == 0:
+        return reused_end, selecting, np.empty((0, 0), np.float32)
+    scores = _score(selecting, Queries(*asking), layer, group, shared)
+    return reused_end, selecting, _vote(scores)
+
+
+@compile_once()
+def _fill_table(reused_end, selecting, votes, selected, rows, shared):
+    """Build the table of the rows that select, and finish it by those that reuse a selection."""
+    group, shared = RowGroup(*rows), StepArrays(*shared)
+    if len(selecting) > 0:
+        _build_table(selecting, votes, group, shared)
+    _finish(reused_end, selected, group, shared)
+
+
+@njit
+def _decide(queries, layer, group, shared):
+    reused_end = np.empty(len(group.row_seq), np.int32)
+    decide_rows(
+        queries.elements,
+        queries.distance,
+        queries.tokens,
+        queries.num_heads * layer.head_size,
+        queries.num_kv_heads,
+        group.caches,
+        group.seat,
+        group.owner,
+        group.candidate_end,
+        shared.similarity_threshold,
+        shared.refresh_interval,
+        layer.last_query,
+        layer.last_end,
+        layer.owner,
+        reused_end,
+    )
+    return reused_end
+
+
+@njit
+def _score(selecting, queries, layer, group, shared):
+    """Scores fp32 [n, Hq, N] of the rows `selecting`."""
+    head_size, num_heads = layer.head_size, queries.num_heads
+    stride = (head_size + LANES - 1) // LANES * LANES
+    padded = np.zeros((len(selecting), num_heads, stride), np.float32)
+    flat = padded.reshape(-1)
+    for line in range(len(selecting) * num_heads):
+        source = queries.tokens[selecting[line // num_heads]] * queries.distance
+        source += line % num_heads * head_size
+        widen(queries.elements, source, head_size, flat, line * stride)  # [D]
+        if layer.vote.shape[1] > 0:
+            rotate_run(flat, line * stride, layer.vote, 0)
+    ends = group.candidate_end[selecting]
+    scores = np.empty((len(selecting), num_heads, ends.max() - shared.n_init), np.float32)
+    score_rows(
+        padded,
+        layer.pages,
+        shared.block_table,
+        group.row_seq[selecting],
+        shared.n_init,
+        ends,
+        layer.scale,
+        queries.num_kv_heads,
+        shared.block_size,
+        head_size,
+        scores,
+    )
+    return scores
+
+
+@njit
+def _vote(scores):
+    """Votes fp32 [n, N]; overwrites the scores."""
+    votes = np.empty((scores.shape[0], scores.shape[2]), np.float32)
+    vote_rows(scores, votes)
+    return votes
+
+
+@njit
+def _build_table(selecting, votes, group, shared):
+    build_rows(
+        selecting,
+        votes,
+        shared.block_table,
+        group.row_seq,
+        shared.n_init,
+        group.top_k,
+        group.candidate_end,
+        group.context_end,
+        shared.block_size,
+        group.slots,
+        group.lengths,
+    )
+
+
+@njit
+def _finish(reused_end, selected, group, shared):
+    finish_rows(
+        group.caches,
+        reused_end,
+        group.seat,
+        shared.block_table,
+        group.row_seq,
+        shared.n_init,
+        group.top_k,
+        group.context_end,
+        shared.block_size,
+        group.slots,
+        group.lengths,
+        selected,
+        shared.counters,
+    )
+
+
+@compile_once()
+def _attend(asking, layer, rows, shared, out):
+    """Attend rows of one query to what their table names."""
+    queries, layer = Queries(*asking), LayerArrays(*layer)
+    group, shared = RowGroup(*rows), StepArrays(*shared)
+    attend_rows(
+        queries.elements,
+        queries.distance,
+        queries.tokens,
+        layer.pages,
+        group.slots,
+        group.lengths,
+        layer.scale,
+        queries.num_heads,
+        queries.num_kv_heads,
+        shared.block_size,
+        layer.head_size,
+        layer.cos_sin,
+        layer.sinks,
+        layer.soft_cap,
+        out,
+    )

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numba
+import numpy as np
 import torch
 
-from vllm_tokenselect.kernels.block_table.cpu import build_sparse_block_table
-from vllm_tokenselect.kernels.gather.cpu import gather_tokens
+from vllm_tokenselect.counters import Counter
+from vllm_tokenselect.cpu.attention import GatheredAttention
+from vllm_tokenselect.cpu.step import CpuStep
 from vllm_tokenselect.kernels.head_group import HeadGroup
-from vllm_tokenselect.kernels.score.cpu import score_paged_keys
-from vllm_tokenselect.kernels.single_queries.cpu import single_queries
-from vllm_tokenselect.kernels.single_queries.rows import SingleQueryRows
-from vllm_tokenselect.kernels.vote.cpu import soft_vote
+from vllm_tokenselect.kernels.layer_cache import LayerCache
 from vllm_tokenselect.kernels.write.cpu import write_tokens
+from vllm_tokenselect.method.plan import SelectionPlan
+from vllm_tokenselect.method.requests import BatchRequests
+from vllm_tokenselect.method.settings import Method
 
 
 def use_torch_threads() -> int:
@@ -49,7 +53,7 @@ def compile_cpu_kernels(
     block_size: int,
     heads: HeadGroup | None = None,
 ) -> int:
-    """Run every numba kernel once on tiny inputs of the layer's shape; sets numba's threads.
+    """Run a layer on one block of keys, for every kind of row; sets numba's threads.
 
     About 15 s the first time on a machine, well under a second from numba's cache afterwards.
 
@@ -65,20 +69,24 @@ def compile_cpu_kernels(
         RuntimeError: the OpenMP library that numba's threads need is missing.
     """
     numba_threads = use_torch_threads()
-    kv_cache = torch.zeros((1, num_kv_heads, 2, block_size, head_size), dtype=kv_dtype)
-    query = torch.zeros((1, num_heads, head_size), dtype=kv_dtype)
-    block_table = torch.zeros((1, 1), dtype=torch.int32)
-    row_seq = torch.zeros(1, dtype=torch.int32)
-    ends = torch.full((1,), block_size, dtype=torch.int32)
-    slots = torch.empty((1, block_size), dtype=torch.int32)
-    lengths = torch.empty(1, dtype=torch.int32)
-    keys = torch.zeros((1, num_kv_heads, head_size), dtype=kv_dtype)
-    write_tokens(keys, keys, kv_cache, torch.zeros(1, dtype=torch.int64))
-    votes = soft_vote(score_paged_keys(query.float(), kv_cache, block_table, row_seq, 0, ends, 1.0))
-    top_k = torch.ones(1, dtype=torch.int32)
-    table = (block_table, row_seq, 0, top_k, ends, ends, block_size, slots, lengths)
-    build_sparse_block_table(votes, *table)
-    gather_tokens(kv_cache, slots[0, :1], keys, torch.empty_like(keys))
-    layer = single_queries(SingleQueryRows(row_seq, *table, selects=True, heads=heads))
-    layer(query, kv_cache, 1.0, torch.empty_like(query), None, None)
+    method = Method(top_k=1, n_init=0, n_local=1, query_chunk=block_size, tail_queries=0)
+    plan = SelectionPlan.build(
+        np.array([0, 1, 3], np.int32),
+        np.array([block_size, block_size], np.int32),
+        # The second request's prompt goes on, so its two queries are a row.
+        BatchRequests.without_seats(np.array([1, 2 * block_size], np.int32), method.top_k),
+        method,
+    )
+    block_table, counters = torch.zeros((2, 1), dtype=torch.int32), torch.zeros(len(Counter)).long()
+    step = CpuStep.of_plan(plan, block_table, block_size, num_heads, method, counters, heads=heads)
+    pages = torch.zeros((1, num_kv_heads, 2, block_size, head_size), dtype=kv_dtype)
+    tokens = torch.zeros((3, num_kv_heads, head_size), dtype=kv_dtype)
+    write_tokens(tokens, tokens, pages, torch.arange(3))
+    query = torch.zeros((3, num_heads, head_size), dtype=kv_dtype)
+    attention = GatheredAttention(_attend_nothing, num_kv_heads, head_size, kv_dtype, block_size)
+    step.run_layer(query, LayerCache(pages), 1.0, attention, torch.empty_like(query))
     return numba_threads
+
+
+def _attend_nothing(*_: Any, **__: Any) -> None:
+    """In place of a library, which has nothing to compile."""

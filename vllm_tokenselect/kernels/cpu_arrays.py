@@ -6,8 +6,14 @@ again in the middle of serving.
 
 from __future__ import annotations
 
+from functools import cache
+from typing import NamedTuple
+
 import numpy as np
 import torch
+
+from vllm_tokenselect.kernels.layer_cache import LayerCache
+from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
 
 # numba computes in neither bf16 nor fp16, so a kernel gets their bits; the integer's sign tells it which.
 _BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16, torch.float32: torch.float32}
@@ -60,3 +66,76 @@ def sink_logits(sinks: torch.Tensor | None) -> np.ndarray:
 def rotation_table(cos_sin: torch.Tensor | None) -> np.ndarray:
     """fp32 [positions, rotated]; of width 0 where nothing is rotated."""
     return np.zeros((0, 0), np.float32) if cos_sin is None else cos_sin.numpy()
+
+
+class Queries(NamedTuple):
+    """Queries of a layer, one for each row.
+
+    Attributes:
+        elements: of [T, num_heads, D], as `token_elements` gives them.
+        distance: elements from one token to the next.
+        tokens: int32 [R], which of the T each row asks with.
+        num_heads, num_kv_heads: of the queries.
+    """
+
+    elements: np.ndarray
+    distance: int
+    tokens: np.ndarray
+    num_heads: int
+    num_kv_heads: int
+
+    @classmethod
+    def of(cls, query: torch.Tensor, tokens: np.ndarray, num_kv_heads: int) -> Queries:
+        """Those of `query` [T, Hq, D]."""
+        return cls(*token_elements(query), tokens, query.shape[1], num_kv_heads)
+
+
+class LayerArrays(NamedTuple):
+    """A layer's `LayerCache`; what it does not have is an array without elements.
+
+    Attributes:
+        pages: elements of [num_blocks, Hkv, 2, block_size, D], as `cache_elements` gives them.
+        head_size: D.
+        scale: fp32, of q . k.
+        last_query, selected, last_end, owner: of the Selection Cache, as in `SelectionCacheState`.
+        vote: fp32 [1, rotated], `Rotation.vote`.
+        cos_sin: fp32 [positions, rotated], `Rotation.cos_sin`.
+        sinks: fp32 [Hq].
+        soft_cap: fp32.
+    """
+
+    pages: np.ndarray
+    head_size: int
+    scale: np.float32
+    last_query: np.ndarray
+    selected: np.ndarray
+    last_end: np.ndarray
+    owner: np.ndarray
+    vote: np.ndarray
+    cos_sin: np.ndarray
+    sinks: np.ndarray
+    soft_cap: np.float32
+
+    @classmethod
+    def of(cls, layer: LayerCache, scale: float, dtype: torch.dtype) -> LayerArrays:
+        """Those of a layer whose queries have this dtype."""
+        selections, rotation = layer.selections or _no_selections(dtype), layer.rotation
+        return cls(
+            pages=cache_elements(layer.pages),
+            head_size=layer.pages.shape[4],
+            scale=np.float32(scale),
+            last_query=cache_elements(selections.query),
+            selected=selections.selected.numpy(),
+            last_end=selections.candidate_end.numpy(),
+            owner=selections.owner.numpy(),
+            vote=rotation_table(None if rotation is None else rotation.vote[None]),
+            cos_sin=rotation_table(None if rotation is None else rotation.cos_sin),
+            sinks=sink_logits(layer.sinks),
+            soft_cap=np.float32(layer.soft_cap),
+        )
+
+
+@cache
+def _no_selections(dtype: torch.dtype) -> SelectionCacheState:
+    lines = torch.empty(0, dtype=torch.int32)
+    return SelectionCacheState(torch.empty(0, dtype=dtype), lines.view(0, 0), lines, lines)

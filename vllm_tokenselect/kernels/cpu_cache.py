@@ -34,8 +34,9 @@ config.THREADING_LAYER = "omp"
 
 Function = Callable[..., Any]
 
-_KERNELS = Path(__file__).parent
-_IN_THE_PACKAGE = _KERNELS / "__pycache__"
+_PACKAGE = Path(__file__).parents[1]
+_SOURCES = ("kernels/**/*.py", "cpu/*.py", "counters.py")
+_IN_THE_PACKAGE = Path(__file__).parent / "__pycache__"
 
 
 def compile_once(**options: Any) -> Callable[[Function], Any]:
@@ -94,7 +95,7 @@ def _sources() -> str:
     """A digest of everything that the kernels are made from."""
     versions = numba.__version__, llvmlite.__version__, platform.python_version()
     digest = hashlib.sha256(repr(versions).encode())
-    for path in sorted(_KERNELS.rglob("*.py")):
+    for path in sorted(path for pattern in _SOURCES for path in _PACKAGE.glob(pattern)):
         if not path.stem.startswith("gpu"):
             digest.update(path.read_bytes())
     return digest.hexdigest()

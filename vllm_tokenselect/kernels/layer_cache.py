@@ -23,6 +23,8 @@ class LayerCache:
             cache holds keys that the model has rotated.
         sinks: fp32, bf16 or fp16 [Hq], of each head a logit that adds to the denominator of its softmax,
             whatever a query attends to; None for a layer without.
+        soft_cap: `cap * tanh(score / cap)` takes the place of the attention's scores; 0 for no cap. On a
+            GPU the library that attends is made for one cap and does not read it here.
     """
 
     pages: torch.Tensor
@@ -31,3 +33,4 @@ class LayerCache:
     selections: SelectionCacheState | None = None
     rotation: Rotation | None = None
     sinks: torch.Tensor | None = None
+    soft_cap: float = 0.0

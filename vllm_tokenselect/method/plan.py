@@ -12,8 +12,11 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 import numpy.typing as npt
 
+from vllm_tokenselect.counters import Counter
 from vllm_tokenselect.method.requests import NO_SEAT, BatchRequests, Int32
 from vllm_tokenselect.method.settings import Method
+
+Int64 = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -49,10 +52,6 @@ class SelectionPlan:
     @property
     def num_rows(self) -> int:
         return len(self.row_seq)
-
-    @property
-    def num_dense(self) -> int:
-        return int(self.dense.sum())
 
     def by_kind(self) -> SelectionPlan:
         """The same rows, dense ones first, and in both kinds those of one query before the others."""
@@ -116,22 +115,44 @@ class SelectionPlan:
             caches=generated & ~dense & method.reuses_selections,
         )
 
-    def num_attended(self, method: Method) -> npt.NDArray[np.int64]:
-        """Keys read by each row if it selects anew, summed over its queries, int64 [R]."""
-        length, start = self.query_len.astype(np.int64), self.chunk_start.astype(np.int64)
-        causal = length * (length + 1) // 2
-        before = np.where(
-            self.dense,
-            start,
-            method.n_init + self.top_k + method.n_local,
+    def lengths(self, method: Method) -> Int32:
+        """Tokens that the last query of each row attends to if the row selects anew, int32 [R]."""
+        attended_before = replace(method, top_k=0).attended_before + self.top_k
+        return np.where(self.dense, self.chunk_end, attended_before + self.query_len).astype(
+            np.int32
         )
-        attended: npt.NDArray[np.int64] = length * before + causal
-        return attended
 
-    def num_in_context(self) -> npt.NDArray[np.int64]:
+    def max_length(self, method: Method) -> int:
+        """Most tokens that a row attends to: a reused selection sees what left the local window since."""
+        return int((self.lengths(method) + method.refresh_interval * self.caches).max(initial=0))
+
+    def num_attended(self, method: Method) -> Int64:
+        """Keys read by each row if it selects anew, summed over its queries, int64 [R]."""
+        return self._sum_over_queries(self.lengths(method))
+
+    def num_in_context(self) -> Int64:
         """Keys that full attention would read for each row, summed over its queries, int64 [R]."""
-        length, start = self.query_len.astype(np.int64), self.chunk_start.astype(np.int64)
-        return length * start + length * (length + 1) // 2
+        return self._sum_over_queries(self.chunk_end)
+
+    def _sum_over_queries(self, lengths: Int32) -> Int64:
+        """Of rows whose last query sees so many tokens, the one before it one less, and so on."""
+        queries = self.query_len.astype(np.int64)
+        total: Int64 = queries * (lengths - queries) + queries * (queries + 1) // 2
+        return total
+
+    def fixed_counts(self, method: Method) -> Int64:
+        """What a layer adds to the counters for the rows that take no part in the Selection Cache.
+
+        Returns:
+            int64 [len(Counter)].
+        """
+        counted = (self.seat != NO_SEAT) & ~self.caches
+        counts = np.zeros(len(Counter), np.int64)
+        counts[Counter.RESELECTED] = (counted & ~self.dense).sum()
+        counts[Counter.DENSE] = (counted & self.dense).sum()
+        counts[Counter.ATTENDED] = self.num_attended(method)[counted].sum()
+        counts[Counter.CONTEXT] = self.num_in_context()[counted].sum()
+        return counts
 
 
 def _chunk_edges(start: int, end: int, tail_start: int, method: Method) -> npt.NDArray[np.int32]:
@@ -146,9 +167,7 @@ def _chunk_edges(start: int, end: int, tail_start: int, method: Method) -> npt.N
     chunked_end = min(end, tail_start)
     cuts = [start, *range(start // chunk * chunk + chunk, chunked_end, chunk)]
     cuts += range(max(start + 1, chunked_end), end)
-    # The last chunk that is dense starts at or before this position.
-    last_dense = method.n_init + method.top_k + method.n_local
-    num_dense = sum(cut <= last_dense for cut in cuts)
+    num_dense = sum(cut <= method.attended_before for cut in cuts)
     if num_dense > 1:
         cuts[1:num_dense] = []
     return np.array([cuts, [*cuts[1:], end]], dtype=np.int32).T

@@ -65,10 +65,18 @@ class Method:
         return self.n_init + self.top_k
 
     @property
+    def attended_before(self) -> int:
+        """Tokens before a chunk that it attends to when it selects.
+
+        So it is also the last position at which a chunk may start and still see its whole context.
+        """
+        return self.selection_size + self.n_local
+
+    @property
     def max_attended(self) -> int:
         """Most tokens that one chunk attends to: the width of the sparse block table."""
         generated = 1 + (self.refresh_interval if self.reuses_selections else 0)
-        return self.n_init + self.top_k + self.n_local + max(self.query_chunk, generated)
+        return self.attended_before + max(self.query_chunk, generated)
 
     def for_blocks(self, block_size: int) -> Method:
         """The same method with query chunks that line up with the blocks of the KV cache.

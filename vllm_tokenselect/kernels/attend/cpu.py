@@ -44,7 +44,10 @@ def attend_rows(
     soft_cap,
     out,
 ):
-    """As `reference.attend_single_queries`, on arrays: see `single_queries.cpu`, which calls it."""
+    """`out = softmax(cap(scale * q . K), sinks) . V` over the tokens of each row.
+
+    As `reference.attend_single_queries`; queries, elements and tables as in `cpu_arrays`.
+    """
     num_rows = len(query_index)
     longest = 0
     for row in range(num_rows):
@@ -132,7 +135,7 @@ def _attend_split(
     padded_queries = np.zeros(group * stride, np.float32)
     for member in range(group):
         source = first_element + (kv_head * group + member) * head_size
-        widen(queries, source, head_size, padded_queries, member * stride)
+        widen(queries, source, head_size, padded_queries, member * stride)  # [G, D']
         if cos_sin.shape[1] > 0:
             rotate_run(padded_queries, member * stride, cos_sin, length - 1)
     tile = np.zeros(TILE_TOKENS * stride, np.float32)
@@ -154,12 +157,15 @@ def _attend_split(
 
     for begin in range(0, num_tokens, TILE_TOKENS):
         count = min(TILE_TOKENS, num_tokens - begin)
-        _widen_listed(elements, tokens, begin, count, 0, head_size, tile, stride)
+        _widen_listed(
+            elements, tokens, begin, count, 0, head_size, tile, stride
+        )  # [tokens, D'], keys
         if cos_sin.shape[1] > 0:
             for token in range(count):
                 rotate_run(tile, token * stride, cos_sin, first + begin + token)
         for member in range(group):
             target = member * MAX_SPLIT_TOKENS + begin
+            # [D'] . [tokens, D'] -> [tokens]
             dot_tile(padded_queries, member * stride, tile, stride, scale, weights, target)
 
     for member in range(group):
@@ -180,10 +186,13 @@ def _attend_split(
     num_splits = weighted.shape[2]
     for begin in range(0, num_tokens, TILE_TOKENS):
         count = min(TILE_TOKENS, num_tokens - begin)
-        _widen_listed(elements, tokens, begin, count, values, head_size, tile, stride)
+        _widen_listed(
+            elements, tokens, begin, count, values, head_size, tile, stride
+        )  # [tokens, D']
         tile[count * stride :] = 0  # weights of zero are multiplied too, and 0 * infinity is NaN
         for member in range(group):
             line = ((row * num_heads + kv_head * group + member) * num_splits + split) * stride
+            # [tokens] . [tokens, D'] -> [D']
             add_tile(sums, line, weights, member * MAX_SPLIT_TOKENS + begin, tile, stride)
 
 

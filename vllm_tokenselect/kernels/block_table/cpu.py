@@ -78,7 +78,7 @@ def build_rows(
             lengths[row] = context_end
         else:
             write_range(block_table, seq, 0, n_init, block_size, slots, row, 0)
-            keys = votes[index, :num_candidates].view(np.uint32)
+            keys = votes[index, :num_candidates].view(np.uint32)  # [candidates]
             _write_best(keys, wanted, block_table, seq, n_init, block_size, slots, row)
             written = n_init + wanted
             write_range(

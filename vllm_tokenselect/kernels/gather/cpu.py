@@ -36,6 +36,7 @@ def gather_tokens(
 
 @compile_once(parallel=True)
 def _gather(elements, slots, num_kv_heads, block_size, head_size, cos_sin, out_keys, out_values):
+    """`out_keys[i] = rotate(key(slots[i]), i)`, `out_values[i] = value(slots[i])`, each [Hkv, D]."""
     head_stride = 2 * block_size * head_size
     for index in prange(len(slots)):
         slot = slots[index]
@@ -46,7 +47,7 @@ def _gather(elements, slots, num_kv_heads, block_size, head_size, cos_sin, out_k
             value = key + block_size * head_size
             target = (index * num_kv_heads + head) * head_size
             if cos_sin.shape[1] > 0:
-                widen(elements, key, head_size, turned, 0)
+                widen(elements, key, head_size, turned, 0)  # [D]
                 rotate_run(turned, 0, cos_sin, index)
                 narrow(turned, out_keys, target)
             else:

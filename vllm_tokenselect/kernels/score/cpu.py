@@ -63,6 +63,10 @@ def score_rows(
     head_size,
     logits,
 ):
+    """`logits[r, h, p - start] = scale * query[r, h] . key(p)`, head `h`'s key of position `p`.
+
+    `query` is fp32 [R, Hq, D'] and `logits` fp32 [R, Hq, N]; D' is the head size, padded with zeros.
+    """
     num_rows, _, width = logits.shape
     run_starts = np.empty(num_rows + 1, np.int64)  # runs of consecutive rows of one request
     num_runs = 0
@@ -138,13 +142,14 @@ def _score_item(
             block = np.int64(block_table[seq, ahead // block_size])
             following = block * block_stride + head_offset + ahead % block_size * head_size
             prefetch_run(elements, following, num_tokens * head_size)
-        widen_tokens(elements, source, num_tokens, head_size, tile, stride)
+        widen_tokens(elements, source, num_tokens, head_size, tile, stride)  # [tokens, D'], keys
         for row in range(first_row, last_row):
             num_visible = min(num_tokens, ends[row] - position)
             for head in range(kv_head * group, (kv_head + 1) * group):
                 line = row * num_heads + head
                 target = line * width + position - start
                 if num_visible == TILE_TOKENS:
+                    # [D'] . [tokens, D'] -> [tokens]
                     dot_tile(queries, line * stride, tile, stride, scale, scores, target)
                     continue
                 if num_visible > 0:

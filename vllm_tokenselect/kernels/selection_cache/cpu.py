@@ -1,7 +1,7 @@
-"""The Selection Cache on a CPU, inside the compiled call that does the rows of one query.
+"""The Selection Cache on a CPU.
 
-What is reused is decided before anything is scored, and rows that reuse are neither scored, nor voted
-on, nor selected.
+What is reused is decided before anything is scored: rows that reuse a selection are neither scored, nor
+voted on, nor selected.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls
@@ -48,8 +48,8 @@ def decide_rows(
         line, end = seat[row], candidate_ends[row]
         source = query_index[row] * query_distance
         if stored_owners[line] == owner[row] and end - stored_ends[line] <= refresh_interval:
-            widen(queries, source, query_size, own, 0)
-            widen(stored_queries, line * query_size, query_size, stored, 0)
+            widen(queries, source, query_size, own, 0)  # [Hq, D]
+            widen(stored_queries, line * query_size, query_size, stored, 0)  # [Hq, D]
             if _similar(own, stored, num_kv_heads, threshold):
                 reused_end[row] = stored_ends[line]
                 continue
@@ -61,7 +61,7 @@ def decide_rows(
 
 @njit
 def _similar(query, stored, num_kv_heads, threshold):
-    """Whether the cosine reaches the threshold in every KV head."""
+    """Whether `q . s >= threshold * |q| * |s|` in every KV head, of the queries [G, D] that read it."""
     size = len(query) // num_kv_heads
     for first in range(0, len(query), size):
         own_square = dot(query, query, first, first + size)

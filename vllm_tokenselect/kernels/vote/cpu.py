@@ -28,6 +28,7 @@ def soft_vote(logits: torch.Tensor) -> torch.Tensor:
 
 @compile_once(parallel=True)
 def vote_rows(scores, votes):
+    """`votes[r] = sum over h of softmax(scores[r, h])`, fp32 [R, Hq, N] -> fp32 [R, N]."""
     num_rows, num_heads, width = scores.shape
     num_parts = (width + PART_TOKENS - 1) // PART_TOKENS
     maxima = np.empty((num_rows, num_heads, num_parts), np.float32)
@@ -35,7 +36,7 @@ def vote_rows(scores, votes):
     for work in prange(num_rows * num_heads * num_parts):
         part, line = work % num_parts, work // num_parts
         row, head = line // num_heads, line % num_heads
-        own = scores[row, head, part * PART_TOKENS : (part + 1) * PART_TOKENS]
+        own = scores[row, head, part * PART_TOKENS : (part + 1) * PART_TOKENS]  # [tokens]
         highest = largest(own)
         total = np.float32(0)
         if highest > -np.inf:
@@ -48,7 +49,7 @@ def vote_rows(scores, votes):
 @njit(error_model="numpy")  # a NaN among the scores is no error
 def _add_heads(scores, maxima, totals, row, part, votes):
     """Votes of one part of a row: every head's exponentials, times what they are of its whole."""
-    votes_of_part = votes[row, part * PART_TOKENS : (part + 1) * PART_TOKENS]
+    votes_of_part = votes[row, part * PART_TOKENS : (part + 1) * PART_TOKENS]  # [tokens]
     votes_of_part[:] = 0
     for head in range(scores.shape[1]):
         if maxima[row, head, part] == -np.inf:
@@ -60,6 +61,6 @@ def _add_heads(scores, maxima, totals, row, part, votes):
                 share = exponential(maxima[row, head, other] - highest)
                 total += totals[row, head, other] * share
         weight = exponential(maxima[row, head, part] - highest) / total
-        own = scores[row, head, part * PART_TOKENS : (part + 1) * PART_TOKENS]
+        own = scores[row, head, part * PART_TOKENS : (part + 1) * PART_TOKENS]  # [tokens]
         for token in range(len(own)):
             votes_of_part[token] += weight * own[token]

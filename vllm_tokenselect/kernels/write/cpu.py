@@ -31,6 +31,7 @@ def write_tokens(
 def _write(
     keys, key_distance, values, value_distance, elements, slots, num_kv_heads, block_size, head_size
 ):
+    """Keys and values [Hkv, D] of token `t` into the page and line that `slots[t]` names."""
     head_stride = 2 * block_size * head_size
     for token in prange(len(slots)):
         slot = slots[token]
