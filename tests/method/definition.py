@@ -2,6 +2,7 @@
 
 import torch
 
+from tests.oracle.model import attended_positions, query_chunks
 from vllm_tokenselect.kernels.rotate.rotation import Rotation
 from vllm_tokenselect.method.settings import Method
 
@@ -37,28 +38,24 @@ def best(votes, top_k):
 
 
 def defined_attention(
-    query, keys, values, position, chunk, mean_query, reassigned=False, sinks=None, soft_cap=0.0
+    queries, keys, values, position, chunk, reassigned=False, sinks=None, soft_cap=0.0
 ):
-    """Output of one query.
+    """Output of the query at a position of a chunk.
 
-    query, mean_query [Hq, D]; keys, values [n, Hkv, D]; not rotated yet if positions are reassigned.
+    queries [n, Hq, D], the chunk's; keys, values [T, Hkv, D]; not rotated yet if positions are reassigned.
     Votes know neither sinks [Hq] nor the soft cap of the logits.
     """
-    start = chunk[0]
+
+    def asking(mean):
+        return turned(mean[None], [CONFIG.n_local])[0] if reassigned else mean
+
+    attended, _, _ = attended_positions(
+        queries, keys.transpose(0, 1), chunk, SCALE, CONFIG, None, asking
+    )
+    index = attended[attended <= position]
+    query = queries[position - chunk.start]
     group = len(query) // keys.shape[1]
-    k, v = (x.repeat_interleave(group, dim=1) for x in (keys, values))
-    if reassigned:
-        mean_query = turned(mean_query[None], [CONFIG.n_local])[0]
-    candidates = range(CONFIG.n_init, start - CONFIG.n_local)
-    visible = set(range(position + 1))
-    if len(candidates) > CONFIG.top_k:
-        logits = torch.einsum("hd,nhd->hn", mean_query, k[CONFIG.n_init : start - CONFIG.n_local])
-        votes = (logits * SCALE).softmax(-1).sum(0)
-        selected = {CONFIG.n_init + i for i in best(votes, CONFIG.top_k)}
-        local = {p for p in visible if p >= start - CONFIG.n_local}
-        visible = set(range(CONFIG.n_init)) | selected | local
-    index = sorted(visible)
-    seen = k[index]
+    seen, values = (x[index].repeat_interleave(group, dim=1) for x in (keys, values))
     if reassigned:
         seen = turned(seen, range(len(index)))
         query = turned(query[None], [len(index) - 1])[0]
@@ -68,7 +65,7 @@ def defined_attention(
     weights = logits.exp()
     total = weights.sum(-1, keepdim=True)
     weights = weights / (total if sinks is None else total + sinks.float().exp()[:, None])
-    return torch.einsum("hn,nhd->hd", weights, v[index])
+    return torch.einsum("hn,nhd->hd", weights, values)
 
 
 def paged_step(requests, num_heads, num_kv_heads, dtype, seed=0):
@@ -96,25 +93,15 @@ def expected_attention(
         keys, values = (
             pages[:, :, i].transpose(1, 2).reshape(-1, *pages.shape[1:2], HEAD_SIZE) for i in (0, 1)
         )
-        tail = CONFIG.tail_start(prompt)
-        starts = [p for p in range(first, end) if p >= tail or p % CONFIG.query_chunk == 0]
-        for start, stop in zip(starts, [*starts[1:], end], strict=True):
+        for chunk in query_chunks(first, end, prompt, CONFIG):
             offset = first_query - first
-            chunk = query[offset + start : offset + stop].float()
-            for position in range(start, stop):
-                outputs.append(
-                    defined_attention(
-                        chunk[position - start],
-                        keys,
-                        values,
-                        position,
-                        (start, stop),
-                        chunk.mean(0),
-                        reassigned,
-                        sinks,
-                        soft_cap,
-                    )
+            queries = query[offset + chunk.start : offset + chunk.stop].float()
+            outputs += [
+                defined_attention(
+                    queries, keys, values, position, chunk, reassigned, sinks, soft_cap
                 )
+                for position in chunk
+            ]
         first_query += end - first
     return torch.stack(outputs)
 

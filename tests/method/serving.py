@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
 import torch
 
-from tests.method.definition import BLOCK_SIZE, HEAD_SIZE, SCALE, best
+from tests.method.definition import BLOCK_SIZE, HEAD_SIZE, SCALE
+from tests.oracle.model import attended_positions, query_chunks
 from tests.oracle.step import sdpa_attention
 from vllm_tokenselect.counters import Counter
 from vllm_tokenselect.cpu.step import CpuStep
@@ -74,39 +76,20 @@ class Request:
         self.rows = dict(self._defined_rows())
 
     def _defined_rows(self):
-        """(position, attended positions, kind) of every token, by the definition."""
-        last = None  # query, selected positions and end of the candidates of the last selection
-        for position in range(TOKENS):
-            start = position
-            if position < METHOD.tail_start(self.prompt):
-                start = position // METHOD.query_chunk * METHOD.query_chunk
-            candidates = range(METHOD.n_init, start - METHOD.n_local)
-            if len(candidates) <= self.top_k:
-                yield position, (list(range(position + 1)), "dense")
-                continue
-            kind = "reselected"
-            end = min(start + METHOD.query_chunk, METHOD.tail_start(self.prompt))
-            query = self.queries[start : max(end, position + 1)].mean(0)
-            if position >= self.prompt and last is not None:
-                heads = (x.reshape(self.keys.shape[1], -1) for x in (query, last[0]))
-                similarity = torch.cosine_similarity(*heads, dim=1).min()
-                old = candidates.stop - last[2] > METHOD.refresh_interval
-                kind = "reused" if similarity >= METHOD.similarity_threshold and not old else kind
-            if kind == "reselected":
-                selected = self._vote(query, candidates)
-                if position >= self.prompt:
-                    last = query, selected, candidates.stop
-                local = candidates.stop
-            else:
-                _, selected, local = last
-            attended = [*range(METHOD.n_init), *selected, *range(local, position + 1)]
-            yield position, (attended, kind)
-
-    def _vote(self, query: torch.Tensor, candidates: range) -> list[int]:
-        keys = self.keys[candidates.start : candidates.stop]
-        keys = keys.repeat_interleave(self.group, dim=1)
-        votes = (torch.einsum("hd,nhd->hn", query, keys) * SCALE).softmax(-1).sum(0)
-        return [candidates.start + i for i in best(votes, self.top_k)]
+        """(position, (attended positions, kind)) of every token, by the definition."""
+        method, last = replace(METHOD, top_k=self.top_k), None
+        keys = self.keys.transpose(0, 1)
+        for chunk in query_chunks(0, TOKENS, self.prompt, method):
+            before = last if chunk.start >= self.prompt else None  # a prompt's token reuses nothing
+            attended, selection, _ = attended_positions(
+                self.queries[chunk.start : chunk.stop], keys, chunk, SCALE, method, before
+            )
+            kind = "dense" if selection is None else "reselected"
+            if selection is not None and selection is before:
+                kind = "reused"
+            last = selection if chunk.start >= self.prompt else None
+            for position in chunk:
+                yield position, (attended[attended <= position].tolist(), kind)
 
     @cache  # noqa: B019 - few requests, asked again and again
     def expected(self, position: int) -> torch.Tensor:

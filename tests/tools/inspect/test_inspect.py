@@ -16,6 +16,7 @@ from transformers import (
 from typer.testing import CliRunner
 
 from tests.method.definition import CONFIG, HEAD_SIZE, SCALE, best, defined_attention
+from tests.oracle.model import query_chunks
 from vllm_tokenselect.method.settings import Method
 from vllm_tokenselect.tools.cli.app import app
 from vllm_tokenselect.tools.inspect.budgets import BudgetCost, smallest_budget
@@ -96,15 +97,11 @@ def test_selective_attention_is_what_the_method_defines(generated: int):
     query, key, value = random_layer()
     out = selective(METHOD, generated)(0, query, key, value, SCALE)
     q, k, v = (x.transpose(0, 1) for x in (query, key, value))
-    tail = METHOD.tail_start(LENGTH - generated)
-    for position in range(LENGTH):
-        start, end = position, position + 1
-        if position < tail:
-            start = position // METHOD.query_chunk * METHOD.query_chunk
-            end = min(start + METHOD.query_chunk, tail)
-        mean = q[start:end].mean(0)
-        expected = defined_attention(q[position], k, v, position, (start, end), mean)
-        torch.testing.assert_close(out[:, position], expected, rtol=1e-4, atol=1e-5)
+    for chunk in query_chunks(0, LENGTH, LENGTH - generated, METHOD):
+        queries = q[chunk.start : chunk.stop]
+        for position in chunk:
+            expected = defined_attention(queries, k, v, position, chunk)
+            torch.testing.assert_close(out[:, position], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_dense_layers_attend_to_everything_and_the_others_select(llama, tokens):
