@@ -35,7 +35,7 @@ def compile_gpu_kernels(
     device = cache.pages.device
     longest = limits.max_model_len
     tail = min(method.tail_queries, 4)
-    first_selecting = method.n_init + method.top_k + method.n_local + 1
+    first_selecting = method.attended_before + 1
     prompts = {
         (0, min(method.query_chunk, longest)),  # dense
         (min(first_selecting, longest - 1), min(first_selecting + 2, longest)),  # few candidates
