@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -94,6 +95,12 @@ def prompts(tokenizer) -> Callable[..., list[int]]:
     from tests.oracle.prompts import prompt_tokens
 
     return lambda seed, length, shared=None: prompt_tokens(tokenizer, seed, length, shared)
+
+
+@pytest.fixture(scope="session")
+def layers(smollm2) -> int:
+    """Layers of the model, which all select."""
+    return json.loads((smollm2 / "config.json").read_text())["num_hidden_layers"]
 
 
 @pytest.fixture

@@ -1,78 +1,22 @@
 """/metrics tells how much of their context requests attended to, whichever API server is asked."""
 
-import json
 import tempfile
 import time
-import urllib.request
-from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from tests.oracle.cases import SETTINGS
 from tests.server.conftest import FP32, SPARSE, Client, serving
+from tests.server.counted import CONTEXT, Counts, counts, scrape, settled_counts, sums_over
+from vllm_tokenselect.method.plan import SelectionPlan
+from vllm_tokenselect.method.requests import BatchRequests
+from vllm_tokenselect.method.settings import Method
 
 pytestmark = pytest.mark.server
 
-ROWS = "vllm:tokenselect_rows_total"
-ATTENDED = "vllm:tokenselect_tokens_attended_total"
-CONTEXT = "vllm:tokenselect_tokens_in_context_total"
 NEW_TOKENS = 12
-
-
-@dataclass(frozen=True)
-class Counts:
-    """The counters of a page, summed over engines."""
-
-    reselected: float
-    reused: float
-    dense: float
-    attended: float
-    context: float
-
-    def __sub__(self, other: "Counts") -> "Counts":
-        return Counts(*(getattr(self, n) - getattr(other, n) for n in self.__annotations__))
-
-
-def scrape(client: Client) -> list:
-    """Samples of /metrics."""
-    with urllib.request.urlopen(f"{client.server.base_url}/metrics", timeout=30) as answer:
-        page = answer.read().decode()
-    return [sample for family in text_string_to_metric_families(page) for sample in family.samples]
-
-
-def counts(client: Client) -> Counts:
-    samples = scrape(client)
-
-    def total(name: str, **labels: str) -> float:
-        return sum(
-            s.value for s in samples if s.name == name and labels.items() <= s.labels.items()
-        )
-
-    kinds = [total(ROWS, kind=kind) for kind in ("reselected", "reused", "dense")]
-    return Counts(*kinds, total(ATTENDED), total(CONTEXT))
-
-
-def settled_counts(client: Client) -> Counts:
-    """The counters once they have all that came before: workers publish about once a second."""
-    last = counts(client)
-    while True:
-        time.sleep(2)
-        now = counts(client)
-        if now == last:
-            return now
-        last = now
-
-
-def sums_over(layers: int, lengths: range, most: int) -> int:
-    """Over all layers and contexts, each of no more than `most` tokens."""
-    return layers * sum(min(length, most) for length in lengths)
-
-
-@pytest.fixture(scope="module")
-def layers(smollm2) -> int:
-    return json.loads((smollm2 / "config.json").read_text())["num_hidden_layers"]
 
 
 def complete_and_count(client: Client, prompt: list[int], layers: int) -> Counts:
@@ -107,6 +51,18 @@ def test_of_a_long_context_queries_attend_to_what_the_settings_say(sparse_client
     assert added.attended <= sums_over(layers, queries, most=at_least + SETTINGS.query_chunk)
     assert added.attended < 0.6 * added.context
     assert added.reselected > 0
+    assert added.attended == layers * attended_by_definition(2000)
+
+
+def attended_by_definition(prompt_len: int) -> int:
+    """Tokens that a prompt and what is generated from it attend to in a layer, selecting each time."""
+    end, method = prompt_len + NEW_TOKENS - 1, Method(**SPARSE)
+    requests = BatchRequests.without_seats(np.array([prompt_len], np.int32), method.top_k)
+    plan = SelectionPlan.build(np.array([0, end]), np.array([end]), requests, method)
+    attended = plan.num_attended(method)
+    # A generated token: at 16 + 368 + 128 tokens and at itself.
+    assert set(attended[plan.chunk_start >= prompt_len]) == {513}
+    return int(attended.sum())
 
 
 def test_the_labels_are_those_of_vllms_own_metrics(sparse_client, prompts):
