@@ -1,6 +1,7 @@
 """The diffs fit the installed vLLM and do what the hooks do; what does not fit is told."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -51,6 +52,19 @@ def test_every_diff_applies_and_makes_its_seams_patched(work):
     patched = {name for name, _, _, after in report.lines if after == "patched"}
     assert patched == {diff.stem for diff in DIFFS}
     assert {seam.name for seam in all_seams()} - patched == {"scheduler"}
+
+
+def test_the_readme_says_for_each_diff_what_would_retire_it_and_what_it_calls():
+    text = (REPOSITORY / "patches" / "README.md").read_text()
+    rows = {line.split("`")[1]: line for line in text.splitlines() if line.startswith("| `")}
+    assert rows.keys() == {diff.name for diff in DIFFS}
+    for seam in all_seams():
+        assert seam.retired_by in rows.get(f"{seam.name}.patch", text)
+    for diff in DIFFS:
+        imported = re.findall(
+            r"^\+\s+from vllm_tokenselect.*import ([a-z_]+)$", diff.read_text(), re.M
+        )
+        assert not [name for name in imported if f"`{name}`" not in rows[diff.name]]
 
 
 def applied(tree: Path) -> bool:

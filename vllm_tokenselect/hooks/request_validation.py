@@ -56,8 +56,7 @@ SEAMS = (
         parameters=("self", "awaitable", "request", "raw_request"),
         contains=("return await awaitable",),
         why="refuses settings that would not be read, or not as they were sent",
-        retired_by="vLLM processes a request's input before it begins the response, and refuses "
-        "arguments that it does not read",
+        retired_by="vLLM refuses arguments that it does not read, and hands on others as they were sent",
     ),
 )
 
