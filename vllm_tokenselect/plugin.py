@@ -1,8 +1,8 @@
 """The one entry point that vLLM calls, in every process, before arguments are parsed.
 
-It is called in every vLLM of an environment that has the package, chosen or not. So nothing that goes
-wrong here stops a server: the backend is withdrawn, with one warning, and only whoever asks for it is
-refused.
+vLLM calls it in every environment that has the package, whether TOKENSELECT is chosen or not. So nothing
+that goes wrong here stops a server: the backend is withdrawn with one warning, and only a server that asks
+for it is refused.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 SUPPORTED_VLLM = ("0.32", "0.33")
 
 _NAME = "TOKENSELECT"
-# Inherited by the processes that vLLM starts, which need not repeat the warning.
+# The processes that vLLM starts inherit it, and do not repeat the warning.
 _WARNED = "TOKENSELECT_WITHDRAWAL_WARNED"
 
 
@@ -40,9 +40,9 @@ def check_vllm_version(version: str) -> None:
 
 
 def register() -> None:
-    """Register the backend TOKENSELECT and install the hooks that stay idle until it is chosen.
+    """Register the backend TOKENSELECT, and install the hooks, which stay idle until it is chosen.
 
-    Where that fails, for whatever reason, warn and withdraw the backend.
+    If that fails, for whatever reason, warn and withdraw the backend.
     """
     try:
         import vllm
@@ -56,7 +56,7 @@ def register() -> None:
 
 
 def withdraw(error: Exception) -> None:
-    """Refuse the name TOKENSELECT, whoever asks for it, because of `error`; everything else is served."""
+    """Refuse the name TOKENSELECT because of `error`; every other backend is served."""
     known = isinstance(error, UnsupportedVllm) or type(error).__name__ == "SeamBroken"
     reason = str(error) if known else f"vllm-tokenselect cannot start: {error!r}"
     if _WARNED not in os.environ:
@@ -67,9 +67,9 @@ def withdraw(error: Exception) -> None:
     try:
         from vllm.v1.attention.backends.registry import AttentionBackendEnum
     except ImportError:
-        return  # a name that vLLM does not know, and refuses without us
+        return  # vLLM does not know the name, and refuses it without us
     # Every way to choose a backend looks its name up here. A member whose class refuses would not do: on
-    # CPUs vLLM ignores backends that it does not know, and would serve full attention in silence.
+    # CPUs vLLM ignores backends that it does not know, and would serve full attention without a word.
     members = AttentionBackendEnum._member_map_
     others = {name: member for name, member in members.items() if name != _NAME}
     type.__setattr__(AttentionBackendEnum, "_member_map_", _Members(others, reason))
@@ -78,7 +78,7 @@ def withdraw(error: Exception) -> None:
 
 
 class _Members(dict[str, Any]):
-    """The members of an enumeration by name. Looking up TOKENSELECT gives the reason why it is none."""
+    """The members of an enumeration by name. Looking up TOKENSELECT raises an error with the reason."""
 
     def __init__(self, members: dict[str, Any], reason: str) -> None:
         super().__init__(members)

@@ -12,8 +12,13 @@ from vllm.config import MultiModalConfig, set_current_vllm_config
 from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT, get_rope
 
 from vllm_tokenselect.backend.cpu_impl import CpuTokenSelectImpl
-from vllm_tokenselect.hooks.rotary_embedding import _extend_table
-from vllm_tokenselect.hooks.rotary_kinds import Unrotated, rotate_alike, table_of, unusable
+from vllm_tokenselect.hooks.rotary_kinds import (
+    Unrotated,
+    extend_table,
+    rotate_alike,
+    table_of,
+    unusable,
+)
 from vllm_tokenselect.hooks.rotary_probe import AttentionLayer
 from vllm_tokenselect.kernels.rotate.reference import rotate
 from vllm_tokenselect.kernels.rotate.rotation import Rotation
@@ -167,13 +172,13 @@ def layer_with(rope) -> AttentionLayer:
 @pytest.mark.parametrize("kind", ["default", "llama3"])
 def test_a_table_made_longer_is_one_that_was_long_from_the_start(make_rope, kind):
     rope, long = make_rope(kind, True, 96), make_rope(kind, True, 500)
-    _extend_table(layer_with(rope), 500)
+    extend_table(layer_with(rope), 500)
     assert torch.equal(rope.cos_sin_cache, long.cos_sin_cache)
 
 
 def test_a_table_that_cannot_be_made_longer_names_the_layer_and_the_limit(make_rope):
     with pytest.raises(SettingsError, match="layers.3.*DynamicNTK.*Set --max-model-len to 96"):
-        _extend_table(layer_with(make_rope("dynamic", True, 96)), 500)
+        extend_table(layer_with(make_rope("dynamic", True, 96)), 500)
 
 
 class Unprepared(CpuTokenSelectImpl):

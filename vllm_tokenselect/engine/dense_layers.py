@@ -10,7 +10,14 @@ from vllm_tokenselect.method.settings import SettingsError
 
 
 def refuse_to_part(layers: Mapping[str, Any], config: TokenSelectConfig) -> None:
-    """Check that no layer that selects reads the cache of a dense one, which packs keys in its own way."""
+    """Check that no layer that selects reads the cache of a dense layer, which packs keys in its own way.
+
+    Args:
+        layers: layers that were made on TOKENSELECT, by name.
+
+    Raises:
+        SettingsError: with the largest `dense_layers` that would do.
+    """
     from vllm.model_executor.models.utils import extract_layer_index
 
     targets = {name: layer.kv_sharing_target_layer_name for name, layer in layers.items()}
@@ -39,7 +46,7 @@ def refuse_selecting(layer_names: Iterable[str], config: TokenSelectConfig) -> N
     """Check that no layer that is to be dense selects.
 
     Raises:
-        SettingsError: where a loader made the model in another way than this hook knows.
+        SettingsError: when a loader made the model without the function that `layer_backends` wraps.
     """
     wrong = [name for name in layer_names if is_dense(name, config)]
     if wrong:

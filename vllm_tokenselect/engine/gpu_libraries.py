@@ -60,8 +60,9 @@ def choose_library(
 ) -> Library:
     """The library that the setting `attention` asks for, or the best that can attend.
 
-    Whether a layer has sinks or a soft cap only decides between xformers and SDPA. What asks before layers
-    are made does not know, and may take the first, which promises no CUDA graphs, for the second.
+    Whether a layer has sinks or a soft cap only decides between xformers and SDPA. A caller that asks
+    before layers are made does not know it, and may be told xformers, which promises no CUDA graphs,
+    instead of SDPA.
 
     Raises:
         SettingsError: when the one asked for cannot.
@@ -81,9 +82,9 @@ def choose_library(
 def serves_full_attention(vllm_config: VllmConfig) -> str | None:
     """Why a GPU cannot serve requests that ask for full attention; None if it can.
 
-    Tokens that are gathered before they are attended lie in a buffer that is cut for those that are
-    selected; only what reads the cache through the sparse block table can read a whole context. Asks
-    the driver for the kind of GPU, without making a CUDA context: any process may call it.
+    Tokens that are gathered before they are attended lie in a buffer for as many as are selected. Only a
+    library that reads the cache through the sparse block table can read a whole context. Any process may
+    call this: it asks the driver for the kind of GPU, and makes no CUDA context.
 
     Raises:
         SettingsError: when the library that the setting `attention` names cannot attend.
@@ -111,7 +112,7 @@ def serves_full_attention(vllm_config: VllmConfig) -> str | None:
 
 
 def _head_sizes(vllm_config: VllmConfig) -> set[int]:
-    """Of all layers, some of which may be larger than the model's configuration says of all."""
+    """Head sizes of all layers, some of which may be larger than the model's configuration says."""
     model = vllm_config.model_config.model_arch_config
     sizes = {model[layer].head_size for layer in range(model.total_num_hidden_layers)}
     return sizes or {model.head_size}

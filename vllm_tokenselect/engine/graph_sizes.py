@@ -1,8 +1,8 @@
 """How large a decoding step vLLM may capture as a CUDA graph.
 
 A captured step is cut for the longest context that the model may have. On a server of long contexts a
-large one would have thousands of kernels, whatever the contexts are; without a graph it is cut for the
-contexts that it has.
+large captured step would have thousands of kernels, however short its contexts are. A step without a graph
+is cut for the contexts that it has.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def step_limits(vllm_config: Any, num_heads: int, num_kv_heads: int) -> StepLimi
 
 
 def limit_engine(vllm_config: Any) -> None:
-    """As `limit_captured_sizes`, with the limits of the model's layers on one rank.
+    """`limit_captured_sizes` with the limits of the model's layers on one rank.
 
     Raises:
         SettingsError: when the setting `workspace_mb` is too small for the longest context.
@@ -67,7 +67,7 @@ def limit_captured_sizes(vllm_config: Any, limits: StepLimits) -> None:
 
     Args:
         vllm_config: with its sizes chosen; changed.
-        limits: of a layer's steps.
+        limits: those of a layer's steps.
     """
     queries = queries_per_request(vllm_config)
     steps = captured_steps(vllm_config)

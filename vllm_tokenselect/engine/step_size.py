@@ -1,6 +1,6 @@
-"""Which of vLLM's options could make a step too small for a query chunk, checked at start.
+"""Refuse, at start, options of vLLM that make a step too small for a query chunk.
 
-A step that cannot hold a whole chunk computes nothing of the prompt, and vLLM asks again for ever.
+A step that cannot hold a whole chunk computes nothing of the prompt, and vLLM would try again for ever.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def check_steps(
 def check_hybrid_steps(vllm_config: VllmConfig) -> None:
     """Check the options with the KV blocks of a hybrid model that was just made.
 
-    vLLM makes the blocks larger once the weights are loaded, so that they hold a state as well. Nothing of
-    the configuration is changed here.
+    vLLM makes the blocks larger once the weights are loaded, so that they hold a state as well. This
+    function does not change the configuration.
 
     Raises:
         SettingsError: by the option's name, with what is allowed.
@@ -81,7 +81,7 @@ def check_hybrid_steps(vllm_config: VllmConfig) -> None:
 
 
 def ends_steps_at_blocks(vllm_config: VllmConfig) -> bool:
-    """Whether vLLM ends prefill steps with blocks: prefixes of a hybrid model match inside of them."""
+    """Whether vLLM ends prefill steps with blocks: prefixes of a hybrid model match inside of blocks."""
     cache, hybrid = vllm_config.cache_config, vllm_config.model_config.is_hybrid
     return bool(
         hybrid and cache.mamba_cache_mode == "align" and cache.prefix_match_unit is not None

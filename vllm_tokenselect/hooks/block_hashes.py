@@ -5,11 +5,12 @@ which tokens were attended. So the fingerprint of the request's settings is hash
 block, and by vLLM's chain with every block after it: requests and servers of different settings
 share nothing.
 
-Wraps `EngineCore.preprocess_add_request`, where an engine's own hasher is handed to a request: it is
-wrapped in one that knows the engine's settings, and what no front checked is refused. And
-`generate_block_hash_extra_keys` wherever it was imported, so that vLLM's KV cache events, which name
-the extra keys for external routers, agree with the hashes. Both could go if vLLM asked a scheduler for
-extra keys.
+Wraps two functions:
+
+- `EngineCore.preprocess_add_request`, which hands the engine's hasher to a request. The hasher is put into
+  one that knows the engine's settings, and settings that no API server has checked are refused.
+- `generate_block_hash_extra_keys`, wherever it was imported. vLLM's KV cache events, which name the extra
+  keys for external routers, thus agree with the hashes.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class SettingsHasher:
         return self.hasher(request)
 
     def key(self, request: Request) -> tuple[str, str]:
-        """What is hashed with the request's first block, tagged as vLLM tags its own.
+        """The key that is hashed with the request's first block, tagged as vLLM tags its own keys.
 
         Raises:
             SettingsError: for settings that the API server should have refused.
@@ -83,7 +84,7 @@ class SettingsHasher:
 
 
 def extra_keys(request: Request, start_token_idx: int) -> list[tuple[str, str]]:
-    """What we add to the keys that are hashed with the block at `start_token_idx`.
+    """Our keys among those that are hashed with the block at `start_token_idx`.
 
     Raises:
         SettingsError: see `SettingsHasher.key`.

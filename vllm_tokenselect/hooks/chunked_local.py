@@ -1,11 +1,11 @@
 """Leave layers that attend within their own chunk of the context on vLLM's default backend (Llama 4).
 
-They ask for a backend as a full-attention layer does, and wrap what they get: each chunk becomes a request
-of its own, which TOKENSELECT would take for a whole context. So they are given the backend that vLLM
-would choose if the user had chosen none.
+Such a layer asks for a backend as a full-attention layer does, and wraps the one it gets: each chunk
+becomes a request of its own, which TOKENSELECT would take for a whole context. So it is given the backend
+that vLLM would choose if the user had chosen none.
 
-Replaces the `get_attn_backend` that vLLM's module of these layers has imported, once a worker starts
-(`worker`). vLLM could retire this by telling the platform that the layer is local.
+Wraps the `get_attn_backend` that vLLM's module of these layers has imported, once a worker starts
+(`worker`).
 """
 
 from __future__ import annotations

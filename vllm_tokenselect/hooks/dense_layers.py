@@ -1,9 +1,8 @@
 """Leave the first layers on vLLM's own attention backend, which attends to everything.
 
-vLLM chooses a backend by what layers are like, not by which one of them it is, so all full-attention
-layers of a model are made on TOKENSELECT. Once they are made, and before their weights are loaded, those
-that the setting `dense_layers` counts are put on the platform's default backend. Wraps nothing;
-`layer_backends` calls it.
+vLLM chooses the backend of a layer by its kind, not by its number, so all full-attention layers of a model
+are made on TOKENSELECT. When they are made, before their weights are loaded, `layer_backends` has the first
+ones, as many as the setting `dense_layers` says, put on the platform's default backend here.
 """
 
 from __future__ import annotations

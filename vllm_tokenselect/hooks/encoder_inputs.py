@@ -1,13 +1,13 @@
 """Images that meet in one query chunk are encoded in one step, whatever vLLM's encoder limits are.
 
 vLLM ends a step before an image for which its encoder cache or its encoder budget has no room. Such a
-step may end inside a query chunk, and then it computes nothing: not for want of time, but because all
-images of the chunk have to be there at once. Two requests could also wait for each other, each with
-the image that its last step ended in.
+step may end inside a query chunk. Then it computes nothing, and so do all later ones, since the images of a
+chunk have to be there at once. Two requests could also wait for each other, each with the image that its
+last step ended in.
 
-One request at a time may therefore go past both limits, by what the images of one chunk can need, and
-only in a step that would compute nothing otherwise, with no more of the prompt than its next chunk.
-Others keep to vLLM's limits.
+Therefore one request at a time may go past both limits, by what the images of one chunk can need. It may
+do so only in a step that would otherwise compute nothing, and for its next chunk alone. Others keep to
+vLLM's limits.
 """
 
 from __future__ import annotations

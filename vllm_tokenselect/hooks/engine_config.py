@@ -1,8 +1,8 @@
 """Check the settings when vLLM has its configuration, and put our scheduler in its place.
 
-Wraps the platform's `check_and_update_config`, the last word on a configuration before anything is
-started, so that what cannot be served is refused by name at once. The scheduler is chosen through
-vLLM's public `scheduler_cls`.
+Wraps the platform's `check_and_update_config`, which has the last word on a configuration before anything
+is started. What cannot be served is thus refused at once, by the name of its option. The scheduler is
+chosen through vLLM's public `scheduler_cls`.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def configure(vllm_config: VllmConfig, device: str) -> None:
     """Check a vLLM configuration and adapt it; does nothing unless TOKENSELECT is chosen.
 
     Args:
-        device: the platform's name for it; ROCm's device type is "cuda" too.
+        device: the platform's `device_name`, since ROCm has the `device_type` "cuda" too.
 
     Raises:
         SettingsError: for settings or engine features that TOKENSELECT cannot serve.
@@ -103,7 +103,7 @@ def configure(vllm_config: VllmConfig, device: str) -> None:
         graph_sizes.limit_engine(vllm_config)
     if device == "cpu":
         # A worker starts bound to one core, and numba, which vLLM's model runner imports, would count
-        # one. Inherited by the workers; each then takes as many threads as its PyTorch has.
+        # one. The workers inherit this number; each then takes as many threads as its PyTorch has.
         os.environ.setdefault("NUMBA_NUM_THREADS", str(os.cpu_count()))
 
 
@@ -155,7 +155,11 @@ def _drafts_without_a_model(speculative_config: SpeculativeConfig | None) -> boo
 def _without_selection_cache(
     vllm_config: VllmConfig, config: TokenSelectConfig
 ) -> TokenSelectConfig:
-    """Switch the Selection Cache off for the engine; its processes read the settings from there."""
+    """Switch the Selection Cache off in the configuration, where the engine's processes read the settings.
+
+    Raises:
+        SettingsError: when the user has set `similarity_threshold`.
+    """
     additional = vllm_config.additional_config
     if "similarity_threshold" in config.model_fields_set or not isinstance(additional, Mapping):
         raise SettingsError(
@@ -195,7 +199,7 @@ def _check_and_configure(check_and_update_config: Any, cls: Any, vllm_config: Vl
 
 
 def install(platform: type[Platform]) -> None:
-    """Wrap the platform class; safe to call again. On others than ours only to refuse TOKENSELECT."""
+    """Wrap the platform class; safe to call again. A platform without kernels will refuse TOKENSELECT."""
     seam = SEAMS.get(platform.device_name)
     if seam is not None:
         seam.wrap(_check_and_configure, platform)

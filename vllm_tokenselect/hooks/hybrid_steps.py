@@ -1,15 +1,13 @@
 """Where prefill steps of hybrid models end, whose layers without attention keep one state a request.
 
-vLLM caches such a state for prefixes where a step ends with a block ("align"). Its own rule for that, which
-this replaces, also stops at the last whole block of a prompt, inside a query chunk. Here a step ends where
-a chunk ends, and:
+vLLM caches such a state for a prefix when a step ends with a block ("align"). Its own rule, which this one
+replaces, also stops at the last whole block of a prompt, inside a query chunk. Here a step ends where a
+chunk ends, and:
 
 1. one that begins inside a block that may be shared ends at the block's end, at the latest: what is kept
    for a block is the state behind its last token;
 2. no step passes the last place below the request's limit where a hit may end, so that there is a state;
-3. otherwise a step ends with a block if it holds a whole one, and inside a block rather than not at all.
-
-It could go if vLLM asked a scheduler where a prompt may be cut.
+3. otherwise a step ends with a block if it holds a whole one, and inside a block if it holds none.
 """
 
 from __future__ import annotations

@@ -1,12 +1,11 @@
 """Say which layers run on which backend, and refuse a model that would not select as it should.
 
 A model may bring a backend of its own for its layers, or have only layers that TOKENSELECT leaves on
-vLLM's default (sliding windows). It would start, and select nothing. So once a model is made, and before
-its weights are loaded, its layers are counted, over all pipeline stages; the first ones are put on vLLM's
-default backend before that, where the setting `dense_layers` says so.
+vLLM's default (sliding windows). It would start, and select nothing. So when a model is made, before its
+weights are loaded, the first layers are put on vLLM's default backend, as many as the setting
+`dense_layers` says, and the layers of all pipeline stages are counted.
 
-Wraps `initialize_model` wherever a loader has imported it, once a worker starts (`worker`). vLLM could
-retire this with a hook for plugins after a model is made.
+Wraps `initialize_model` wherever a loader has imported it, once a worker starts (`worker`).
 """
 
 from __future__ import annotations
@@ -38,13 +37,13 @@ SEAM = Seam(
 
 
 class Layer(NamedTuple):
-    """What a layer that caches something runs on.
+    """A layer that caches something, and the backend that it runs on.
 
     Attributes:
-        name: vLLM's, with the layer's number in it.
-        backend: its name.
-        kind: in words; empty for a layer that selects.
-        refused: whether it should select and would not.
+        name: vLLM's name, with the layer's number in it.
+        backend: the backend's name.
+        kind: what kind of layer it is, in words; empty for a layer that selects.
+        refused: whether the layer should select and would not.
     """
 
     name: str
@@ -56,14 +55,14 @@ class Layer(NamedTuple):
 def settle_layers(
     model: nn.Module, vllm_config: Any, model_config: Any = None, prefix: str = ""
 ) -> None:
-    """Put the layers of a model that was just made where they belong, and check and log where that is.
+    """Put the layers of a model that was just made where they belong, then check and log them.
 
-    Called with the arguments of `initialize_model`, also for parts of a model and for draft models,
-    which are left alone.
+    Called with the arguments of `initialize_model`. Parts of a model and draft models, for which it is
+    called too, are left alone.
 
     Raises:
-        SettingsError: listing the layers, where none selects or where one should and would not; or by an
-            option that leaves no room in a step for what a hybrid model needs.
+        SettingsError: when no layer selects, or one should and would not, with the list of layers; or when
+            a step has no room for what a hybrid model needs, with vLLM's option.
     """
     if prefix or (model_config is not None and model_config is not vllm_config.model_config):
         return
@@ -109,7 +108,8 @@ def _describe(name: str, layer: Any, config: TokenSelectConfig) -> Layer:
     if backend is own:
         return Layer(name, BACKEND_NAME, "")
     if issubclass(backend, own):
-        # Its builder gives TOKENSELECT other requests than the scheduler's, or other masks.
+        # The builder of such a backend gives TOKENSELECT other requests than the scheduler's, or other
+        # masks.
         kind = "full attention, changed by the model"
         return Layer(name, backend.__name__, kind, refused=True)
     if backend.is_ssm():
@@ -135,7 +135,7 @@ def selects(layer: Layer) -> bool:
 
 
 def _of_all_stages(layers: list[Layer]) -> list[Layer]:
-    """The layers of all pipeline stages, of which one may have none that selects."""
+    """The layers of all pipeline stages; one stage alone may have no layer that selects."""
     import torch.distributed
     from vllm.distributed import get_pp_group
 
@@ -153,7 +153,7 @@ def list_layers(layers: Iterable[Layer]) -> str:
 
 
 def group_layers(layers: Iterable[Layer]) -> list[tuple[str, str]]:
-    """Layers that run on the same, as text, and what they run on."""
+    """Layers with the same backend and kind, as text, and that backend and kind."""
     groups: dict[str, list[str]] = {}
     for layer in layers:
         runs_on = f"{layer.backend} ({layer.kind})" if layer.kind else layer.backend

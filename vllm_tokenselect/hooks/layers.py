@@ -2,9 +2,9 @@
 
     python -m vllm_tokenselect.hooks.layers MODEL [SETTINGS]
 
-makes the configuration of `vllm serve MODEL --attention-backend TOKENSELECT`, and the model on PyTorch's
-meta device, where tensors have shapes only. Whatever refuses the model in a server refuses it here. Prints
-a `Verdict` as one line of JSON.
+makes the configuration of `vllm serve MODEL --attention-backend TOKENSELECT`, and then the model, on
+PyTorch's meta device, where tensors have shapes only. Whatever refuses the model in a server refuses it
+here. The command prints a `Verdict` as one line of JSON.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Verdict:
     """What a server would do.
 
     Attributes:
-        layers: layers that run on the same, as text, and what they run on.
-        block_size: of the KV cache of the layers that select, tokens; None if not known.
+        layers: layers with the same backend and kind, as text, and that backend and kind.
+        block_size: tokens of a KV block of the layers that select; None if not known.
         query_chunk: queries that select together, which line up with the blocks; None if not known.
         refusal: the message that the server would end with; empty if it would serve.
         guess: why the layers are only guessed from the model's configuration file; empty if they are known.
@@ -46,12 +46,12 @@ class Verdict:
 def examine_model(
     model: str, settings: Mapping[str, Any], options: Mapping[str, Any] | None = None
 ) -> Verdict:
-    """Tell what a server would do with a model folder or hub name; once a process.
+    """Tell what a server would do with a model. Call it once in a process.
 
     Args:
-        model: the folder or name.
-        settings: of tokenselect.
-        options: of the server, by the names of vLLM's `AsyncEngineArgs`; defaults without.
+        model: the model's folder or hub name.
+        settings: tokenselect's.
+        options: the server's, by the names of vLLM's `AsyncEngineArgs`; the others have their defaults.
     """
     verdict = Verdict()
     try:
@@ -62,7 +62,7 @@ def examine_model(
     try:
         _make_model(vllm_config)
     except Exception as error:
-        # What a meta tensor cannot do says nothing of the model.
+        # A meta tensor cannot do everything, which says nothing of the model.
         if "meta" in str(error):
             verdict.guess = f"vLLM cannot make this model without its weights: {_words(error)}"
             verdict.layers = guess_layers(vllm_config.model_config.hf_text_config)
@@ -75,7 +75,7 @@ def examine_model(
     try:
         verdict.block_size = _check_cache(vllm_config)
         method = TokenSelectConfig.from_mapping(settings).method
-        # Of the blocks that all layers share, as the server has it.
+        # By the blocks that all layers share, as in the server.
         verdict.query_chunk = method.for_blocks(vllm_config.cache_config.block_size).query_chunk
     except Exception as error:
         verdict.refusal = _words(error)
@@ -192,7 +192,7 @@ def _words(error: BaseException) -> str:
 
 
 def guess_layers(text_config: Any) -> list[tuple[str, str]]:
-    """Kinds of layers by a configuration file alone, where nothing better can be had."""
+    """Kinds of layers by the model's configuration file alone."""
     kinds = list(getattr(text_config, "layer_types", None) or ())
     if not kinds:
         windowed = getattr(text_config, "sliding_window", None)

@@ -1,9 +1,9 @@
 """Let a model read more tokens than it was trained on, where positions are reassigned.
 
 vLLM refuses a `--max-model-len` beyond the model's own, for good reason: positions that the model never
-saw give nonsense. Reassigned positions stay below; so `EngineArgs.create_model_config`, which
-`create_engine_config` calls, is run as if VLLM_ALLOW_LONG_MAX_MODEL_LEN were set. Native ones keep
-vLLM's guard.
+saw give nonsense. Reassigned positions stay below that length. With them `EngineArgs.create_model_config`,
+which `create_engine_config` calls, runs as if VLLM_ALLOW_LONG_MAX_MODEL_LEN were set. With native positions
+vLLM's guard stays.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def longer_than_trained(engine_args: EngineArgs) -> Iterator[None]:
         return
     from vllm import envs
 
-    # As the environment variable of this name would, but for this one moment.
+    # Does what the environment variable of this name would do, for this one moment.
     envs.VLLM_ALLOW_LONG_MAX_MODEL_LEN = True
     try:
         yield

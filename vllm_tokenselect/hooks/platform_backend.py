@@ -2,7 +2,7 @@
 
 Wraps `CpuPlatform.get_attn_backend_cls`, which ignores every backend but its own, and
 `CudaPlatformBase.get_attn_backend_cls`, which refuses a whole model because of one sliding-window
-layer. `layer_backends` says in the log which layers run on what.
+layer. `layer_backends` logs which layers run on which backend.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def choose_backend(
     Args:
         original: the platform's own `get_attn_backend_cls`, bound.
         selected: the backend that the user chose, or None.
-        layer: vLLM's `AttentionSelectorConfig`.
-        num_heads: passed through.
+        layer: the kind of layer, vLLM's `AttentionSelectorConfig`.
+        num_heads: of the layer; handed on to `original`.
 
     Raises:
         SettingsError: for a model whose attention TOKENSELECT cannot serve.
@@ -94,7 +94,7 @@ def default_backend(head_size: int, dtype: Any, kv_cache_dtype: str, **kind: Any
 
 
 def _in_words(reason: str, layer: Any, backend: Any, capability: Any) -> str:
-    """What a reason of vLLM's `validate_configuration` says, with the value and what is allowed."""
+    """A reason of vLLM's `validate_configuration` with the value that it is about and what is allowed."""
     sizes = ", ".join(map(str, backend.get_supported_head_sizes()))
     dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in backend.supported_dtypes)
     words = {

@@ -1,17 +1,16 @@
 """Preemption takes the request with the fewest computed tokens.
 
-A preempted request is computed anew: a resident context of a million tokens must be the last to go.
+A preempted request is computed anew, so a resident context of a million tokens must be the last to go.
 vLLM's FCFS policy preempts the last of its list of running requests, which is also the order in
 which they take tokens from the step's budget. So the list is sorted, most computed first, only for a
-step that may run short of blocks, and is put back in order after it: sorted for good, a long prefill
+step that may run short of blocks, and is put back in order after it. If it stayed sorted, a long prefill
 would take whole steps from the requests that generate.
 
-The request with the most computed tokens is preempted only when it is alone, and it is served first
-while blocks are short, so it ends; then the next one does. What vLLM promises those who came first,
-that they are never preempted for the sake of later ones, is given up.
+The request with the most computed tokens is preempted only when it is alone. While blocks are short it is
+served first, so it ends, and then the next one does. This gives up what vLLM promises those who came first:
+that they are never preempted for the sake of later ones.
 
-With vLLM's `priority` policy, which looks for its victim by priority and time of arrival, nothing is
-changed.
+vLLM's `priority` policy, which chooses by priority and time of arrival, stays as it is.
 """
 
 from __future__ import annotations

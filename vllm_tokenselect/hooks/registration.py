@@ -1,9 +1,9 @@
 """Make `--attention-backend TOKENSELECT` a name that vLLM knows, in every process.
 
-Wraps nothing; adds a member to `AttentionBackendEnum` by vLLM's own `register_backend`. The member is
-pickled by value when vLLM spawns its engine and workers, and is unpickled there before plugins are
-loaded, when no such value exists yet. So the member pickles as a call of `backend_member`, which
-registers first.
+This hook wraps nothing: vLLM's public `register_backend` adds a member to `AttentionBackendEnum`. When vLLM
+spawns its engine and workers, it pickles the member by value, and unpickles it there before it loads
+plugins, when no such value exists yet. So the member is pickled as a call of `backend_member`, which
+registers it first.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ def backend_member() -> AttentionBackendEnum:
 
 
 def install() -> None:
-    """Register the backend; safe to call again."""
+    """Register the backend through vLLM's public door; safe to call again."""
     if SEAM.require() == "holds":
         backend_member()
 
 
 def is_selected(attention_config: object) -> bool:
-    """Whether the attention configuration puts any layers on TOKENSELECT."""
+    """Whether vLLM's `AttentionConfig` puts any layers on TOKENSELECT."""
     per_kind = getattr(attention_config, "backend_per_kind", None) or {}
     chosen = [getattr(attention_config, "backend", None), *per_kind.values()]
     return any(getattr(backend, "name", backend) == BACKEND_NAME for backend in chosen)

@@ -1,4 +1,4 @@
-"""How many tokens a request selects, on either model runner."""
+"""How many tokens a request selects; the same on both model runners."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from vllm_tokenselect.method.settings import FULL_ATTENTION, SettingsError
 def top_k_of(runner: Any, sampling_params: Any) -> int:
     """Tokens that a request selects, by its own settings or the server's.
 
-    Settings that cannot be served should have been refused twice before. Here they are logged and count
-    as none: an error would end the worker, and every other request with it.
+    Settings that cannot be served should have been refused twice before. Here they are logged, and the
+    server's are used: an error would end the worker, and every other request with it.
 
     Args:
         runner: vLLM's `GPUModelRunner`, of either version; keeps the server's setting.

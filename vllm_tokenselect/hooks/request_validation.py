@@ -1,16 +1,13 @@
-"""Refuse a request whose own settings cannot be served, while it can still be told so.
+"""Refuse a request whose own settings cannot be served, while the client can still be told.
 
-Wraps three functions of the process that sends requests to an engine. Each belongs to one engine, whose
-configuration says what requests may ask; another engine of the same process has another one.
+Wraps three functions of the process that sends requests to an engine. Each works for one engine, whose
+configuration says what requests may ask; another engine of the same process has its own.
 
 - `InputProcessor.process_inputs`, which every request passes, also in an offline `LLM`.
 - `BaseServing._check_model`, the first thing that every endpoint does with a request, before it begins
   a response: a stream is refused with HTTP 400 like any other request.
 - `GenerateBaseServing._with_kv_transfer_rejection_cleanup`, which knows the request as it was sent, before
   its `true` has become 1, and what stands beside `vllm_xargs`.
-
-The first could go when vLLM's `Platform.validate_request` is told the engine, the others when vLLM
-processes inputs before it begins a response.
 """
 
 from __future__ import annotations
@@ -117,7 +114,7 @@ def engine_of(processor: InputProcessor) -> Engine | None:
 
 
 def validate(processor: InputProcessor, params: Any) -> None:
-    """Check vLLM's sampling (or pooling) parameters, before `InputProcessor.process_inputs`.
+    """Check vLLM's sampling or pooling parameters, before `InputProcessor.process_inputs` does.
 
     Raises:
         VLLMValidationError: see `Engine.check`.
@@ -133,7 +130,7 @@ def check_request(serving: Any, request: Any) -> None:
     Raises:
         VLLMValidationError: see `Engine.check`.
     """
-    processor = getattr(serving, "input_processor", None)  # only of what generates
+    processor = getattr(serving, "input_processor", None)  # only endpoints that generate have one
     engine = None if processor is None else engine_of(processor)
     if engine is None:
         return
@@ -148,7 +145,7 @@ async def check_as_sent(
     """Check a request's body as it was sent; vLLM has parsed and kept it.
 
     Args:
-        awaitable: what would answer the request; closed if it is refused.
+        awaitable: what would answer the request; closed if the request is refused.
 
     Raises:
         VLLMValidationError: see `Engine.check`.

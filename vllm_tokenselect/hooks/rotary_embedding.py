@@ -1,11 +1,11 @@
 """Take the rotation of queries and keys over from the model, where positions are reassigned.
 
-Once a model is loaded, each attention layer's rotary embedding, which stands beside the layer in the same
-module, is replaced by a pass-through. `rotary_probe` then sends a few tokens through the model, to see that
-every layer gets its queries and keys straight from its own pass-through, whatever their positions: that
-layer is handed the embedding's table. A layer that calls no embedding, and whose queries and keys are the
-same at all positions, has none to take over (NoPE): the order of tokens is all that it needs. Models that
-vLLM runs in transformers' own code share one embedding: `transformers_rope`.
+A layer's rotary embedding stands beside the layer in the same module. Once a model is loaded, each of them
+is replaced by a pass-through. `rotary_probe` then sends a few tokens through the model. It checks that
+every layer gets its queries and keys straight from its own pass-through, whatever their positions; the
+layer then takes over the embedding's table. A layer that calls no embedding, and whose queries and keys
+are the same at all positions, has no rotation to take over (NoPE). The layers of a model that vLLM runs in
+transformers' own code share one embedding: `transformers_rope`.
 
 Wraps `process_weights_after_loading` as `BaseModelLoader.load_model` calls it.
 """
@@ -21,7 +21,7 @@ from vllm_tokenselect.engine.log import get_logger
 from vllm_tokenselect.hooks import transformers_rope
 from vllm_tokenselect.hooks.rotary_kinds import (
     Unrotated,
-    num_positions,
+    extend_table,
     rotate_alike,
     table_of,
     unusable,
@@ -78,7 +78,7 @@ def take_over(model: nn.Module, vllm_config: VllmConfig, device: torch.device) -
         _take_each(probe, reassigning)
     for layer in layers:
         if not layer.reassigns:
-            _extend_table(layer, vllm_config.model_config.max_model_len)
+            extend_table(layer, vllm_config.model_config.max_model_len)
     rotating = sum(layer.attention.impl.rotation is not None for layer in reassigning)
     get_logger(__name__).info(
         "TOKENSELECT rotates the queries and keys of %d attention layers in the model's stead; %d layers "
@@ -168,7 +168,7 @@ def _try(probe: Probe, layers: list[AttentionLayer]) -> dict[str, Trial]:
 
 
 def _problem_with(trials: list[Trial]) -> str | None:
-    """What a layer's trials at several positions, the first of them at 0, say against it."""
+    """What is wrong with a layer, by its trials at several positions; the first trial is at position 0."""
     if not trials:
         return UNSEEN
     first = trials[0]
@@ -233,31 +233,6 @@ def _refuse(model: nn.Module, problems: dict[str, list[str]]) -> None:
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _extend_table(layer: AttentionLayer, max_model_len: int) -> None:
-    """Give a layer that keeps its rotation, such as a sliding-window one, positions to the end.
-
-    It never sees two tokens that are further apart than it was trained on, but their positions in the text
-    pass the end of its table.
-    """
-    from vllm.model_executor.layers import rotary_embedding as kinds
-
-    for _, embedding in layer.embeddings():
-        positions = num_positions(embedding)
-        if positions >= max_model_len:
-            continue
-        # Of the other kinds, some change with the length that they are made for.
-        if type(embedding) not in (kinds.RotaryEmbedding, kinds.Llama3RotaryEmbedding):
-            raise SettingsError(
-                f"--max-model-len {max_model_len} passes the rotary table of {layer.name}, which stays on "
-                f"vLLM's default backend and is of a kind that cannot be made longer "
-                f"({type(embedding).__name__}, {positions} positions). Set "
-                f"--max-model-len to {positions}."
-            )
-        embedding.max_position_embeddings = max_model_len
-        table = embedding._compute_cos_sin_cache()
-        embedding.cos_sin_cache = table.to(embedding.cos_sin_cache)
 
 
 def _process_and_take_over(

@@ -1,4 +1,4 @@
-"""What stands in for a model's rotary embedding where positions are reassigned, and the table it had."""
+"""Rotary embeddings of vLLM: what takes their place where positions are reassigned, and their tables."""
 
 from __future__ import annotations
 
@@ -7,17 +7,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from vllm_tokenselect.method.settings import SettingsError
+
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
+    from vllm_tokenselect.hooks.rotary_probe import AttentionLayer
+
 
 class Unrotated(nn.Module):
-    """Stands where a model's rotary embedding was; the layer rotates what it attends to.
+    """Takes the place of a model's rotary embedding, and rotates nothing: the layer does.
 
     Args:
-        embedding: what it stands for. Where that pairs neighboring elements, a head's elements are put
-            in the order in which pairs are half of the rotated part apart; products of queries and
-            keys stay as they are.
+        embedding: the one whose place it takes. If that pairs neighboring elements, a head's elements are
+            put in the order in which the elements of a pair are half of the rotated part apart. This does
+            not change products of queries and keys.
     """
 
     order: torch.Tensor | None
@@ -53,7 +57,7 @@ def is_rotary_embedding(module: nn.Module) -> bool:
 
 
 def unusable(embedding: Any, model_config: ModelConfig) -> str | None:
-    """Why a layer cannot rotate in the place of an embedding; None if it can."""
+    """Why a layer cannot rotate in an embedding's stead; None if it can."""
     from vllm.model_executor.layers import rotary_embedding as kinds
 
     if isinstance(embedding, kinds.Phi3LongRoPEScaledRotaryEmbedding):
@@ -73,7 +77,7 @@ NOT_ONLY_TEXT = (
 
 
 def reads_only_text(model_config: ModelConfig) -> bool:
-    """Whether no prompt can hold an image: then the dimensions of a position are all the same."""
+    """Whether no prompt can hold an image. All dimensions of a position are then the same."""
     multimodal = model_config.multimodal_config
     return multimodal is None or multimodal.language_model_only
 
@@ -81,9 +85,8 @@ def reads_only_text(model_config: ModelConfig) -> bool:
 def table_of(embedding: Any, vllm_config: VllmConfig, max_attended: int) -> torch.Tensor:
     """Cosines and sines [positions, rotated] that an embedding rotates with.
 
-    LongRoPE has two tables. vLLM takes the short one where no position passes the original context;
-    so is it here, where positions are those of attended tokens. Lines of the long one that then follow
-    are never read.
+    LongRoPE has two tables. vLLM takes the short one if no position passes the original context. So do we,
+    with the positions of attended tokens. Lines of the long table that then follow are never read.
     """
     table: torch.Tensor
     if not hasattr(embedding, "long_short_cos_sin_cache"):
@@ -102,6 +105,34 @@ def num_positions(embedding: Any) -> int:
         longest: int = embedding.max_position_embeddings
         return longest if embedding.use_long_rope else original
     return len(embedding.cos_sin_cache)
+
+
+def extend_table(layer: AttentionLayer, max_model_len: int) -> None:
+    """Give a layer that keeps its rotation, such as a sliding-window one, positions to the end.
+
+    It never sees two tokens that are further apart than it was trained on, but their positions in the text
+    pass the end of its table.
+
+    Raises:
+        SettingsError: with the largest `--max-model-len` that would do.
+    """
+    from vllm.model_executor.layers import rotary_embedding as kinds
+
+    for _, embedding in layer.embeddings():
+        positions = num_positions(embedding)
+        if positions >= max_model_len:
+            continue
+        # Some of the other kinds change with the length that they are made for.
+        if type(embedding) not in (kinds.RotaryEmbedding, kinds.Llama3RotaryEmbedding):
+            raise SettingsError(
+                f"--max-model-len {max_model_len} passes the rotary table of {layer.name}, which stays on "
+                f"vLLM's default backend and is of a kind that cannot be made longer "
+                f"({type(embedding).__name__}, {positions} positions). Set "
+                f"--max-model-len to {positions}."
+            )
+        embedding.max_position_embeddings = max_model_len
+        table = embedding._compute_cos_sin_cache()
+        embedding.cos_sin_cache = table.to(embedding.cos_sin_cache)
 
 
 def rotate_alike(embedding: Any, other: Any) -> bool:

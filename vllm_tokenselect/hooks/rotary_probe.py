@@ -1,9 +1,9 @@
 """A few tokens sent through a loaded model: what each layer attends with, and what positions do to it.
 
-The probe lets nothing else have an influence. The module that calls a layer is given the same numbers every
-time, whatever came before it; rotary embeddings that stand in the layers' stead give numbers that are
-recognized when they are attended with; attention gives numbers too. No table of positions is read, so that
-positions may be as large as a request's can become.
+Nothing but positions has an influence. The module that calls a layer gets the same numbers every time,
+whatever came before it. The stand-ins of rotary embeddings give numbers that are recognized when a layer
+attends with them. Attention gives fixed numbers, too. No table of positions is read, so positions may be as
+large as those of a request can become.
 """
 
 from __future__ import annotations
@@ -44,9 +44,11 @@ class Trial(NamedTuple):
 
 
 class Run(NamedTuple):
-    """Attributes:
-    trials: of each layer that was called, by name.
-    entered: hidden states that came to the first layer that looks at other tokens.
+    """What one run through the model showed.
+
+    Attributes:
+        trials: one of each layer that was called, by the layer's name.
+        entered: hidden states that came to the first layer that looks at other tokens.
     """
 
     trials: dict[str, Trial]
@@ -133,7 +135,7 @@ class Probe:
         return torch.linspace(0, last, NUM_TRIED, dtype=torch.float64, device=self.device).int()
 
     def _earlier_stage(self) -> dict[str, Any]:
-        """What a later pipeline stage is called with as well: hidden states, here any numbers."""
+        """Further arguments of a later pipeline stage: hidden states, here any numbers."""
         from vllm.distributed import get_pp_group
 
         if get_pp_group().is_first_rank:
@@ -212,7 +214,7 @@ class _Watched:
         *args: Any,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Stand for an embedding that keeps its place: what comes from it changes with the run."""
+        """Take the place of an embedding that stays: what it gives changes from run to run."""
         return query + self.shift, None if key is None else key + self.shift
 
     def _rotate(self, owner: nn.Module, module: nn.Module, args: Any, output: Any) -> Any:

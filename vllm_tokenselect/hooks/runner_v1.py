@@ -1,8 +1,8 @@
 """Stable request seats on Model Runner V1, whose batch rows move between steps.
 
-Wraps `GPUModelRunner._update_states`, which learns what was added, resumed, preempted and finished,
-and `GPUModelRunner._build_attention_metadata`, during which the metadata builder learns which request
-is in which row. `CPUModelRunner` inherits both.
+Wraps `GPUModelRunner._update_states`, which is told which requests were added, resumed, preempted and
+finished, and `GPUModelRunner._build_attention_metadata`, during which the metadata builder is told which
+request is in which row. `CPUModelRunner` inherits both.
 """
 
 from __future__ import annotations

@@ -13,9 +13,9 @@ prefix-cache hit is cut, and limits what a request puts into the prefix cache. N
 3. Layers that keep few blocks of a prompt in the prefix cache, as sliding windows do, keep those
    before the request's limit, where a hit ends, and not those before the prompt's end.
 
-`block_hashes` keeps what was computed by other settings apart, `preemption` chooses whom to preempt,
-`step_size` refuses what would make a step too small, `encoder_inputs` encodes all images of a chunk,
-`hybrid_steps` ends steps where states are kept, `watchdog` ends what would wait for ever.
+`block_hashes` keeps what other settings computed apart, `preemption` chooses whom to preempt,
+`engine.step_size` refuses options that make a step too small, `encoder_inputs` encodes all images of a
+chunk, `hybrid_steps` ends steps where states are kept, `watchdog` ends a request that would wait for ever.
 """
 
 from __future__ import annotations
@@ -116,8 +116,8 @@ class WholeChunks(EndStuckRequests, EncodeWholeChunks, EndStepsWithStates):
 
     def _update_request_as_session(self, session: Request, update: Any) -> None:
         super()._update_request_as_session(session, update)
-        # What was the prompt's tail and answer is now in the middle of a prompt, where others compute
-        # whole chunks; and the update may bring other settings than the hashes tell.
+        # The former tail and answer are now in the middle of a prompt, where other requests compute whole
+        # chunks. The update may also bring other settings than the hashes tell.
         session._tokenselect_continued = True
 
     def _get_local_prefix_cache_hit(self, request: Request, *args: Any, **kwargs: Any) -> Any:
@@ -133,7 +133,8 @@ class WholeChunks(EndStuckRequests, EncodeWholeChunks, EndStepsWithStates):
                         f"{request.request_id}, which may take {self._hit_limit}"
                     )
                 if num_hit_tokens % chunk == 0:
-                    # Where the blocks of a prompt that others share are kept, too, must a hit end.
+                    # vLLM keeps the blocks before this boundary for others, whose hits must end with a
+                    # chunk.
                     shared = hit[2] // self._alignment * self._alignment
                     return (*hit[:2], shared if shared > num_hit_tokens else 0, *hit[3:])
                 # Looked up again rather than cut: a sliding-window group holds blocks only of the

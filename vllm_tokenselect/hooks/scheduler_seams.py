@@ -1,4 +1,4 @@
-"""What `scheduler` relies on in vLLM; apart from it, since it cannot be imported without vLLM."""
+"""What `scheduler` relies on in vLLM; that file cannot be imported without vLLM, and this one can."""
 
 from vllm_tokenselect.hooks.seam import Seam
 

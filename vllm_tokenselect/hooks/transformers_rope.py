@@ -1,10 +1,10 @@
 """The rotation of a model that vLLM runs in transformers' own code, where positions are reassigned.
 
 Such a model has one rotary embedding, which gives all layers the cosines and sines of their angles. Here it
-is replaced by one whose angles are zero. With angles of 90 degrees instead, a few tokens tell what a layer
-does with them: if it rotates directly before it attends, and in pairs that are half of the rotated part
-apart, its queries and keys are those of angles of zero with the halves exchanged. A layer whose queries and
-keys are the same has no positions.
+is replaced by one whose angles are zero. A few tokens with angles of 90 degrees then tell what a layer does
+with them. If it rotates directly before it attends, in pairs that are half of the rotated part apart, then
+its queries and keys are those of angles of zero with the halves exchanged. If they are the same as before,
+the layer has no positions.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ INTERLEAVED = "transformers' code rotates neighboring elements of a head, not ha
 
 
 class FixedAngles(nn.Module):
-    """Stands where a rotary embedding of transformers was: all angles are zero.
+    """Takes the place of a rotary embedding of transformers; all its angles are zero.
 
     Args:
         width: cosines that it gives each token.
@@ -42,7 +42,7 @@ class FixedAngles(nn.Module):
 
     @contextmanager
     def turned(self) -> Iterator[None]:
-        """For the time being, all angles are 90 degrees."""
+        """While the context is open, all angles are 90 degrees."""
         hook = self.register_forward_hook(lambda module, args, output: output[::-1])
         try:
             yield
@@ -76,7 +76,7 @@ def table_of(embedding: Any, num_positions: int, dtype: torch.dtype) -> torch.Te
 
 
 def problem_with(unrotated: Inputs, turned: Inputs, head_size: int, rotated: int) -> str | None:
-    """What a layer does to queries and keys beside rotating them in pairs that are a half apart.
+    """What a layer does to queries and keys besides rotating them in pairs that are a half apart; or None.
 
     Args:
         unrotated, turned: what it attends with under angles of zero, and of 90 degrees.

@@ -1,8 +1,8 @@
-"""End a request that can never be scheduled, where vLLM would ask again for ever.
+"""End a request that can never be scheduled. vLLM would try for ever.
 
-vLLM's engine schedules anew as long as there are requests. Where none of them gets a token although no step
-is under way, the next attempt finds the same, and whoever waits behind the first one waits too. After
-many such attempts the first request that could run ends with an error; the others go on.
+vLLM's engine schedules anew as long as there are requests. If none of them gets a token although no step is
+under way, the next attempt finds the same, and all requests behind the first one wait too. After many such
+attempts the first request that could run ends with an error; the others go on.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 else:
     _Scheduler = object  # vLLM's comes last among the bases
 
-# Both, since attempts take microseconds, and an engine may be asked rarely.
+# Both have to pass: attempts take microseconds, and an engine may be asked rarely.
 MOST_ATTEMPTS = 100
 MOST_SECONDS = 2.0
 
-# Others wait for something: a grammar, a stream's input.
+# Requests of another status wait for something: a grammar, a stream's input.
 _READY = (RequestStatus.RUNNING, RequestStatus.WAITING, RequestStatus.PREEMPTED)
 
 

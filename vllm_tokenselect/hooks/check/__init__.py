@@ -5,3 +5,8 @@ names      Does every name exist that the package uses of vLLM? Asks a type chec
 start      Does it start, as far as that goes without a model? Stand-ins (`stand_ins`, `stand_in_nvml`)
            take the place of what is compiled; `rehearsal` is what then runs.
 """
+
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parents[2]
+REPOSITORY = PACKAGE.parent

@@ -8,11 +8,10 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from vllm_tokenselect.hooks.check import REPOSITORY
 from vllm_tokenselect.hooks.check.names import NoTypeChecker, check_names
 from vllm_tokenselect.hooks.check.release import CheckFailed, check_release, download, find_diffs
 from vllm_tokenselect.hooks.check.start import MACHINES, rehearse, test_beside
-
-REPOSITORY = Path(__file__).resolve().parents[3]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-PACKAGE = Path(__file__).resolve().parents[2]
+from vllm_tokenselect.hooks.check import PACKAGE, REPOSITORY
 
 # What pyrefly calls a name that is missing, or a call or an override that does not fit.
 _KINDS = frozenset(
@@ -36,10 +36,10 @@ _KINDS = frozenset(
         "unknown-name",
     }
 )
-# An argument's type tells little, but for a function of vLLM that is handed to what must not know vLLM.
+# Argument types tell little, except for a function of vLLM that is handed to code which must not know vLLM.
 _HANDED = ("bad-argument-type", "with type `VarlenFunction`")
-# The hooks leave marks of their own on vLLM's classes and functions; and an attribute of what may be None
-# is asked of None, too.
+# The hooks leave marks of their own on vLLM's objects; and pyrefly asks None, too, for an attribute of a
+# value that may be None.
 _EXPECTED = ("`_tokenselect", "`NoneType`")
 
 
@@ -47,23 +47,22 @@ class NoTypeChecker(Exception):
     """pyrefly did not run. The message says what to do."""
 
 
-def check_names(source: Path, package: Path = PACKAGE) -> list[str]:
-    """What the package uses of vLLM and the release does not have, one sentence each.
+def check_names(source: Path) -> list[str]:
+    """What the package uses of vLLM that the release does not have, one sentence each.
 
     Args:
         source: folder that holds the release's `vllm` package.
-        package: folder of `vllm_tokenselect`.
 
     Raises:
         NoTypeChecker: when pyrefly is not installed or fails.
     """
     settings = {
         "project-includes": [
-            *(str(package / room / "**/*.py") for room in ("backend", "engine", "hooks")),
-            str(package / "plugin.py"),
+            *(str(PACKAGE / room / "**/*.py") for room in ("backend", "engine", "hooks")),
+            str(PACKAGE / "plugin.py"),
         ],
         # The release goes before a vLLM that is installed; everything else comes from this Python.
-        "search-path": [str(package.parent), str(source)],
+        "search-path": [str(REPOSITORY), str(source)],
         "python-interpreter-path": sys.executable,
         "enabled-ignores": ["pyrefly"],
     }

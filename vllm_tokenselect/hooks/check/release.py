@@ -88,7 +88,7 @@ def check_release(source: Path, diffs: Sequence[Path], work: Path) -> Report:
 
 
 def apply_diff(diff: Path, tree: Path) -> str:
-    """Apply a unified diff in the folder `tree`; returns what went wrong, or nothing.
+    """Apply a unified diff in the folder `tree`; returns what went wrong, empty if it applies.
 
     Raises:
         CheckFailed: when neither git nor patch is installed.
@@ -132,10 +132,10 @@ def download(version: str, folder: Path) -> Path:
 
 
 def find_diffs(patches: Path, version: str) -> tuple[list[Path], str]:
-    """The diffs for a release, and what is wrong with them, or nothing.
+    """The diffs for a release, and what is wrong with them, empty if nothing is.
 
-    A release without diffs of its own is checked with those of the newest one, so that one sees
-    what a new vLLM needs.
+    A release without diffs of its own is checked with those of the newest one. They show what a new
+    vLLM needs.
 
     Raises:
         CheckFailed: when there are no diffs at all.
@@ -168,7 +168,7 @@ def _files_of(seams: Sequence[Seam], diffs: Sequence[Path]) -> set[str]:
 
 
 def _copy_files(source: Path, names: Sequence[str], folder: Path) -> None:
-    """Copy what exists; what does not shows as a broken seam or a diff that does not apply."""
+    """Copy the files that exist. A missing one shows as a broken seam or a diff that does not apply."""
     for name in names:
         if (source / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)

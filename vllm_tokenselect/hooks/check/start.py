@@ -1,9 +1,10 @@
 """Start what can be started of a vLLM release that is not installed: on a CPU, and as if on a GPU.
 
 A copy of the release's Python source gets stand-ins for what is compiled. For a GPU one of them is NVML,
-which tells of a single H200, so that vLLM finds its CUDA platform by itself. `rehearsal` then runs in that
-copy: it imports every module of the backend and the hooks, makes an engine's configuration, lets vLLM
-choose the backend and installs every hook. On a CPU the project's own tests run beside it as well.
+which reports a single H200, so that vLLM finds its CUDA platform by itself. `rehearsal` then runs beside
+that copy. It imports every module of ours that knows vLLM, makes an engine's configuration, lets vLLM
+choose the backend and installs every hook. `test_beside` runs the project's own tests beside a copy for
+CPUs.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
+from vllm_tokenselect.hooks.check import REPOSITORY
+
 Machine = Literal["cpu", "cuda"]
 MACHINES: tuple[Machine, ...] = ("cuda", "cpu")
 
-PACKAGE = Path(__file__).resolve().parents[2]
 _NVML = "vllm/third_party/pynvml.py"
 _TIMEOUT = 600.0
 
@@ -28,8 +30,8 @@ _TIMEOUT = 600.0
 def stage(source: Path, version: str, machine: Machine, folder: Path) -> Mapping[str, str]:
     """Put a copy of a release into `folder`, as it would be installed on a machine.
 
-    Compiled operations for CPUs are those of the vLLM that is installed, if it is one for CPUs; where
-    there is none, an empty module stands in.
+    Its compiled operations for CPUs are those of the installed vLLM, if that is one for CPUs. Otherwise an
+    empty module stands in.
 
     Args:
         source: folder that holds the `vllm` package.
@@ -57,19 +59,19 @@ def stage(source: Path, version: str, machine: Machine, folder: Path) -> Mapping
     metadata.write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
     shutil.copyfile(here / "stand_ins.py", folder / "sitecustomize.py")
     environment = {
-        "PYTHONPATH": f"{folder}{os.pathsep}{PACKAGE.parent}",
+        "PYTHONPATH": f"{folder}{os.pathsep}{REPOSITORY}",
         "HF_HUB_OFFLINE": "1",
         "VLLM_CACHE_ROOT": str(folder / "cache"),
         "VLLM_NO_USAGE_STATS": "1",
     }
     if machine == "cuda":
-        # What Ray sets, too: vLLM then expects no driver yet.
+        # Ray sets this, too: vLLM then expects no driver yet.
         environment["CUDA_VISIBLE_DEVICES"] = ""
     return environment
 
 
 def rehearse(source: Path, version: str, machine: Machine, folder: Path) -> list[str]:
-    """What keeps the release from starting with the plugin, in words; nothing if it would start.
+    """What keeps the release from starting with the plugin, in words; empty if it would start.
 
     Args:
         source: folder that holds the `vllm` package.
@@ -111,7 +113,7 @@ def test_beside(source: Path, version: str, folder: Path, paths: Sequence[str]) 
     """
     environment = {**os.environ, **stage(source, version, "cpu", folder)}
     command = [sys.executable, "-m", "pytest", "-q", *paths]
-    result = subprocess.run(command, env=environment, cwd=PACKAGE.parent, check=False)
+    result = subprocess.run(command, env=environment, cwd=REPOSITORY, check=False)
     return [f"tests fail beside it: {' '.join(command[2:])}"] if result.returncode else []
 
 
