@@ -1,8 +1,8 @@
 """Stable request seats on Model Runner V2, whose request table has stable rows of its own.
 
 Wraps `GPUModelRunner.add_requests` and `._remove_request`. Each metadata build names the rows as
-`CommonAttentionMetadata.req_idx`; a row is our seat. V2 adds a preempted request anew when it is resumed, and
-a streaming request for each new part of its input. Each time the seat has a new owner.
+`CommonAttentionMetadata.req_idx`; a row is our seat. V2 adds a preempted request anew when it is resumed,
+and a streaming request for each new part of its input. Each time the seat has a new owner.
 """
 
 from __future__ import annotations
