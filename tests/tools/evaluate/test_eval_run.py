@@ -8,7 +8,7 @@ import pytest
 from tests.tools.common.server import MODEL, SmallServer, text_of
 from tests.tools.common.words import Words
 from vllm_tokenselect.tools.common.client import Endpoint, ServerError
-from vllm_tokenselect.tools.common.server_facts import ask_server, attended_tokens
+from vllm_tokenselect.tools.common.server_facts import ask_server, selection_counts
 from vllm_tokenselect.tools.common.tokenizers import ServerTokenizer
 from vllm_tokenselect.tools.evaluate.cells import CellFile
 from vllm_tokenselect.tools.evaluate.plots import draw
@@ -182,10 +182,10 @@ def test_the_servers_own_tokenizer_does_what_a_local_one_does():
 
 def test_attended_tokens_are_the_counters_of_all_workers():
     with SmallServer() as server:
-        assert attended_tokens(server.url) is None
+        assert selection_counts(server.url) is None
         server.attends, server.bodies = (3, 10), [{}, {}]
-        assert attended_tokens(server.url) == (6, 20)
-    assert attended_tokens(server.url) is None
+        assert selection_counts(server.url) == {"attended": 6, "in_context": 20}
+    assert selection_counts(server.url) is None
 
 
 async def test_pictures_are_drawn_over_length_and_depth(servers, words, tmp_path):

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from vllm_tokenselect.tools.common.plots import length_axis
+from vllm_tokenselect.tools.common.tables import Rows
 
-Rows = list[dict[str, Any]]
 _TIMES = {"ttft_s": "time to first token, s", "tpot_ms": "time per output token, ms"}
 _THROUGHPUT = {
     "requests_per_s": "completed requests/s",

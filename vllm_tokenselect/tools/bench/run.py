@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
+from typing import Any
 
 from vllm_tokenselect.tools.bench.arrivals import Arrived, ask_as_they_arrive, poisson_arrivals
 from vllm_tokenselect.tools.bench.machine import PeakMemory
 from vllm_tokenselect.tools.bench.prompts import Prompts
 from vllm_tokenselect.tools.bench.samples import Measured, Sample, Selected
-from vllm_tokenselect.tools.bench.selection import SelectionCounter
+from vllm_tokenselect.tools.bench.selection import ReuseCounter
 from vllm_tokenselect.tools.bench.timing import timed
 from vllm_tokenselect.tools.common.client import Client, Endpoint, ServerError
 
@@ -99,7 +100,7 @@ class Bench:
         self._prompts = prompts
         self._on_done: OnDone = lambda words: None
         self._clients: dict[str, Client] = {}
-        self._counters: dict[str, SelectionCounter] = {}
+        self._counters: dict[str, ReuseCounter] = {}
         self.measured = Measured()
 
     async def run(self, on_done: OnDone = lambda words: None) -> None:
@@ -127,7 +128,7 @@ class Bench:
                 await self._count(settings.rate_length, rate)
 
     async def _warm_up(self, contender: Contender) -> None:
-        counter = SelectionCounter(contender.endpoint.url)
+        counter = ReuseCounter(contender.endpoint.url)
         length = min(_WARM_UP_TOKENS, max(self._settings.lengths))
         prompt = self._prompts.new(length)
         answer = await timed(self._clients[contender.name], prompt, self._settings.output_tokens)
@@ -146,8 +147,15 @@ class Bench:
                     client = self._clients[contender.name]
                     with PeakMemory(contender.pid) as memory:
                         answer = await timed(client, prompt, self._settings.output_tokens)
-                    arrived = Arrived(0.0, False, answer)
-                    self._keep(contender, length, None, round_number, generation, arrived, memory)
+                    self._keep(
+                        [Arrived(0.0, False, answer)],
+                        memory,
+                        contender=contender.name,
+                        prompt_tokens=length,
+                        rate=None,
+                        round=round_number,
+                        generation=generation,
+                    )
                     self._on_done(f"{contender.name}: {length:,} tokens")
 
     def _rates(self) -> tuple[float, ...]:
@@ -185,35 +193,28 @@ class Bench:
                         settings.output_tokens,
                         partial(self._on_done, words),
                     )
-                for arrived in answered:
-                    self._keep(
-                        contender, settings.rate_length, rate, round_number, 0, arrived, memory
-                    )
+                self._keep(
+                    answered,
+                    memory,
+                    contender=contender.name,
+                    prompt_tokens=settings.rate_length,
+                    rate=rate,
+                    round=round_number,
+                    generation=0,
+                )
 
-    def _keep(
-        self,
-        contender: Contender,
-        length: int,
-        rate: float | None,
-        round_number: int,
-        generation: int,
-        arrived: Arrived,
-        memory: PeakMemory,
-    ) -> None:
-        self.measured.samples.append(
-            Sample(
-                contender=contender.name,
-                prompt_tokens=length,
-                rate=rate,
-                round=round_number,
-                generation=generation,
+    def _keep(self, answered: Iterable[Arrived], memory: PeakMemory, **told: Any) -> None:
+        """Add samples of requests; `told` are the attributes of `Sample` that they share."""
+        for arrived in answered:
+            sample = Sample(
                 at_s=arrived.at_s,
                 waited=arrived.waited,
                 answer=arrived.answer,
                 worker_rss_mib=memory.worker_rss_mib,
                 device_mib=memory.device_mib,
+                **told,
             )
-        )
+            self.measured.samples.append(sample)
 
     async def _count(self, length: int, rate: float | None) -> None:
         """Keep what each server says that it selected since it was last asked to say so."""

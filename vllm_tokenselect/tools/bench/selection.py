@@ -1,37 +1,29 @@
-"""What a server selects, read from its `/metrics` before and after it is asked."""
+"""How many selections a server reuses, by its counters."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
 from vllm_tokenselect.tools.bench.timing import TimedAnswer
-from vllm_tokenselect.tools.common.server_facts import ROW_KINDS, selection_counts
+from vllm_tokenselect.tools.common.server_facts import ROW_KINDS, SelectionCounter
 
 
-class SelectionCounter:
-    """The counters of one server.
+class ReuseCounter(SelectionCounter):
+    """The counters of a server, and how many of its layers select.
 
     Args:
         url: of the server.
     """
 
     def __init__(self, url: str) -> None:
-        self._url = url
-        self._last = selection_counts(url)
+        super().__init__(url)
         self._layers: int | None = None
 
-    def read(self) -> Mapping[str, float] | None:
-        """What came since the last reading; None where the server does not count."""
-        before, self._last = self._last, selection_counts(self._url)
-        if before is None or self._last is None:
-            return None
-        return {name: self._last[name] - before[name] for name in self._last if name in before}
-
     def learn_layers(self, new_prompt: int, answer: TimedAnswer) -> None:
-        """Read what one request added, to know how many layers select.
+        """Find out how many layers select, from what one request added to the counters.
 
-        Every query adds its context once in each of them. Where it does not come out even, others ask the
-        server too or the prompt was cached, and the number stays unknown.
+        Every query adds its context once in each of these layers. If the sum does not come out even, others
+        ask the server too or the prompt was cached, and the number stays unknown.
 
         Args:
             new_prompt: tokens of its prompt.

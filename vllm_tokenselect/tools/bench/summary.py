@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from math import exp, log
 from statistics import median
-from typing import Any
 
 from vllm_tokenselect.tools.bench.samples import Measured, Sample, Selected
 from vllm_tokenselect.tools.common.intervals import mean_interval
+from vllm_tokenselect.tools.common.tables import Rows
 
-Rows = list[dict[str, Any]]
 _TIMES = ("ttft_s", "tpot_ms")
 
 

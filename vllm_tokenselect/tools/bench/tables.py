@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-Rows = list[dict[str, Any]]
+from vllm_tokenselect.tools.common.tables import Rows
 
 
 def alone_table(rows: Rows) -> Table:

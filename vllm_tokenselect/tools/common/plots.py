@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-Rows = list[dict[str, Any]]
+from vllm_tokenselect.tools.common.tables import Rows
 
 
 @dataclass(frozen=True)

@@ -95,22 +95,12 @@ def refuse_lengths(facts: ServerFacts, lengths: Iterable[int], answer: int = 0) 
         )
 
 
-def attended_tokens(url: str) -> tuple[float, float] | None:
-    """Tokens that were attended to and that were in the context, since the server started.
-
-    Both are summed over layers. None without such counters: the server does not run on TOKENSELECT, or does
-    not tell.
-    """
-    counts = selection_counts(url)
-    return None if counts is None else (counts["attended"], counts["in_context"])
-
-
 def selection_counts(url: str) -> dict[str, float] | None:
     """What was selected since the server started, summed over layers.
 
     Returns:
         tokens "attended" to and "in_context" and, where the server tells, rows of each of `ROW_KINDS`; None
-        without such counters, as for `attended_tokens`.
+        without such counters: the server does not run on TOKENSELECT, or does not tell.
     """
     try:
         with urllib.request.urlopen(f"{url}/metrics", timeout=30) as answer:
@@ -122,6 +112,25 @@ def selection_counts(url: str) -> dict[str, float] | None:
         return None
     found |= {kind: _sum(text, _ROWS, f'kind="{kind}"') for kind in ROW_KINDS}
     return {name: count for name, count in found.items() if count is not None}
+
+
+class SelectionCounter:
+    """What a server selects from one reading of its counters to the next.
+
+    Args:
+        url: of the server, whose counters are read at once.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._last = selection_counts(url)
+
+    def read(self) -> Mapping[str, float] | None:
+        """What came since the last reading; None where the server does not count."""
+        before, self._last = self._last, selection_counts(self._url)
+        if before is None or self._last is None:
+            return None
+        return {name: self._last[name] - before[name] for name in self._last if name in before}
 
 
 def _sum(text: str, counter: str, label: str = "") -> float | None:

@@ -16,9 +16,9 @@ from vllm_tokenselect.tools.common.measurement import run_measurement
 from vllm_tokenselect.tools.common.progress import counted
 from vllm_tokenselect.tools.common.provenance import now, typed_command, versions
 from vllm_tokenselect.tools.common.server_facts import (
+    SelectionCounter,
     ServerFacts,
     ask_server,
-    attended_tokens,
     refuse_lengths,
 )
 from vllm_tokenselect.tools.common.text import chapters_of
@@ -164,7 +164,7 @@ class AccuracyMeasurement:
         Raises:
             ServerError: when a server refuses a request or does not answer.
         """
-        before = {name: attended_tokens(facts.url) for name, facts in self.facts.items()}
+        counters = {name: SelectionCounter(facts.url) for name, facts in self.facts.items()}
         missing = sum(
             replace(cell, method=name) not in self.report
             for cell in cells(self.settings)
@@ -180,10 +180,7 @@ class AccuracyMeasurement:
                     run(self.endpoints, self.settings, self.tokenizer, self.report, on_done)
                 )
             finally:
-                self._head["attended"] = {
-                    name: _difference(before[name], attended_tokens(facts.url))
-                    for name, facts in self.facts.items()
-                }
+                self._head["attended"] = {name: _attended(one) for name, one in counters.items()}
 
     def show(self) -> None:
         """Write the summary, print its tables, draw its plots."""
@@ -228,10 +225,9 @@ class AccuracyMeasurement:
         return f"{words}; attended to {attended / in_context:.1%} of {in_context:,.0f} tokens in context"
 
 
-def _difference(
-    before: tuple[float, float] | None, after: tuple[float, float] | None
-) -> dict[str, float] | None:
-    """Tokens between two readings of the counters; None without any."""
-    if before is None or after is None or after[1] <= before[1]:
+def _attended(counter: SelectionCounter) -> dict[str, float] | None:
+    """Tokens that were attended to and in context since the last reading; None without any."""
+    counts = counter.read()
+    if counts is None or counts["in_context"] <= 0:
         return None
-    return {"attended": after[0] - before[0], "in_context": after[1] - before[1]}
+    return {name: counts[name] for name in ("attended", "in_context")}

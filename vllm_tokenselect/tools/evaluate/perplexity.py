@@ -9,8 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from vllm_tokenselect.tools.common.intervals import mean_interval
-
-Rows = list[dict[str, Any]]
+from vllm_tokenselect.tools.common.tables import Rows, grouped, new_table, paired
 
 
 def loss_rows(cells: Rows) -> Rows:
@@ -21,12 +20,9 @@ def loss_rows(cells: Rows) -> Rows:
     Args:
         cells: one a text, with the `losses` of its tokens, nats.
     """
-    groups: dict[tuple[str, int, str], Rows] = {}
-    for cell in cells:
-        groups.setdefault((cell["task"], cell["length"], cell["method"]), []).append(cell)
     rows = []
-    for (task, length, method), group in sorted(groups.items(), key=lambda group: group[0][:2]):
-        loss, low, high = mean_interval([fmean(cell["losses"]) for cell in group])
+    for (task, length, method), group in grouped(cells, "task", "length", "method").items():
+        loss, low, high = mean_interval([*map(_mean_loss, group)])
         row = {"kind": "loss", "task": task, "length": length, "method": method}
         tokens = sum(len(cell["losses"]) for cell in group)
         rows.append(row | _figures(loss, low, high) | {"texts": len(group), "tokens": tokens})
@@ -35,20 +31,16 @@ def loss_rows(cells: Rows) -> Rows:
 
 def loss_differences(cells: Rows, before: str, after: str) -> Rows:
     """How much more one method loses than another on the same tokens, nats a token, interval over texts."""
-    means: dict[tuple[str, int], dict[str, dict[int, float]]] = {}
-    for cell in cells:
-        of_task = means.setdefault((cell["task"], cell["length"]), {})
-        of_task.setdefault(cell["method"], {})[cell["number"]] = fmean(cell["losses"])
     rows = []
-    for (task, length), of_task in sorted(means.items()):
-        first, second = of_task.get(before, {}), of_task.get(after, {})
-        differences = [second[number] - first[number] for number in first if number in second]
-        if differences:
-            row = {"kind": "loss difference", "task": task, "length": length}
-            figures = _figures(*mean_interval(differences))
-            rows.append(row | {"method": f"{after} - {before}"} | figures)
-            rows[-1] |= {"texts": len(differences)}
+    for (task, length), pairs in paired(cells, before, after, _mean_loss).items():
+        row = {"kind": "loss difference", "task": task, "length": length}
+        figures = _figures(*mean_interval([second - first for first, second in pairs]))
+        rows.append(row | {"method": f"{after} - {before}"} | figures | {"texts": len(pairs)})
     return rows
+
+
+def _mean_loss(cell: dict[str, Any]) -> float:
+    return fmean(cell["losses"])
 
 
 def _figures(loss: float, low: float | None, high: float | None) -> dict[str, Any]:
@@ -57,9 +49,8 @@ def _figures(loss: float, low: float | None, high: float | None) -> dict[str, An
 
 def loss_table(rows: Rows) -> Table:
     """Losses and their differences, with perplexities."""
-    table = Table(title="real text: nats per token [95 % interval over texts, Student's t]")
-    table.add_column("task")
-    table.add_column("tokens", justify="right")
+    title = "real text: nats per token [95 % interval over texts, Student's t]"
+    table = new_table(title, ["task"], ["tokens"])
     table.add_column("server")
     for heading in ("nats per token", "perplexity", "texts"):
         table.add_column(heading, justify="right")

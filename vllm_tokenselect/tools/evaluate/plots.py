@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from vllm_tokenselect.tools.common.plots import DepthPoint, draw_depths, draw_rates
+from vllm_tokenselect.tools.common.tables import Rows
 
 _DEPTH_BINS = 10
-
-Rows = list[dict[str, Any]]
 
 
 def draw(summary: Rows, done: Rows, folder: Path) -> list[Path]:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from statistics import fmean
 from typing import Any
 
 from rich.table import Table
 
 from vllm_tokenselect.tools.common.intervals import mean_of_estimates, paired_difference, wilson
-
-Rows = list[dict[str, Any]]
+from vllm_tokenselect.tools.common.tables import Rows, grouped, new_table, paired
 
 
 def rates(cells: Rows) -> Rows:
@@ -19,11 +17,8 @@ def rates(cells: Rows) -> Rows:
     Args:
         cells: their `answers` say of each question whether it was answered right, or what share of it was.
     """
-    groups: dict[tuple[str, int, str], Rows] = {}
-    for cell in cells:
-        groups.setdefault((cell["task"], cell["length"], cell["method"]), []).append(cell)
     rows = []
-    for (task, length, method), group in sorted(groups.items(), key=lambda group: group[0][:2]):
+    for (task, length, method), group in grouped(cells, "task", "length", "method").items():
         answers = [answer["right"] for cell in group for answer in cell["answers"]]
         low, high = wilson(sum(answers), len(answers))
         rows.append(
@@ -45,12 +40,9 @@ def rates(cells: Rows) -> Rows:
 
 def rate_table(rows: Rows) -> Table:
     """Rates with their intervals, one row a task and length, one column a method."""
-    table = Table(title="exact answers: right / asked, rate [95 % interval, Wilson]")
-    table.add_column("task")
-    table.add_column("tokens", justify="right")
     names = list(dict.fromkeys(row["method"] for row in rows))
-    for name in names:
-        table.add_column(name, justify="right")
+    title = "exact answers: right / asked, rate [95 % interval, Wilson]"
+    table = new_table(title, ["task"], ["tokens", *names])
     found = {(row["task"], row["length"], row["method"]): row for row in rows}
     for task, length in sorted({(row["task"], row["length"]) for row in rows}):
         shown = [found.get((task, length, name)) for name in names]
@@ -73,18 +65,9 @@ def rate_differences(cells: Rows, before: str, after: str) -> Rows:
         before: the method that the other is compared with.
         after: the other.
     """
-    scores: dict[tuple[str, int], dict[str, dict[tuple[Any, ...], float]]] = {}
-    for cell in cells:
-        of_task = scores.setdefault((cell["task"], cell["length"]), {})
-        of_method = of_task.setdefault(cell["method"], {})
-        key = (cell["number"], cell["depth"])
-        of_method[key] = fmean(answer["right"] for answer in cell["answers"])
     rows = []
-    for (task, length), of_task in sorted(scores.items()):
-        first, second = of_task.get(before, {}), of_task.get(after, {})
-        pairs = [(first[key], second[key]) for key in first if key in second]
-        if not pairs:
-            continue
+    scores = paired(cells, before, after, _mean_score)
+    for (task, length), pairs in scores.items():
         difference, low, high = paired_difference([x for x, _ in pairs], [y for _, y in pairs])
         rows.append(
             {
@@ -104,12 +87,15 @@ def rate_differences(cells: Rows, before: str, after: str) -> Rows:
     return rows
 
 
-def difference_table(rows: Iterable[dict[str, Any]], before: str, after: str) -> Table:
+def _mean_score(cell: dict[str, Any]) -> float:
+    return fmean(answer["right"] for answer in cell["answers"])
+
+
+def difference_table(rows: Rows, before: str, after: str) -> Table:
     """Differences with their intervals, one row a task and length."""
-    table = Table(title=f"{after} minus {before}, the same prompts [95 % interval, Newcombe]")
-    table.add_column("task")
-    for heading in ("tokens", "difference", "prompts", f"{after} better", f"{before} better"):
-        table.add_column(heading, justify="right")
+    title = f"{after} minus {before}, the same prompts [95 % interval, Newcombe]"
+    headings = ["tokens", "difference", "prompts", f"{after} better", f"{before} better"]
+    table = new_table(title, ["task"], headings)
     for row in rows:
         table.add_row(
             row["task"],
@@ -126,12 +112,8 @@ def task_means(rows: Rows) -> Rows:
     Args:
         rows: of kind "rate" or "difference". Lengths with a single task are left out.
     """
-    groups: dict[tuple[Any, ...], Rows] = {}
-    for row in rows:
-        named = row["kind"], row["length"], row.get("method")
-        groups.setdefault(named, []).append(row)
-    means = []
-    for (kind, length, method), group in sorted(groups.items(), key=lambda group: group[0][:2]):
+    means: Rows = []
+    for (kind, length, method), group in grouped(rows, "kind", "length", "method").items():
         if len(group) < 2:
             continue
         mean, low, high = mean_of_estimates([(row[kind], row["low"], row["high"]) for row in group])
@@ -145,9 +127,7 @@ def task_means(rows: Rows) -> Rows:
 
 def mean_table(rows: Rows) -> Table:
     """Means over the tasks with their intervals, one row a length and method, the difference below."""
-    table = Table(title="mean of the tasks [95 % interval]")
-    for heading in ("tokens", "tasks", "", "mean"):
-        table.add_column(heading, justify="right")
+    table = new_table("mean of the tasks [95 % interval]", [], ["tokens", "tasks", "", "mean"])
     for row in sorted(rows, key=lambda row: (row["length"], "difference" in row)):
         value = "difference" if "difference" in row else "rate"
         name, sign = (row["method"], "") if value == "rate" else (value, "+")

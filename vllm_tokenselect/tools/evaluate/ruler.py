@@ -22,6 +22,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from vllm_tokenselect.tools.common.text import around, encode
+from vllm_tokenselect.tools.evaluate.prompts import TaskPrompt
 
 _MODULES = "lm_eval.tasks.ruler"
 _EXAMPLE_LINES = (
@@ -43,21 +44,7 @@ class RulerText:
 Make = Callable[[int, int], RulerText]
 
 
-@dataclass(frozen=True)
-class RulerPrompt:
-    """A prompt of at most the length asked for, in tokens.
-
-    Attributes:
-        depth: where the first of the answers is first said in the text, 0 to 1.
-    """
-
-    tokens: list[int]
-    expected: tuple[str, ...]
-    depth: float
-    begun: str
-
-
-def ruler_prompt(make: Make, tokenizer: Any, length: int, seed: int, least: int) -> RulerPrompt:
+def ruler_prompt(make: Make, tokenizer: Any, length: int, seed: int, least: int) -> TaskPrompt:
     """A prompt of a task that fills `length` tokens but for a few percent.
 
     Args:
@@ -92,13 +79,13 @@ def _units_that_fit(make: Make, tokenizer: Any, length: int, least: int) -> int:
     return fits
 
 
-def _made(make: Make, tokenizer: Any, length: int, seed: int, units: int) -> RulerPrompt:
+def _made(make: Make, tokenizer: Any, length: int, seed: int, units: int) -> TaskPrompt:
     with _seeded(seed):
         made = make(units, length)
     head, tail = around(tokenizer, "", "", made.begun)
     tokens = [*head, *encode(tokenizer, made.text), *tail]
     depth = made.text.find(made.expected[0]) / len(made.text)
-    return RulerPrompt(tokens, made.expected, max(depth, 0.0), made.begun)
+    return TaskPrompt(tokens, made.expected, max(depth, 0.0), made.begun)
 
 
 @contextmanager

@@ -12,8 +12,9 @@ from vllm_tokenselect.tools.common.client import Client, Endpoint, ServerError, 
 from vllm_tokenselect.tools.common.text import document, encode, prefix
 from vllm_tokenselect.tools.evaluate.cells import Cell, CellFile
 from vllm_tokenselect.tools.evaluate.perplexity import loss_differences, loss_rows
+from vllm_tokenselect.tools.evaluate.prompts import TaskPrompt
 from vllm_tokenselect.tools.evaluate.rates import rate_differences, rates, task_means
-from vllm_tokenselect.tools.evaluate.tasks import LOSSES, REPLAY, STEPS, TASKS, Prompt
+from vllm_tokenselect.tools.evaluate.tasks import LOSSES, REPLAY, STEPS, TASKS
 
 BEFORE, AFTER = "A", "B"
 SEEDS_APART = 10**6  # numbers of texts from one seed to the next
@@ -57,7 +58,7 @@ class Question:
     """A cell without its server, and what is asked: a prompt with an answer, or a text to be read."""
 
     cell: Cell
-    prompt: Prompt | None = None
+    prompt: TaskPrompt | None = None
     text: str = ""
     read: tuple[int, ...] = ()
 

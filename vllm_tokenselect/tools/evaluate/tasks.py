@@ -17,6 +17,7 @@ from vllm_tokenselect.tools.common.hidden import (
     passkey_prompt,
 )
 from vllm_tokenselect.tools.evaluate import ruler
+from vllm_tokenselect.tools.evaluate.prompts import TaskPrompt
 
 STEPS, REPLAY = "perplexity", "perplexity_decode"
 _NEEDLES = 8  # questions about one haystack
@@ -24,23 +25,6 @@ _NEEDLES = 8  # questions about one haystack
 
 class UnknownTask(ValueError):
     """A task that there is not. The message says which there are."""
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """What is asked, and what must be said.
-
-    Attributes:
-        tokens: of the prompt.
-        expected: each of them must be said.
-        depth: where the first of these stands, 0 to 1.
-        begun: how the prompt begins the answer.
-    """
-
-    tokens: list[int]
-    expected: tuple[str, ...]
-    depth: float
-    begun: str
 
 
 @dataclass(frozen=True)
@@ -57,7 +41,7 @@ class Task:
     """
 
     name: str
-    make: Callable[[Any, int, float | None, int], Prompt]
+    make: Callable[[Any, int, float | None, int], TaskPrompt]
     score: Callable[[str, Sequence[str]], float]
     max_tokens: int
     about: str
@@ -65,9 +49,8 @@ class Task:
 
 
 def _ruler(name: str, make: ruler.Make, least: int, max_tokens: int, about: str) -> Task:
-    def prompt(tokenizer: Any, tokens: int, depth: float | None, number: int) -> Prompt:
-        made = ruler.ruler_prompt(make, tokenizer, tokens, number, least)
-        return Prompt(made.tokens, made.expected, made.depth, made.begun)
+    def prompt(tokenizer: Any, tokens: int, depth: float | None, number: int) -> TaskPrompt:
+        return ruler.ruler_prompt(make, tokenizer, tokens, number, least)
 
     return Task(name, prompt, ruler.share_said, max_tokens, about)
 
@@ -75,20 +58,20 @@ def _ruler(name: str, make: ruler.Make, least: int, max_tokens: int, about: str)
 def _hidden(
     name: str, make: Callable[[Any, int, float, int], HiddenPrompt], max_tokens: int, about: str
 ) -> Task:
-    def prompt(tokenizer: Any, tokens: int, depth: float | None, number: int) -> Prompt:
+    def prompt(tokenizer: Any, tokens: int, depth: float | None, number: int) -> TaskPrompt:
         assert depth is not None
         return _of_hidden(make(tokenizer, tokens, depth, number))
 
     return Task(name, prompt, _first_number, max_tokens, about, chooses_depth=True)
 
 
-def _fact(tokenizer: Any, tokens: int, depth: float | None, number: int) -> Prompt:
+def _fact(tokenizer: Any, tokens: int, depth: float | None, number: int) -> TaskPrompt:
     haystack, question = divmod(number, _NEEDLES)
     return _of_hidden(needle_prompts(tokenizer, tokens, haystack, _NEEDLES)[question])
 
 
-def _of_hidden(made: HiddenPrompt) -> Prompt:
-    return Prompt(made.tokens, (made.expected,), made.depth, made.begun)
+def _of_hidden(made: HiddenPrompt) -> TaskPrompt:
+    return TaskPrompt(made.tokens, (made.expected,), made.depth, made.begun)
 
 
 def _first_number(said: str, expected: Sequence[str]) -> float:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from vllm_tokenselect.tools.plan.presets import PRESETS
-
+# Public configurations, to plan for without a network: the type that transformers knows, and what differs
+# from its defaults.
+_PRESETS = Path(__file__).with_name("presets.json")
 _LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
 
 
@@ -85,9 +88,8 @@ def read_model(name: str, quantized_ok: bool = False) -> ModelShape:
     """
     from transformers import AutoConfig
 
-    if name.lower() in PRESETS:
-        kind, numbers = PRESETS[name.lower()]
-        config = AutoConfig.for_model(kind, tie_word_embeddings=False, **numbers)
+    if preset := json.loads(_PRESETS.read_text()).get(name.lower()):
+        config = AutoConfig.for_model(**preset, tie_word_embeddings=False)
     else:
         config = AutoConfig.from_pretrained(name)
     text = config.get_text_config()
