@@ -68,7 +68,7 @@ def test_a_run_is_gone_on_with_only_if_that_was_asked_for(server, tmp_path):
     asked = len(server.bodies)
     refused = evaluate(*command)
     assert refused.exit_code == 2
-    assert "exists: go on with it by --resume, or remove it" in refused.output
+    assert "exists: continue it with --resume, or remove it" in refused.output
     assert evaluate(*command, "--resume").exit_code == 0
     assert len(server.bodies) == asked
     other = evaluate(*command, "--resume", "--depths", "3")

@@ -18,8 +18,8 @@ class Arrived:
 
     Attributes:
         at_s: seconds after the first could have arrived.
-        waited: whether as many were open already as the client may have; it was sent when one ended.
-        answer: timed from the arrival, so a wait is part of its times.
+        waited: whether it was sent late, because as many requests were open as the client allows.
+        answer: timed from the arrival, so that a wait is part of its times.
     """
 
     at_s: float
@@ -30,8 +30,8 @@ class Arrived:
 def poisson_arrivals(rate: float, count: int, seed: str) -> list[float]:
     """Arrival times, seconds, of a Poisson process that has `count` arrivals in `count / rate` seconds.
 
-    Given their number, the arrivals of a Poisson process are uniform: so the rate is met exactly,
-    however few they are.
+    Given their number, the arrivals of a Poisson process are uniform. So the rate is met exactly, even by
+    few arrivals.
 
     Args:
         rate: arrivals a second.

@@ -28,10 +28,10 @@ class Served:
     """A server that can be asked.
 
     Attributes:
-        name: that it has in results.
+        name: its name in results.
         facts: what it says of itself.
-        server: the process; None for one that runs somewhere.
-        described: for the report.
+        server: the process; None for a server that was not started here.
+        described: what the report says of it.
     """
 
     name: str
@@ -42,12 +42,12 @@ class Served:
 
 @dataclass(frozen=True)
 class RunningServers:
-    """Two servers by their URLs.
+    """Two servers that already run, by their URLs.
 
     Args:
-        a: what B is compared with.
-        b: on TOKENSELECT.
-        model: its name there; None for the only one of each.
+        a: the server that B is compared with.
+        b: the server on TOKENSELECT.
+        model: its name on both; None for the only one of each.
 
     Raises:
         ValueError: when one is missing, or they are the same.
@@ -63,7 +63,7 @@ class RunningServers:
             raise ValueError("--a and --b go together: two running servers, A B A B")
         if bare_url(self.a) == bare_url(self.b):
             raise ValueError(
-                f"--a and --b are both {self.a}: its prefix cache would have each prompt of A for B"
+                f"--a and --b are both {self.a}: B would find each prompt of A in its prefix cache"
             )
 
     def max_length(self) -> int | None:
@@ -92,7 +92,7 @@ class StartedServers:
         model: folder or name; None for SmolLM2-135M-Instruct.
         baseline: attention backend to compare with; None for vLLM's choice.
         settings: of TOKENSELECT.
-        also: settings beside these, of one more server each.
+        also: settings on top of these, each for one more server.
         serve_args: more arguments of all servers.
         timeout: seconds that each may take to start.
 
@@ -113,7 +113,7 @@ class StartedServers:
             raise ValueError(sentence)
         if self.baseline == OWN:
             raise ValueError(
-                f"--baseline {OWN}: compare settings of {OWN} with each other by --also"
+                f"--baseline {OWN}: to compare settings of {OWN} with each other, use --also"
             )
         if self.serve_args and not self.serve_args[0].startswith("-"):
             raise ValueError(
@@ -131,7 +131,7 @@ class StartedServers:
         return {self.baseline or VLLMS_CHOICE: None, OWN: dict(self.settings), **more}
 
     def max_length(self) -> int | None:
-        """Tokens that the model was made for; None where its configuration does not tell.
+        """Tokens of the longest context by the model's configuration; None if it does not tell.
 
         Raises:
             ValueError: when there is no such model.
@@ -175,7 +175,7 @@ class StartedServers:
             backend=backend,
             settings=settings,
             enforce_eager=False,
-            # What the user says comes last, and holds.
+            # The user's arguments come last, so that they win.
             extra_args=["--max-model-len", str(length), *self._share_of_gpu(), *self.serve_args],
             env=_may_download(model),
         )
@@ -201,13 +201,13 @@ class StartedServers:
         return self.model or str(ensure_smollm2())
 
     def _share_of_gpu(self) -> list[str]:
-        """Each server would take all of a GPU's memory for its KV cache."""
+        """The share of a GPU's memory for each server, which would otherwise take all of it."""
         share = _GPU_MEMORY / len(self.contenders)
         return ["--gpu-memory-utilization", f"{share:.2f}"] if has_gpu() else []
 
 
 def _may_download(model: str) -> dict[str, str]:
-    """A model that is named and not at hand is fetched, unless the user has said otherwise."""
+    """Let a server download its model, unless the model is a folder or the user has forbidden it."""
     if Path(model).is_dir() or "HF_HUB_OFFLINE" in os.environ:
         return {}
     return {"HF_HUB_OFFLINE": "0"}

@@ -1,4 +1,4 @@
-"""The machine: its processor, its GPUs, and what a server takes of its memory."""
+"""The machine: its processor, its GPUs, and the memory that a server takes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def has_gpu() -> bool:
 def device_mib(pid: int) -> float | None:
     """GPU memory, MiB, of a process and those that it started; None where nvidia-smi does not tell.
 
-    It does not in most containers, where it knows other process ids.
+    In most containers it does not, because it sees other process ids there.
     """
     family = {str(process.pid) for process in _family(pid)}
     used = [
@@ -71,14 +71,14 @@ def _family(pid: int) -> list[psutil.Process]:
 
 
 class PeakMemory:
-    """Most memory of a server while the block runs.
+    """Peak memory of a server while the block runs.
 
     Args:
-        pid: of the server; None where it runs elsewhere, and nothing is measured.
+        pid: of the server; None if it runs elsewhere, so that nothing is measured.
 
     Attributes:
         worker_rss_mib: resident memory of its largest process, MiB.
-        device_mib: GPU memory of all its processes after the block, MiB: they keep what they took.
+        device_mib: GPU memory of all its processes after the block, MiB; processes never give any back.
     """
 
     def __init__(self, pid: int | None) -> None:

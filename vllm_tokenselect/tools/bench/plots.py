@@ -1,4 +1,4 @@
-"""Rows as pictures: times over the prompt's length, throughput over the rate."""
+"""Rows as plots: times over the prompt's length, throughput over the rate."""
 
 from __future__ import annotations
 

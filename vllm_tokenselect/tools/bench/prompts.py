@@ -7,12 +7,12 @@ from typing import Any
 
 from vllm_tokenselect.tools.common.text import document, encode, prefix
 
-SHORTEST = 64  # tokens: room for what makes a prompt begin as no other does
+SHORTEST = 64  # tokens; a shorter prompt has no room for its own beginning
 _SEEDS_APART = 10**6  # numbers of prompts from one seed to the next
 
 
 class Prompts:
-    """Real text in tokens, each time new and beginning as none before, for the prefix cache not to help.
+    """Real text in tokens. Each prompt begins differently, so that the prefix cache cannot help.
 
     Args:
         tokenizer: of the served model.

@@ -1,4 +1,4 @@
-"""Ask servers in turn, A B A B, one request at a time and at rates, and keep every sample."""
+"""Ask servers in turn, A B A B: one request at a time, then at rates. Keep every sample."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from vllm_tokenselect.tools.bench.selection import ReuseCounter
 from vllm_tokenselect.tools.bench.timing import timed
 from vllm_tokenselect.tools.common.client import Client, Endpoint, ServerError
 
-# Rates, unless others are asked for, as shares of what the first server does one request after the other.
+# The default rates, as shares of the rate at which the first server answers one request at a time.
 RATE_SHARES = (0.5, 1.0, 2.0)
 _WARM_UP_TOKENS = 300
 
-# Called with words for what was just asked.
+# Called after each request, with words for it.
 OnDone = Callable[[str], None]
 
 
@@ -48,17 +48,18 @@ class BenchSettings:
     Attributes:
         lengths: tokens of prompts that are asked one at a time.
         rounds: new prompts of each length, and runs at each rate.
-        generations: times that each prompt is continued; the prefix cache has it from the second on.
+        generations: how often to generate from each prompt; from the second time on the prompt comes from
+            the prefix cache.
         output_tokens: of each answer.
         rates: requests a second; None for `RATE_SHARES`.
         rate_length: tokens of prompts at rates, one of `lengths`.
-        requests: in each run at a rate; 0 for no such run.
-        concurrency: most requests that are open at a time.
-        timeout: seconds of a request.
+        requests: in each run at a rate; 0 leaves these runs out.
+        concurrency: how many requests may be open at a time.
+        timeout: seconds that a request may take.
         seed: of arrivals.
-        pause: seconds before a server is asked: the threads of the one before spin a moment after
-            their work, which is not the next one's to pay.
-        settle: seconds before counters are read, which workers publish about once a second.
+        pause: seconds before a server is asked. The threads of the server before it spin for a moment after
+            their work, which must not slow this one down.
+        settle: seconds before counters are read; workers publish them about once a second.
     """
 
     lengths: tuple[int, ...]
@@ -75,7 +76,7 @@ class BenchSettings:
     settle: float = 2.0
 
     def total(self, contenders: int) -> int:
-        """Requests in all, without those that warm up."""
+        """Number of requests, without those that warm servers up."""
         rates = len(RATE_SHARES if self.rates is None else self.rates)
         of_each = len(self.lengths) * self.generations + rates * self.requests
         return contenders * self.rounds * of_each
@@ -85,7 +86,7 @@ class Bench:
     """Servers side by side.
 
     Args:
-        contenders: in the order in which they are asked; the first is what others are compared with.
+        contenders: in the order in which they are asked. The others are compared with the first.
         prompts: where new ones come from.
 
     Attributes:
@@ -159,7 +160,7 @@ class Bench:
                     self._on_done(f"{contender.name}: {length:,} tokens")
 
     def _rates(self) -> tuple[float, ...]:
-        """Requests a second; none where the first server answered nothing that says how fast it is."""
+        """Requests a second; none if the first server answered no request, so that its speed is unknown."""
         settings = self._settings
         if settings.requests == 0:
             return ()
@@ -217,7 +218,7 @@ class Bench:
             self.measured.samples.append(sample)
 
     async def _count(self, length: int, rate: float | None) -> None:
-        """Keep what each server says that it selected since it was last asked to say so."""
+        """Keep what each server has selected since the last reading of its counters."""
         await asyncio.sleep(self._settings.settle)
         for name, counter in self._counters.items():
             counts = counter.read()

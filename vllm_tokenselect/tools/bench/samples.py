@@ -1,4 +1,4 @@
-"""What is kept of a measurement, request by request."""
+"""Samples: what is kept of each request."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class Sample:
         prompt_tokens: of the prompt.
         rate: requests a second among which it came; None for one that was sent alone.
         round: which of the prompts of this length, or which run at this rate.
-        generation: which continuation of its prompt; from 1 on the prefix cache has the prompt.
+        generation: which generation from its prompt; from 1 on the prompt comes from the prefix cache.
         at_s: seconds from the start of the run at the rate to its arrival.
-        waited: whether it had to, since as many requests were open as may be.
-        worker_rss_mib: most memory of the server's largest process during it, or during the run at the
-            rate; None where it is not known.
-        device_mib: GPU memory of the server after it; None where it is not known.
+        waited: whether it had to wait for others, because too many requests were open.
+        worker_rss_mib: peak memory of the server's largest process during the request, or during the run
+            at the rate; None if unknown.
+        device_mib: GPU memory of the server after the request; None if unknown.
     """
 
     contender: str
@@ -49,7 +49,7 @@ class Selected:
 
     Attributes:
         counts: tokens "attended" to and "in_context", and rows by their kind, summed over layers.
-        reused: share, 0 to 1, of generated tokens' selections that were reused; None where not known.
+        reused: share, 0 to 1, of generated tokens' selections that were reused; None if unknown.
     """
 
     contender: str

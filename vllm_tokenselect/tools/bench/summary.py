@@ -40,9 +40,9 @@ def summarize(measured: Measured) -> Rows:
 
 
 def _times(samples: Iterable[Sample], name: str) -> dict[tuple[int, int, float], float]:
-    """A time of each request that was answered, by what it has in common with the others' servers.
+    """A time of each answered request, by what identifies the same request to other servers.
 
-    The prefix cache shortens the time to first token of all continuations of a prompt but the first.
+    A time to first token counts only for a prompt's first generation; the prefix cache shortens the others.
     """
     return {
         (sample.round, sample.generation, sample.at_s): value
@@ -71,7 +71,7 @@ def _spread(values: Iterable[float]) -> dict[str, float] | None:
 def _faster(
     base: Sequence[Sample], samples: Sequence[Sample], name: str
 ) -> dict[str, float | None] | None:
-    """Times of the base by times of the same requests elsewhere: their geometric mean and its interval."""
+    """Speed over the base: geometric mean of the ratios of the same requests, and its interval."""
     before, after = _times(base, name), _times(samples, name)
     logs = [log(before[key] / after[key]) for key in before if key in after and after[key] > 0]
     if not logs:
@@ -86,9 +86,9 @@ def _faster(
 
 
 def _throughput(samples: Sequence[Sample], rate: float) -> dict[str, float]:
-    """Completed requests and their tokens by the time that the runs took.
+    """Completed requests and their tokens per second.
 
-    Each run takes until its last answer, and not less than its requests have to arrive in: no more can be
+    A run lasts until its last answer, and at least as long as its requests take to arrive: no more can be
     completed than arrive.
     """
     runs: dict[int, list[Sample]] = {}
@@ -108,7 +108,7 @@ def _throughput(samples: Sequence[Sample], rate: float) -> dict[str, float]:
 
 
 def _memory(samples: Iterable[Sample]) -> dict[str, float | None]:
-    """What a server needs of memory is the most that it ever had."""
+    """The most memory that the server ever had."""
     rss = [s.worker_rss_mib for s in samples if s.worker_rss_mib is not None]
     device = [s.device_mib for s in samples if s.device_mib is not None]
     return {

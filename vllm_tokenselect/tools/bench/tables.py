@@ -1,4 +1,4 @@
-"""Rows as tables for people."""
+"""Rows as tables."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def rate_table(rows: Rows) -> Table:
     return table
 
 
-# What both tables have on the right, where any row has it.
+# Columns on the right of both tables; one that has no value in any row is left out.
 _REST = {
     "worker MiB": "worker_rss_mib",
     "GPU MiB": "device_mib",

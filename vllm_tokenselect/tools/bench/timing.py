@@ -10,13 +10,13 @@ from vllm_tokenselect.tools.common.client import Client, ServerError
 
 @dataclass(frozen=True)
 class TimedAnswer:
-    """What became of a request.
+    """The outcome of a request.
 
     Attributes:
         ttft_s: seconds to the first token; None when none came.
-        tpot_ms: milliseconds for each token after it, on average; None when none came or it failed.
-        seconds: to the last token, or to the failure.
-        output_tokens: that came.
+        tpot_ms: mean milliseconds per token after the first; None when none came or the request failed.
+        seconds: until the last token or the failure.
+        output_tokens: number of tokens that came.
         error: why it failed; None when it was answered to the end.
     """
 
@@ -30,11 +30,11 @@ class TimedAnswer:
 async def timed(
     client: Client, prompt: list[int], output_tokens: int, begun: float | None = None
 ) -> TimedAnswer:
-    """Have a prompt continued, and time its tokens. A failure is an answer too.
+    """Generate from a prompt and time its tokens. A failure is an outcome too.
 
     Args:
         prompt: in tokens.
-        output_tokens: that are asked for, whether or not the model would end before.
+        output_tokens: to generate, even if the model would end before.
         begun: `time.perf_counter` at which the request arrived; None for now.
     """
     begun = time.perf_counter() if begun is None else begun

@@ -16,7 +16,7 @@ import tenacity
 _RETRIED = (429, 500, 502, 503, 504)
 _TOKEN = "token_id:"  # vLLM's spelling of a token by its id
 _EVENT = b"data: {"  # how a line of a streamed answer starts; the last one has [DONE] instead
-# The log-probability of a token that was the only one allowed, where the server masks before it counts.
+# Above this lies the log-probability of the only token that is allowed, if the server masks first.
 _CERTAIN = -1e-6
 
 
@@ -25,7 +25,7 @@ class ServerError(RuntimeError):
 
 
 class _Busy(Exception):
-    """An answer that may be another one the next time."""
+    """An error that may be gone at the next attempt."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,10 @@ class Endpoint:
 
 
 class Client:
-    """Asks a server, so many requests at a time, all of them greedy.
+    """Asks a server greedy requests, a limited number at a time.
 
-    Connection errors, time-outs and the statuses 429, 500 and 502 to 504 are tried again, each time after
-    a longer pause; any other error is the request's own and ends the run. Streams are never tried again.
+    After a connection error, a time-out or the status 429, 500 or 502 to 504 a request is tried again, each
+    time after a longer pause. Any other error ends the run. Streams are never tried again.
 
     Args:
         endpoint: where and how.
@@ -95,7 +95,7 @@ class Client:
             await self._session.close()
 
     async def say(self, tokens: list[int], text: str, max_tokens: int) -> str:
-        """What follows a prompt.
+        """The text that follows a prompt.
 
         Args:
             tokens: of the prompt.
@@ -112,11 +112,11 @@ class Client:
     async def loss_of_next(self, tokens: list[int], following: int) -> float:
         """Negative log-likelihood, nats, of the token that follows a prompt.
 
-        The token is the only one that may be said; its log-probability is that of the model all the same,
-        since vLLM counts before it masks (`--logprobs-mode raw_logprobs`, the default).
+        The request allows this token alone. Its log-probability is still the model's, because vLLM takes
+        log-probabilities before it masks (`--logprobs-mode raw_logprobs`, the default).
 
         Raises:
-            ServerError: when the server says another token, or masks before it counts.
+            ServerError: when the server says another token.
         """
         body = {
             "prompt": tokens,
@@ -136,8 +136,8 @@ class Client:
     async def replay_losses(self, tokens: list[int], following: list[int]) -> list[float]:
         """Negative log-likelihoods, nats, of tokens that are decoded one after the other.
 
-        vLLM's trace replay: the server decodes as ever, but each token that it says is replaced by the one
-        that is given, whose log-probability is told.
+        This is vLLM's trace replay: the server decodes as always, replaces each token that it samples by
+        the given one, and tells the log-probability of the given one.
         """
         body = {
             "token_ids": tokens,
@@ -165,13 +165,13 @@ class Client:
 
     @property
     def is_full(self) -> bool:
-        """Whether as many requests are open as may be."""
+        """Whether `concurrency` requests are open, so that the next one waits."""
         return self._places.locked()
 
     async def stream(self, path: str, body: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
         """The events of the answer to a greedy request of the model, as they come.
 
-        Asked once: whoever looks at the clock must not wait for a second attempt.
+        The request is sent once, so that its times are those of one attempt.
 
         Raises:
             ServerError: when the server refuses it, breaks off, or is not done in time.
@@ -210,7 +210,7 @@ class Client:
         except (_Busy, aiohttp.ClientError, TimeoutError) as error:
             raise ServerError(
                 f"{self.endpoint.url}{path} failed {self._attempts} times, the last time with "
-                f"{str(error) or type(error).__name__}; --resume goes on from here"
+                f"{str(error) or type(error).__name__}; --resume continues from here"
             ) from error
         raise AssertionError("an attempt returns or raises")
 

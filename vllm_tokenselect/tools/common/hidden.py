@@ -1,11 +1,11 @@
 """Prompts with something hidden in them, of exactly the length asked for.
 
-Everything is seeded, and tokenised in pieces that never merge: so a prompt's length is exact, what is
-hidden stands where it is said to, and prompts that are meant to share a beginning do.
+Everything is seeded. A prompt is put together from pieces that are tokenized by themselves, so its length
+and the place of what is hidden are exact, and prompts that should share a beginning do.
 
-Questions begin the answer up to the space before its digits: whether the number is found is measured, not
-whether a small model cares to say one. They were worded, on other prompts of 2,000 tokens, so that
-SmolLM2-135M finds it with full attention.
+Each prompt begins the answer, up to the space before its digits: the tasks measure whether the number is
+found, and not whether a small model answers with a number at all. The wording was chosen on other prompts
+of 2,000 tokens so that SmolLM2-135M finds the number with full attention.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Pictures of rates: over the length, and over length and depth."""
+"""Plots of rates: over the length, and over length and depth."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class DepthPoint:
 
 
 def draw_rates(rows: Rows, task: str, file: Path) -> None:
-    """Rate over length, with its interval, one line a method."""
+    """Rate over length, with its interval, one line for each method."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -54,7 +54,7 @@ def short_length(tokens: int) -> str:
 
 
 def draw_depths(points: Sequence[DepthPoint], file: Path, hidden: str) -> None:
-    """Rate by length and depth, one panel a method; what was not asked stays white.
+    """Rate by length and depth, one panel for each method; what was not asked stays white.
 
     Args:
         hidden: the name of what stands at a depth.

@@ -52,10 +52,10 @@ class VllmServer:
         backend: value of `--attention-backend`; None leaves the choice to vLLM.
         settings: TokenSelect's settings, for `--additional-config`.
         port: None takes a free one.
-        enforce_eager: pass `--enforce-eager`: without it vLLM compiles the model first, which takes
+        enforce_eager: pass `--enforce-eager`. Without it vLLM compiles the model first, which takes
             about a minute on two cores.
         extra_args: more arguments for `vllm serve`.
-        env: environment variables that go before the defaults and before this process's own.
+        env: environment variables; they override the defaults and those of this process.
         log_path: where the server's output goes; None makes a temporary file, which is kept.
     """
 
@@ -221,7 +221,7 @@ def free_port() -> int:
 
 
 def _defaults() -> dict[str, str]:
-    """Environment of the server, where the user has not set it."""
+    """Environment variables of the server that the user has not set."""
     defaults = {
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",

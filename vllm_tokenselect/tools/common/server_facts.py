@@ -1,4 +1,4 @@
-"""What a server says of itself, asked before anything is measured, and what it must be able to do."""
+"""What a server says of itself: its model, the longest context, what it has selected so far."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ServerFacts:
         model: the name that it is served under.
         root: the folder or name that it was loaded from, where the server tells.
         max_model_len: tokens of context, where the server tells.
-        version: of vLLM, where the server tells.
+        version: of vLLM, where the server tells it.
     """
 
     url: str

@@ -1,4 +1,4 @@
-"""Long real text in tokens, seeded, and what stands around a task's text."""
+"""Long real text in tokens, and the words before and after a task's text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _TEXT = "(text)"
 def document(
     tokenizer: Any, seed: int, length: int, chapters: tuple[str, ...] | None = None
 ) -> list[int]:
-    """The first `length` tokens of a text that says nothing twice, its chapters in an order by `seed`."""
+    """The first `length` tokens of real text; `seed` orders its chapters, and no paragraph comes twice."""
     tokens, _ = text_tokens(tokenizer, random.Random(f"document {seed}"), length, chapters)
     return tokens
 
@@ -47,7 +47,7 @@ def python_documentation() -> tuple[str, ...]:
 
 
 def chapters_of(file: Path, paragraphs: int = 20) -> tuple[str, ...]:
-    """A text file in chapters of so many paragraphs, which a blank line ends."""
+    """A text file in chapters of `paragraphs` paragraphs each; a blank line ends a paragraph."""
     found = [part for part in file.read_text(encoding="utf-8").split("\n\n") if part.strip()]
     starts = range(0, len(found), paragraphs)
     return tuple("\n\n".join(found[start : start + paragraphs]) for start in starts)
@@ -56,8 +56,8 @@ def chapters_of(file: Path, paragraphs: int = 20) -> tuple[str, ...]:
 def _paragraphs(rng: random.Random, chapters: tuple[str, ...]) -> Iterator[str]:
     """Paragraphs of the chapters in random order.
 
-    Chapters quote each other. A paragraph that was there before is left out: what can be copied word by
-    word would reward looking back more than text does.
+    Chapters quote each other. A paragraph that came before is left out, because text that can be copied
+    word by word would reward looking back more than other text does.
     """
     shuffled = list(chapters)
     rng.shuffle(shuffled)
@@ -70,7 +70,7 @@ def _paragraphs(rng: random.Random, chapters: tuple[str, ...]) -> Iterator[str]:
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
-    """Tokens of a text, without those that a tokenizer puts before or behind by itself."""
+    """Tokens of a text, without the special tokens that a tokenizer adds by itself."""
     tokens: list[int] = tokenizer.encode(text, add_special_tokens=False)
     return tokens
 
@@ -86,9 +86,9 @@ def prefix(tokenizer: Any) -> list[int]:
 def around(
     tokenizer: Any, introduction: str, question: str, answer: str
 ) -> tuple[list[int], list[int]]:
-    """What stands before and after a task's text, and the answer as it begins, in tokens.
+    """Tokens before and after a task's text; the beginning of the answer is the end of the second.
 
-    With the model's chat template, if it has one, else as plain text.
+    They follow the model's chat template, if it has one. Otherwise they are plain text.
     """
     if tokenizer.chat_template is None:
         before = [*prefix(tokenizer), *encode(tokenizer, introduction)]

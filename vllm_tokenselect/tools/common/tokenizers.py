@@ -13,11 +13,11 @@ _PROBE = "The 12 ferries of Åland, 3.5 miles apart;\n\tall of them yellow."
 
 
 class ServerTokenizer:
-    """vLLM's `/tokenize` and `/detokenize`, with what the tasks use of transformers' tokenizers.
+    """vLLM's `/tokenize` and `/detokenize`, with the methods of transformers' tokenizers that tasks use.
 
     Args:
         facts: the server.
-        chat: whether the model has a chat template that is to be used.
+        chat: use the model's chat template, if it has one.
     """
 
     eos_token_id: int | None = None
@@ -100,7 +100,7 @@ def load_tokenizer(facts: ServerFacts, path: str | None, chat: bool) -> Any:
 
 
 def refuse_other_tokenizer(facts: ServerFacts, tokenizer: Any, name: str) -> None:
-    """Compare a tokenizer with the server's, where it can be asked.
+    """Compare a tokenizer with the server's, if the server has /tokenize.
 
     Raises:
         ServerError: when they cut a text differently.
@@ -132,6 +132,6 @@ def _local_tokenizer(path: str) -> Any:
             f"--tokenizer {path}: transformers cannot load it ({error}); name a folder with "
             "tokenizer files, or leave it out where the server has /tokenize"
         ) from error
-    # Its warning about long texts is what is measured.
+    # No warning about long texts: they are what is measured.
     tokenizer.model_max_length = 10**9
     return tokenizer

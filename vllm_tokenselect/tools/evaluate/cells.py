@@ -1,4 +1,4 @@
-"""What was measured, on disk cell by cell so that a run can be stopped and continued."""
+"""Results on disk, cell by cell, so that a run can be stopped and continued."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Cell:
-    """The smallest thing that is measured, and kept: what one method makes of one text.
+    """The smallest result that is kept: one method on one text.
 
     Attributes:
-        method: the way of attending, or the server, that is asked.
+        method: the server, or the way of attending.
         length: tokens of the prompts.
-        number: of the text, and its seed.
-        depth: where something is hidden, 0 to 1, in tasks that choose it.
+        number: of the text; it is also its seed.
+        depth: where something is hidden, 0 to 1; None in tasks that do not choose a depth.
     """
 
     method: str
@@ -31,13 +31,13 @@ class CannotResume(ValueError):
 
 
 class CellFile:
-    """The cells that are done, on disk after each.
+    """The file of the cells that are done; it is written after each cell.
 
     Args:
-        path: of the JSON file; None keeps nothing.
-        fixed: what all cells have in common: the model, settings and the like.
-        resume: go on with what the file has.
-        run: what is to be known of this run: its command, the machine, versions.
+        path: of the JSON file; None writes nothing.
+        fixed: what all cells have in common, such as model and settings.
+        resume: continue the run that the file holds.
+        run: what the reader must know of this run, such as its command, machine and versions.
 
     Raises:
         CannotResume: when the file exists and is not to be resumed, or was made with something else fixed.
@@ -68,7 +68,7 @@ class CellFile:
         self.write([])
 
     def write(self, summary: list[dict[str, Any]]) -> None:
-        """Write the file anew, all or nothing: a run may be killed at any moment."""
+        """Replace the file in one step: a run may be killed at any moment."""
         if self._path is None:
             return
         head = {"fixed": self._fixed, "runs": self._runs, "summary": summary, "cells": []}
@@ -81,7 +81,7 @@ class CellFile:
 
     def _read(self, path: Path, resume: bool) -> None:
         if not resume:
-            raise CannotResume(f"{path} exists: go on with it by --resume, or remove it")
+            raise CannotResume(f"{path} exists: continue it with --resume, or remove it")
         found = json.loads(path.read_text())
         fixed = json.loads(json.dumps(self._fixed))
         other = sorted(key for key in fixed if found["fixed"].get(key) != fixed[key])

@@ -1,4 +1,4 @@
-"""Losses of real text, of servers and between them, as rows and as tables."""
+"""Losses on real text and their differences, as rows and as a table."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vllm_tokenselect.tools.common.tables import Rows, grouped, new_table, paire
 def loss_rows(cells: Rows) -> Rows:
     """Mean loss of each method at each length, its interval over texts.
 
-    Tokens of one text are not independent of each other, so what is counted is a text.
+    The tokens of one text depend on each other, so the interval counts texts.
 
     Args:
         cells: one a text, with the `losses` of its tokens, nats.
@@ -30,7 +30,7 @@ def loss_rows(cells: Rows) -> Rows:
 
 
 def loss_differences(cells: Rows, before: str, after: str) -> Rows:
-    """How much more one method loses than another on the same tokens, nats a token, interval over texts."""
+    """Loss that one method adds to another's on the same tokens, nats a token; interval over texts."""
     rows = []
     for (task, length), pairs in paired(cells, before, after, _mean_loss).items():
         row = {"kind": "loss difference", "task": task, "length": length}

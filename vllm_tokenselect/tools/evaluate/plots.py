@@ -1,4 +1,4 @@
-"""The pictures of an evaluation."""
+"""The plots of an evaluation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _DEPTH_BINS = 10
 def draw(summary: Rows, done: Rows, folder: Path) -> list[Path]:
     """Write `eval-TASK.png`, accuracy over length, and `eval-TASK-depths.png`, over length and depth.
 
-    Depths that a task does not choose are put together in tenths.
+    Depths that a task does not choose are grouped into tenths.
 
     Args:
         summary: rows of the report.

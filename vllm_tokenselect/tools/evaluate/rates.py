@@ -12,10 +12,10 @@ from vllm_tokenselect.tools.common.tables import Rows, grouped, new_table, paire
 
 
 def rates(cells: Rows) -> Rows:
-    """Right answers of each method at each task and length, with their interval.
+    """Rate of right answers of each method in each task and length, with its interval.
 
     Args:
-        cells: their `answers` say of each question whether it was answered right, or what share of it was.
+        cells: each answer in their `answers` has a score `right`, 0 to 1.
     """
     rows = []
     for (task, length, method), group in grouped(cells, "task", "length", "method").items():
@@ -58,7 +58,7 @@ def _rate(row: dict[str, Any] | None) -> str:
 
 
 def rate_differences(cells: Rows, before: str, after: str) -> Rows:
-    """What the rates of one method are above those of another, on the prompts that both were asked.
+    """Differences between the rates of two methods, on the prompts that both were asked.
 
     Args:
         cells: as for `rates`.

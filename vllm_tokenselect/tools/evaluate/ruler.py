@@ -1,12 +1,12 @@
 """RULER's tasks (Hsieh et al. 2024, arXiv 2404.06654) by the generators of lm-eval, without a download.
 
-lm-eval makes a text of so many words, lines or sentences; how many fit a length in tokens is found here.
-Its own search grows a text step by step, which takes minutes at 128K tokens, and does not end where even
-the shortest text does not fit.
+lm-eval makes a text of a given number of words, lines or sentences. This module finds how many of them fit
+a length in tokens. lm-eval's own search grows a text step by step, which takes minutes at 128K tokens and
+never ends if even the shortest text does not fit.
 
-What differs from lm-eval: needles with several values, or of which several are asked for, stand in the
-repeated noise of `niah_single_1`, and the names of these tasks end in `_noise`. lm-eval has essays there,
-which are a download, and splits them into sentences by data of nltk, another download.
+One thing differs from lm-eval: in tasks with several values or several questions the needles stand in the
+repeated noise of `niah_single_1`, and the names of these tasks end in `_noise`. lm-eval takes essays there,
+which are a download, and splits them into sentences with data of nltk, another download.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class RulerText:
     expected: tuple[str, ...]
 
 
-# Makes a text of so many units, for prompts of so many tokens, from the state of `random`.
+# Makes a text of (units) for prompts of (tokens), from the state of `random`.
 Make = Callable[[int, int], RulerText]
 
 

@@ -1,4 +1,4 @@
-"""Ask one server or two whatever is not answered yet, and keep each answer as it comes."""
+"""Ask one or two servers for all cells that are missing, and keep each answer as it comes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vllm_tokenselect.tools.evaluate.rates import rate_differences, rates, task_
 from vllm_tokenselect.tools.evaluate.tasks import LOSSES, REPLAY, STEPS, TASKS
 
 BEFORE, AFTER = "A", "B"
-SEEDS_APART = 10**6  # numbers of texts from one seed to the next
+SEEDS_APART = 10**6  # texts are numbered; a seed starts so many numbers after the one before
 
 # Called with a cell that is done.
 OnDone = Callable[[Cell], None]
@@ -34,10 +34,10 @@ class EvalSettings:
         steps: tokens at the end of each text whose log-probabilities are asked for.
         seed: of all prompts and texts.
         depths: at which passkeys are hidden, from the start to the end.
-        chapters: of the texts; None takes the Python documentation.
+        chapters: of the texts for perplexity; None takes the Python documentation.
         concurrency: requests at a time, for each server.
-        attempts: of a request, the first one included.
-        timeout: seconds of an attempt.
+        attempts: how often to try a request.
+        timeout: seconds that an attempt may take.
     """
 
     tasks: Sequence[str]
@@ -55,7 +55,7 @@ class EvalSettings:
 
 @dataclass(frozen=True)
 class Question:
-    """A cell without its server, and what is asked: a prompt with an answer, or a text to be read."""
+    """A cell without its server, and what it asks: a prompt with an answer, or a text to read."""
 
     cell: Cell
     prompt: TaskPrompt | None = None
@@ -215,7 +215,7 @@ def new_client(endpoint: Endpoint, settings: EvalSettings) -> Client:
 
 
 async def answer(client: Client, asked: Question, steps: int) -> dict[str, Any]:
-    """What a server makes of a question: its scored answer, or the losses of a text's last tokens."""
+    """Ask a question. The result has the scored answer, or the losses of the text's last tokens."""
     if asked.prompt is not None:
         task, prompt = TASKS[asked.cell.task], asked.prompt
         said = await client.say(prompt.tokens, asked.text, task.max_tokens)
@@ -237,12 +237,12 @@ async def answer(client: Client, asked: Question, steps: int) -> dict[str, Any]:
 async def step_by_step(client: Client, tokens: list[int], steps: int) -> list[float]:
     """Losses [steps], nats, of the last tokens of a text, each asked for by a request of its own.
 
-    The prompt of a request ends before its token, so that the query whose answer counts is the last of a
-    prompt. With full attention that changes nothing. TokenSelect lets the last `tail_queries` of a prompt
-    each select for itself, as generated tokens do when they reuse no selection: this is the loss of
-    decoding without the Selection Cache, of which `replay_losses` is the loss with it. All but the last few
-    hundred tokens of each prompt come from the prefix cache. `prompt_logprobs` of one long prompt would
-    be cheaper, but of tokens that select together in chunks, as no generated token does.
+    The prompt of each request ends right before the token. With full attention that changes nothing. With
+    TokenSelect the last `tail_queries` of a prompt each select for themselves, as generated tokens do when
+    they reuse no selection. So this is the loss of decoding without the Selection Cache; `replay_losses`
+    gives the loss with it. All but the last few hundred tokens of each prompt come from the prefix cache.
+    `prompt_logprobs` of one long prompt would be cheaper, but its tokens select together in chunks, which
+    generated tokens never do.
     """
     starts = range(len(tokens) - steps, len(tokens))
     first = await client.loss_of_next(tokens[: starts[0]], tokens[starts[0]])

@@ -1,4 +1,4 @@
-"""The tasks by name: how each makes a prompt, and how its answers are scored."""
+"""The tasks by name: how each makes a prompt and scores an answer."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ _NEEDLES = 8  # questions about one haystack
 
 
 class UnknownTask(ValueError):
-    """A task that there is not. The message says which there are."""
+    """There is no such task. The message lists the tasks."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """A task whose answers are said.
+    """A task whose answers are text.
 
     Attributes:
-        make: a prompt of at most so many tokens: (tokenizer, tokens, depth, number). The depth is None
-            for tasks that do not choose it.
-        score: 0 to 1, of what was said and what was expected.
+        make: makes a prompt from (tokenizer, most tokens, depth, number). The depth is None for tasks that
+            do not choose it.
+        score: 0 to 1, from what was said and what was expected.
         max_tokens: of the answer.
-        about: a few words and the source.
-        chooses_depth: whether prompts are asked for at depths.
+        about: a few words about the task, and its source.
+        chooses_depth: whether `make` takes a depth.
     """
 
     name: str
@@ -138,6 +138,6 @@ def known_tasks(names: Iterable[str]) -> list[str]:
     if unknown or not names:
         raise UnknownTask(
             f"there is no task {', '.join(map(repr, unknown)) or 'named'}: "
-            f"--tasks takes {', '.join(allowed)}, with commas between them"
+            f"--tasks takes {', '.join(allowed)}, separated by commas"
         )
     return names
