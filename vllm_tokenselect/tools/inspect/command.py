@@ -1,4 +1,4 @@
-"""`tokenselect inspect` and `tokenselect tune`: what selection does to a model, before it is served."""
+"""`tokenselect inspect` and `tokenselect tune`: what selection does to a model, without a server."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def run_inspect(
     """Print the layers of a model over one prompt: the user's, or a number hidden in real text.
 
     Raises:
-        ValueError: what cannot be done, in words for the user.
+        ValueError: with a message for the user.
     """
     method, tokenizer = subject.method(), subject.tokenizer()
     if prompt is None:
@@ -128,7 +128,7 @@ def run_tune(
         the proposed `top_k`, or None when none of the budgets keeps it.
 
     Raises:
-        ValueError: what cannot be done, in words for the user.
+        ValueError: with a message for the user.
     """
     method, tokenizer = subject.method(), subject.tokenizer()
     passages = (

@@ -37,9 +37,9 @@ class LayerReport:
     """One layer.
 
     Attributes:
-        mass: by kind of row and way to select, the share of attention on what is attended to, 0 to 1.
-        error: the same for the relative error of the output.
-        reuse: share of the tail's tokens that would reuse a selection were they generated; None if
+        mass: share of attention on the attended tokens, 0 to 1, by kind of chunk and way to select.
+        error: relative error of the output, likewise.
+        reuse: share of the tail's tokens that would reuse a selection if they were generated; None if
             the settings have no Selection Cache.
     """
 
@@ -50,7 +50,7 @@ class LayerReport:
 
 
 class NothingSelects(ValueError):
-    """The prompt is so short that everything is attended to. The message says how long it must be."""
+    """The prompt is so short that no query selects. The message says how long it must be."""
 
 
 def compare_layers(
@@ -66,8 +66,8 @@ def compare_layers(
         model: reads the prompt once, with full attention.
         tokens: of the prompt.
         method: the settings, with native positions.
-        num_chunks: last chunks of several queries that are measured.
-        num_tokens: tokens of the prompt's tail that are, evenly spread.
+        num_chunks: number of chunks to measure, the last ones of several queries.
+        num_tokens: number of single tokens of the prompt's tail to measure, evenly spread.
 
     Raises:
         NothingSelects: when no chunk of the prompt selects.
@@ -98,7 +98,7 @@ def compare_layers(
 def diffuse_layers(layers: Sequence[LayerReport]) -> int:
     """How many of the first layers spread their attention so widely that no selection keeps most of it.
 
-    They are what the setting `dense_layers` is for.
+    The setting `dense_layers` is made for these layers.
     """
     kept = [min(ways[TOKENSELECT] for ways in report.mass.values() if ways) for report in layers]
     return len(list(takewhile(lambda share: share < DIFFUSE_BELOW, kept)))

@@ -1,4 +1,4 @@
-"""A causal language model of transformers whose attention is ours to watch and to replace."""
+"""A causal language model of transformers whose attention can be watched and replaced."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ Attention = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, float], tor
 """Attention of one layer over one sequence.
 
 Called with the layer's number, rotated queries [Hq, n, D], keys and values [Hkv, T, D] and the scale of
-q . k; the queries are those of the last n of T tokens. Returns the output [Hq, n, D], or None where the
-model is to attend as it is used to.
+q . k. The queries are those of the last n of T tokens. Returns the output [Hq, n, D], or None to let the
+model attend by itself.
 """
 
 
 class UnsupportedModel(ValueError):
-    """The model attends in a way that is not computed here. The message says which."""
+    """The model attends in a way that this module does not compute. The message names it."""
 
 
 class DiagnosedModel:
@@ -49,7 +49,7 @@ class DiagnosedModel:
 
     @torch.inference_mode()
     def read(self, tokens: list[int], attention: Attention | None = None) -> Cache:
-        """Read the beginning of sequences: the keys and values that `logits` goes on from."""
+        """Keys and values of the beginning of a sequence, for `logits` to continue from."""
         cache = DynamicCache(config=self._model.config)
         with _attending(attention):
             self._model(self._ids(tokens), past_key_values=cache, logits_to_keep=1)
@@ -63,19 +63,19 @@ class DiagnosedModel:
         attention: Attention | None = None,
         beginning: Cache | None = None,
     ) -> torch.Tensor:
-        """Read tokens, every full-attention layer by `attention`.
+        """Read tokens, with `attention` in every layer that has no sliding window.
 
         Args:
             tokens: of the sequence.
             count: how many of the last tokens to predict, fewer than there are.
-            attention: None for the model's own. It gets the queries of what is read, and all keys.
-            beginning: of the sequence, which is not read again; unchanged when this returns.
+            attention: None for the model's own.
+            beginning: keys and values of the sequence's beginning; unchanged when this returns.
 
         Returns:
             logits fp32 [count, vocabulary] of the last tokens.
 
         Raises:
-            UnsupportedModel: when a layer attends in a way that is not computed here.
+            UnsupportedModel: when a layer attends in a way that this module does not compute.
         """
         have = 0 if beginning is None else beginning.get_seq_length()
         with _attending(attention):
@@ -131,7 +131,7 @@ def _forward(
     if unsupported:
         raise UnsupportedModel(
             f"{type(module).__name__} attends with {' and '.join(unsupported)}, which is not computed "
-            "here. A server may do so: ask `tokenselect doctor --model`."
+            "here. `tokenselect doctor --model` tells whether a server does."
         )
     # Layers with a sliding window stay as they are, here as in the server.
     if _attention is not None and kwargs.get("sliding_window") is None:

@@ -1,4 +1,4 @@
-"""What a model is tried on: the user's own prompts, or numbers hidden in real text, and real text."""
+"""Passages that a model reads: the user's own prompts, or real text with and without hidden numbers."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ NEEDLES_PER_TEXT = 8
 
 
 class TooShort(ValueError):
-    """A prompt has no token to predict. The message names it."""
+    """A prompt has too few tokens. The message names it."""
 
 
 def built_in_passages(tokenizer: Any, length: int, samples: int, seed: int) -> list[Passage]:
-    """`samples` questions about numbers in real text, and as many texts a quarter, of `length` tokens."""
+    """`samples` questions about numbers in real text, and a quarter as many texts, of `length` tokens."""
     found = needle_passages(tokenizer, length, samples, seed)
     for number in range(max(samples // 4, 2)):
         tokens = [*prefix(tokenizer), *document(tokenizer, seed + number, length)][:length]
@@ -28,7 +28,7 @@ def built_in_passages(tokenizer: Any, length: int, samples: int, seed: int) -> l
 
 
 def needle_passages(tokenizer: Any, length: int, samples: int, seed: int) -> list[Passage]:
-    """`samples` questions about numbers in real text, with their answers to be predicted."""
+    """`samples` questions about numbers in real text, with answers to predict."""
     found = []
     for number in range(-(-samples // NEEDLES_PER_TEXT)):
         for prompt in needle_prompts(tokenizer, length, seed + number, NEEDLES_PER_TEXT):
@@ -38,7 +38,7 @@ def needle_passages(tokenizer: Any, length: int, samples: int, seed: int) -> lis
 
 
 def own_passages(tokenizer: Any, files: list[Path], count: int) -> list[Passage]:
-    """Passages of text files, of each of which the last `count` tokens are predicted.
+    """Passages of text files; the model predicts the last `count` tokens of each.
 
     Raises:
         TooShort: when a file has no more tokens than that.
@@ -47,6 +47,6 @@ def own_passages(tokenizer: Any, files: list[Path], count: int) -> list[Passage]
     for file in files:
         tokens = tokenizer(file.read_text())["input_ids"]
         if len(tokens) <= count:
-            raise TooShort(f"{file} has {len(tokens)} tokens; {count} of them are to be predicted")
+            raise TooShort(f"{file} has {len(tokens)} tokens, too few to predict {count} of them")
         found.append(Passage(OWN, tokens, count))
     return found

@@ -1,8 +1,8 @@
-"""Ways to select what a chunk of queries attends to, all of the same number of tokens.
+"""Ways to select the tokens that a chunk of queries attends to, all with the same budget.
 
-The method's own is the served one's readable definition (`kernels/*/reference.py`) over the served plan.
-The others say what it is worth: the same budget spent on a longer local window, at random, or on what
-full attention looks at, which nobody can know without computing it.
+The method's own way is the readable definition (`kernels/*/reference.py`) over the plan that a server
+makes. The others show what it is worth: they spend the same budget on a longer local window, at random, or
+on the tokens that full attention weighs most, which cannot be known without computing it.
 """
 
 from __future__ import annotations
@@ -27,9 +27,8 @@ class Chunk:
     """Queries [start, end) that attend to the same tokens before them.
 
     Attributes:
-        candidates: positions that they may select from, more than `top_k`, or None if they attend to
-            all that precedes them.
-        top_k: how many of them.
+        candidates: positions to select from, more than `top_k`; None if the queries attend to everything.
+        top_k: number of positions to select.
     """
 
     start: int
@@ -58,8 +57,8 @@ def chunks_of(method: Method, num_tokens: int, prompt_len: int) -> list[Chunk]:
 
 
 Select = Callable[[Chunk, torch.Tensor, torch.Tensor, float], torch.Tensor]
-"""From a chunk that selects, its n queries [Hq, n, D], all keys [Hkv, T, D] and the scale of q . k to
-the selected positions, int64 [top_k] or fewer, ascending."""
+"""Called with a chunk that selects, its n queries [Hq, n, D], all keys [Hkv, T, D] and the scale of q . k.
+Returns the selected positions, int64 [top_k] or fewer, ascending."""
 
 
 def by_vote(chunk: Chunk, queries: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:
@@ -71,7 +70,7 @@ def by_vote(chunk: Chunk, queries: torch.Tensor, keys: torch.Tensor, scale: floa
 def by_votes(
     chunks: Sequence[Chunk], asking: torch.Tensor, keys: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """The method's selections of several chunks, which all select as many: int64 [n, top_k], ascending.
+    """The method's selections of several chunks with one `top_k`: int64 [n, top_k], ascending.
 
     Args:
         chunks: n chunks that select.
@@ -89,7 +88,7 @@ def by_votes(
 def by_attention(
     chunk: Chunk, queries: torch.Tensor, keys: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """What gets the most of full attention, summed over heads and queries."""
+    """The tokens with the most of full attention, summed over heads and queries."""
     positions = spread(chunk)
     asking = queries[:, positions - chunk.start].float()
     shares = causal_scores(asking, positions, keys, scale).softmax(dim=-1)
@@ -101,7 +100,7 @@ def by_attention(
 def at_random(
     chunk: Chunk, queries: torch.Tensor, keys: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """Any candidates; of the same chunk always the same."""
+    """Random candidates; a chunk always gets the same ones."""
     candidates = _candidates(chunk)
     generator = torch.Generator().manual_seed(chunk.start)
     chosen = torch.randperm(len(candidates), generator=generator)[: chunk.top_k]
@@ -111,7 +110,7 @@ def at_random(
 def by_distance(
     chunk: Chunk, queries: torch.Tensor, keys: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """The last candidates: a local window as much longer."""
+    """The last candidates: a local window that is longer by the budget."""
     end = _candidates(chunk).stop
     return torch.arange(end - chunk.top_k, end, device=keys.device)
 
@@ -134,14 +133,14 @@ def causal_scores(
 
 
 def attended_positions(chunk: Chunk, selected: torch.Tensor, method: Method) -> torch.Tensor:
-    """What the queries of a chunk that selects attend to, before causality: int64, ascending."""
+    """Positions of sink, selection and local window of a chunk that selects: int64, ascending."""
     sink = torch.arange(method.n_init, device=selected.device)
     local = torch.arange(_candidates(chunk).stop, chunk.end, device=selected.device)
     return torch.cat([sink, selected, local])
 
 
 def spread(chunk: Chunk, most: int = 32) -> torch.Tensor:
-    """Positions of some of the chunk's queries, evenly spread: a long chunk need not be measured whole."""
+    """Positions of at most `most` queries of a chunk, evenly spread, to measure a long chunk by."""
     count = min(most, chunk.end - chunk.start)
     return torch.linspace(chunk.start, chunk.end - 1, count).round().long()
 
@@ -156,7 +155,8 @@ def scores(asking: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tens
 def best(votes: torch.Tensor, top_k: int) -> torch.Tensor:
     """Indices of the highest votes [..., N], of equal ones the first: int64 [..., top_k], ascending."""
     count = votes.shape[-1]
-    # The vote above, and below it how many come later: no two are equal, so nothing has to be sorted whole.
+    # The vote in the high bits, the number of later ones in the low bits: no two are equal, so that topk
+    # decides as a stable sort would.
     later = torch.arange(count - 1, -1, -1, device=votes.device)
     ranks = (order_keys(votes).long() << 32) + later
     chosen = ranks.topk(min(top_k, count), dim=-1, sorted=False).indices

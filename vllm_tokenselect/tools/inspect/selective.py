@@ -30,9 +30,9 @@ class SelectiveAttention:
 
     Args:
         method: the settings, with native positions.
-        chunks: of the sequence. Some of its beginning may have been read before, and some of its end may
-            be read later, in whole chunks; only one that attends to everything may be divided.
-        select: how each chunk selects; the method's own if it is left out.
+        chunks: of the whole sequence. A call may have the queries of some of them only, in whole chunks; a
+            chunk that attends to everything may be divided.
+        select: how each chunk selects. Default: the method's own way.
     """
 
     def __init__(self, method: Method, chunks: Sequence[Chunk], select: Select = by_vote) -> None:
@@ -69,7 +69,7 @@ class SelectiveAttention:
                     for chunk, chosen in zip(batch, selections, strict=True)
                 ]
             )
-            # A mask over all tokens: to gather each query's own takes longer.
+            # A mask over all tokens is faster than gathering the tokens of each query.
             mask = torch.zeros(len(batch), key.shape[1], dtype=torch.bool, device=query.device)
             out[:, places] = _attend(asking, key, value, mask.scatter_(1, attended, True), scale)
         return out
@@ -84,7 +84,7 @@ class SelectiveAttention:
             for chunk in chunks
         ]
         if sum(chunk.end - chunk.start for chunk in chunks) != end - first:
-            raise ValueError(f"tokens {first:,} to {end:,} are no whole chunks")
+            raise ValueError(f"tokens {first:,} to {end:,} are not whole chunks")
         return chunks
 
     def _select_each(
@@ -139,7 +139,7 @@ def share_reused(
 def _attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    # In four dimensions: with three PyTorch takes a slower way.
+    # In four dimensions: with three PyTorch takes a slower path.
     inputs = (query[None], key[None], value[None])
     return F.scaled_dot_product_attention(*inputs, attn_mask=mask, scale=scale, enable_gqa=True)[0]
 

@@ -1,4 +1,4 @@
-"""The layers and the budgets as tables, and the layers as a picture."""
+"""The layers and the budgets as tables, and the layers as a plot."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vllm_tokenselect.tools.inspect.selections import WAYS
 
 
 def layer_table(layers: Sequence[LayerReport], kind: str) -> Table:
-    """Attention kept and error of the output, by layer and way to select, of one kind of row."""
+    """Attention kept and relative error of the output, by layer and way to select."""
     table = Table(title=f"{kind}: attention kept / relative error of the output")
     table.add_column("layer", justify="right")
     for way in WAYS:

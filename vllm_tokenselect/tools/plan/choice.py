@@ -16,7 +16,7 @@ from vllm_tokenselect.tools.plan.planned_server import BLOCK_SIZE, PlannedServer
 from vllm_tokenselect.tools.plan.traffic import AttendedTokens, Traffic, traffic
 from vllm_tokenselect.tools.plan.units import show_bytes
 
-# A layout of fewer GPUs a server is taken when it holds at least so much of the most contexts.
+# A layout with fewer GPUs per server is taken if it holds at least this share of the most contexts.
 ALMOST = 0.8
 
 
@@ -27,9 +27,9 @@ class LayoutPlan:
     Attributes:
         memory: of a GPU of the stage that holds the fewest contexts.
         traffic: of a GPU of the stage that sends most.
-        votes: what a GPU sends beside that for a generated token if all GPUs of a layer vote together.
-        read_in_turn: bytes of weights and KV cache that are read one after the other for a generated
-            token that selects: of one GPU of each stage.
+        votes: what a GPU sends in addition for a generated token if all GPUs of a layer vote together.
+        read_in_turn: bytes of weights and KV cache that the stages read one after the other for a generated
+            token that selects, one GPU of each stage.
     """
 
     model: ModelShape
@@ -57,7 +57,7 @@ class LayoutPlan:
 
     @property
     def longest_context(self) -> int:
-        """Tokens that fit a GPU's memory, whole blocks; buffers as they are cut for the context."""
+        """Tokens that fit a GPU's memory, in whole blocks, with the buffers of this context."""
         tokens = max(self.memory.left, 0) // max(self.memory.kv_token, 1)
         return tokens // BLOCK_SIZE * BLOCK_SIZE
 
@@ -91,9 +91,9 @@ class LayoutComparison:
     """Layouts of a model on a number of GPUs.
 
     Attributes:
-        plans: those of fewest GPUs a server first.
+        plans: the layouts that were computed, those with the fewest GPUs per server first.
         refused: layouts whose scores do not fit the workspace, with the reason.
-        gpus_per_machine: whose GPUs are joined by something fast.
+        gpus_per_machine: GPUs that a fast link connects.
     """
 
     plans: Sequence[LayoutPlan]
@@ -105,7 +105,8 @@ class LayoutComparison:
     def recommended(self) -> LayoutPlan | None:
         """The layout to take; None when none fits.
 
-        Servers within one machine come first, and PP where TP does not hold (almost) as many contexts.
+        Servers within one machine come first. Among layouts that hold almost as many contexts as the best,
+        the one with the fewest GPUs per server wins, and then the one with the fewest stages.
         """
         fitting = [plan for plan in self.plans if plan.fits]
         inside = [p for p in fitting if p.layout.server_gpus <= self.gpus_per_machine]
@@ -118,7 +119,7 @@ class LayoutComparison:
 
     @property
     def reason(self) -> str:
-        """Why that layout, in a sentence; or what is missing, and what would fit."""
+        """A sentence that says why this layout, or what is missing and what would fit."""
         plan = self.recommended
         if plan is None:
             return self._refusal
@@ -141,10 +142,10 @@ class LayoutComparison:
 
     @property
     def _refusal(self) -> str:
-        """By how much the layout that comes nearest does not fit, and what would."""
+        """What the nearest layout lacks, and what would fit."""
         plan = min(self.plans, key=lambda plan: plan.memory.missing)
         memory, server = plan.memory, plan.server
-        changes = "; ".join(remedies(plan)) or "none of what is tried here is enough"
+        changes = "; ".join(remedies(plan)) or "no change that was tried is enough"
         return (
             f"{plan.model.name} does not fit {self.gpus} x {server.gpu.name} ({plan.layout}): weights and "
             f"buffers take {show_bytes(memory.buffers.total)} of {show_bytes(memory.usable)} and one "
@@ -162,7 +163,7 @@ def compare_layouts(
     pp: int | None = None,
     replicas: int | None = None,
 ) -> LayoutComparison:
-    """Every sensible layout, or those that have what is given.
+    """Compute every sensible layout, or those that the options ask for.
 
     Raises:
         ValueError: when there is none, or none whose scores fit the workspace.
@@ -179,7 +180,7 @@ def compare_layouts(
 
 
 def remedies(plan: LayoutPlan) -> list[str]:
-    """Changes of a server that does not fit, of those tried here the ones that would."""
+    """Changes that would make a server fit, of those that are tried here."""
     found = [words for words, changed in _changes(plan) if changed.fits]
     shorter = plan.longest_context
     if shorter:

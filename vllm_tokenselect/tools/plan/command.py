@@ -1,4 +1,4 @@
-"""`tokenselect plan`: what a model takes of GPUs, before it is served."""
+"""`tokenselect plan`: what a model needs of GPUs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from vllm_tokenselect.tools.plan.tables import (
 from vllm_tokenselect.tools.plan.units import parse_bytes, parse_tokens
 from vllm_tokenselect.tools.plan.variants import vary
 
-WIDTH = 250  # of tables, which no terminal may cut
+WIDTH = 250  # of tables, so that no terminal cuts them
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,10 @@ class PlanOptions:
     each_setting: bool
 
     def server(self, model: ModelShape) -> PlannedServer:
-        """The server that is asked about.
+        """The server to plan for.
 
         Raises:
-            ValueError: for what cannot be used.
+            ValueError: for options that cannot be used.
         """
         gpu = find_gpu(self.gpu_memory)
         batched_tokens, seqs = gpu.batch
@@ -93,10 +93,10 @@ class PlanOptions:
 
 
 def run_plan(question: PlanOptions, json_path: Path | None) -> None:
-    """Print the layouts, which to take, and what it takes of a GPU.
+    """Print the layouts, which one to take, and what it needs of a GPU.
 
     Raises:
-        ValueError: what cannot be done, in words for the user; also when nothing fits.
+        ValueError: with a message for the user; also when nothing fits.
     """
     model = read_model(question.model, quantized_ok=question.weights_dtype is not None)
     server = question.server(model)

@@ -32,10 +32,10 @@ class Layout:
 
 @dataclass(frozen=True)
 class Stage:
-    """The layers of one pipeline stage; the first has the embedding, the last makes the logits.
+    """The layers of one pipeline stage. The first stage has the embedding, the last one makes the logits.
 
     Attributes:
-        dense_layers: first of the stage's layers that the setting of this name leaves dense.
+        dense_layers: number of the stage's first layers that the setting `dense_layers` leaves dense.
     """
 
     layers: tuple[LayerShape, ...]
@@ -55,7 +55,7 @@ class Stage:
 
 
 def cut_stages(layers: tuple[LayerShape, ...], pp: int, dense_layers: int = 0) -> list[Stage]:
-    """Cut as vLLM does: what is left over goes to stages from the last but one backwards.
+    """Cut layers into stages as vLLM does: surplus layers go to stages from the last but one backwards.
 
     Args:
         dense_layers: the setting.
@@ -72,7 +72,7 @@ def cut_stages(layers: tuple[LayerShape, ...], pp: int, dense_layers: int = 0) -
 
 
 def why_impossible(model: ModelShape, layout: Layout) -> str:
-    """Why vLLM cannot spread a model so; empty if it can."""
+    """Why vLLM cannot spread a model in this layout; empty if it can."""
     tp, heads, kv_heads = layout.tp, model.num_heads, model.num_kv_heads
     if heads % tp:
         return f"tp {tp} does not divide {heads} heads"
@@ -91,10 +91,11 @@ def find_layouts(
     pp: int | None = None,
     replicas: int | None = None,
 ) -> list[Layout]:
-    """Layouts worth comparing, those of fewest GPUs a server first.
+    """Layouts worth comparing, those with the fewest GPUs per server first.
 
     Tensor parallelism stays within a machine. Pipeline parallelism adds to the widest tensor parallelism,
-    or replaces it. What is given is kept, sensible or not; replicas take the GPUs that are left.
+    or replaces it. `tp`, `pp` and `replicas` are kept if they are given, sensible or not. Replicas take the
+    GPUs that are left.
 
     Raises:
         ValueError: when there is none.
@@ -110,7 +111,7 @@ def find_layouts(
         else:
             found.append(layout)
     if not found:
-        # What is wrong with the first is wrong with all: the others are deeper.
+        # The first layout has the fewest stages: what is wrong with it is wrong with all.
         raise ValueError(f"no layout of {model.name} on {gpus} GPUs: {reasons[0]}")
     return sorted(found, key=lambda layout: (layout.server_gpus, layout.pp))
 

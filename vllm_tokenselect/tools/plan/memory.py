@@ -1,4 +1,4 @@
-"""What a GPU holds: the buffers that a server allocates, allocated where nothing is stored."""
+"""What a GPU holds: the buffers that a server allocates, allocated on the device `meta`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ META = torch.device("meta")
 
 @dataclass(frozen=True)
 class RankShape:
-    """Heads of one GPU: a KV head is on several where there are more GPUs than KV heads."""
+    """Heads of one GPU. With more GPUs than KV heads, each KV head is on several."""
 
     num_heads: int
     num_kv_heads: int
@@ -32,14 +32,14 @@ class RankShape:
 
 @dataclass(frozen=True)
 class Buffers:
-    """What a GPU holds beside its KV cache, bytes.
+    """Bytes that a GPU holds in addition to its KV cache.
 
     Attributes:
         weights: of its share of the stage.
         selection_cache: of the stage's layers, a line for each of `max_num_seqs` requests.
         workspace: scores, votes and mean queries of a group of rows, shared by the layers.
         sparse_block_table: of a group of rows, shared by the layers.
-        gather_buffer: keys and values of a few rows; 0 where they are attended in place.
+        gather_buffer: keys and values of a few rows; 0 if attention reads them in the cache.
         block_tables: vLLM's, two of `max_num_seqs` times the longest context.
         activations: of the largest step, or of its logits. A guess.
         reserve: for CUDA, NCCL and CUDA graphs. A guess.
@@ -77,12 +77,12 @@ class GpuMemory:
 
     @property
     def left(self) -> int:
-        """What is left for the KV cache; below 0 when not even the buffers fit."""
+        """Bytes left for the KV cache; negative when not even the buffers fit."""
         return self.usable - self.buffers.total
 
     @property
     def missing(self) -> int:
-        """Bytes by which one context does not fit; 0 if it does."""
+        """Bytes that one context lacks; 0 if it fits."""
         return max(self.kv_context - self.left, 0)
 
     def num_contexts(self, max_num_seqs: int) -> int:
@@ -91,7 +91,7 @@ class GpuMemory:
 
 
 def step_limits(server: PlannedServer, rank: RankShape) -> StepLimits:
-    """What the server's buffers are cut for.
+    """The limits by which the server's buffers are sized.
 
     Raises:
         SettingsError: when the setting `workspace_mb` is too small for the context.
@@ -102,7 +102,7 @@ def step_limits(server: PlannedServer, rank: RankShape) -> StepLimits:
         num_kv_heads=rank.num_kv_heads,
         max_model_len=server.context,
         workspace_bytes=server.config.workspace_bytes("cuda"),
-        # What is read in place may be as long as its context: a request may ask for full attention.
+        # If attention reads the cache itself, a request may ask for full attention over its whole context.
         full_attention=server.attends_in_place,
         max_tokens=server.max_num_batched_tokens,
     )

@@ -1,4 +1,4 @@
-"""The shape of a model, and its weights counted on transformers' own model, which is not allocated."""
+"""The shape of a model. Its weights are counted on transformers' model on the device `meta`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class LayerShape:
     Attributes:
         matrices: weights that tensor parallelism divides.
         vectors: weights that every GPU of the layer has: norms and biases.
-        window: tokens of a sliding window, which stays on vLLM's own attention; None for a layer on
+        window: tokens of a sliding window; such a layer stays on vLLM's own attention. None for a layer on
             TOKENSELECT.
     """
 
@@ -34,20 +34,20 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What memory and traffic depend on.
+    """The sizes that memory and traffic depend on.
 
     Attributes:
-        name: as it was asked for.
-        hidden_size: of what a layer hands to the next.
+        name: as the user gave it.
+        hidden_size: of the states between layers.
         num_heads, num_kv_heads, head_size: of a layer's attention.
         vocab_size: of the logits.
-        mlp_width: of what lies between the two halves of a layer's MLP for one token.
+        mlp_width: of the activations between the two halves of a layer's MLP.
         trained_length: tokens of the longest context that the model was trained for.
         dtype: of its 16-bit weights.
         layers: in order.
         embedding: weights of the token embedding.
-        head: weights of the output's embedding; 0 where it is the tokens'.
-        final: weights of what stands between the last layer and the output.
+        head: weights of the output's embedding; 0 if it is tied to the token embedding.
+        final: weights between the last layer and the output.
     """
 
     name: str
@@ -71,7 +71,7 @@ class ModelShape:
 
     @property
     def kv_matrices(self) -> int:
-        """Weights of one layer that make keys and values, which many GPUs may have to hold twice."""
+        """Weights of one layer that make keys and values."""
         return 2 * self.num_kv_heads * self.head_size * self.hidden_size
 
 
@@ -79,7 +79,7 @@ def read_model(name: str, quantized_ok: bool = False) -> ModelShape:
     """Shape of a preset, of a folder with a `config.json`, or of a model by its name.
 
     Args:
-        quantized_ok: whether the bytes of a weight are known from elsewhere.
+        quantized_ok: whether the user says how many bytes a weight takes.
 
     Raises:
         ValueError: for a model that TOKENSELECT does not serve, whose layers cache keys of different

@@ -56,10 +56,10 @@ GPUS = {
 
 
 def find_gpu(text: str) -> Gpu:
-    """A kind by its name, or one of so much memory that gathers what it attends to.
+    """A kind of GPU by its name, or one of the given memory, on which attended tokens are gathered.
 
     Raises:
-        ValueError: when it is neither.
+        ValueError: when the text is neither.
     """
     if text.lower() in GPUS:
         return GPUS[text.lower()]
@@ -99,7 +99,7 @@ class PlannedServer:
     def __post_init__(self) -> None:
         if not 0 < self.utilization <= 1:
             raise ValueError(
-                f"--gpu-memory-utilization {self.utilization} is no share: above 0, at most 1"
+                f"--gpu-memory-utilization {self.utilization} is no share: it must be above 0 and at most 1"
             )
         self.config.check_engine(
             block_size=BLOCK_SIZE,
@@ -109,14 +109,14 @@ class PlannedServer:
 
     @property
     def attends_in_place(self) -> bool:
-        """Whether selected tokens are attended where they lie in the cache."""
+        """Whether attention reads selected tokens where they lie in the cache."""
         method = self.config.method
         flash = self.config.attention in ("auto", "flash") and self.dtype != torch.float32
         as_cached = self.kv_dtype.itemsize > 1 and not method.reassigns_positions
         return reads_in_place(self.gpu.flash_attention if flash else None, as_cached)
 
     def with_settings(self, **changed: object) -> PlannedServer:
-        """The same server, some settings changed.
+        """The same server with some settings changed.
 
         Raises:
             SettingsError: for settings that cannot be used.
@@ -134,7 +134,7 @@ def weight_bytes(text: str) -> float:
     """Bytes of a weight: the name of a dtype, or a number.
 
     Raises:
-        ValueError: when it is neither.
+        ValueError: when the text is neither.
     """
     try:
         size = WEIGHT_BYTES.get(text.lower()) or float(text)

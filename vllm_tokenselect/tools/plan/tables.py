@@ -26,7 +26,7 @@ BUFFERS = {
 
 
 def layout_table(comparisons: Sequence[LayoutComparison]) -> Table:
-    """One line for each layout; sizes are those of one GPU, reads and sends those for one token."""
+    """One line for each layout. Sizes are those of one GPU; reads and sends are for one token."""
     table = _table(
         *("GPUs", "tp", "pp", "replicas", "weights", "buffers", "KV of a context", "free for KV"),
         *("contexts", "attention reads", "if full", "read in turn", "sends", "global votes"),
@@ -105,10 +105,10 @@ def network_table(plan: LayoutPlan) -> Table:
 
 
 def settings_table(plan: LayoutPlan, variants: Sequence[tuple[str, LayoutPlan | str]]) -> Table:
-    """What each setting costs in this layout, one changed at a time.
+    """What each setting costs in this layout if it alone is changed.
 
     Args:
-        variants: words for the change, and the plan with it, or why there is none.
+        variants: words for each change, and the plan with it or the reason why there is none.
     """
     table = _table(
         *("setting", "buffers", "Selection Cache", "workspace", "scored at a time", "block tables"),

@@ -1,4 +1,4 @@
-"""What a GPU reads of its KV cache, and what it sends to others. Bytes, not seconds."""
+"""What a GPU reads from its KV cache and sends to other GPUs, in bytes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vllm_tokenselect.tools.plan.memory import GpuMemory, RankShape, step_limits
 from vllm_tokenselect.tools.plan.models import ModelShape
 from vllm_tokenselect.tools.plan.planned_server import PlannedServer
 
-# Hidden states and the residual beside them, which vLLM hands from stage to stage.
+# vLLM hands hidden states and the residual from stage to stage.
 HANDED_ON = 2
 # Gathered keys and values are read, written, and read again.
 GATHERED_TIMES = 3
@@ -22,15 +22,15 @@ GATHERED_TIMES = 3
 
 @dataclass(frozen=True)
 class AttendedTokens:
-    """Tokens that the method attends to of a context.
+    """Tokens of a context that the method attends to.
 
     Attributes:
-        decoding: by a token generated at the context's end that selects.
-        reusing: most by one that reuses a selection.
-        candidates: whose keys are scored for it; 0 when everything is attended.
-        prompt: share of what full attention attends to, over a prompt of that length.
+        decoding: attended to by a token at the context's end that selects.
+        reusing: the most attended to by a token that reuses a selection.
+        candidates: number of keys that are scored for a token; 0 when it attends to everything.
+        prompt: attended tokens of a prompt of that length, as a share of full attention's.
         prompt_rows: candidates of each selecting row of the prompt, its tail's single queries last.
-        chunk: candidates of the prompt's last chunk; None when it selects nothing.
+        chunk: candidates of the prompt's last chunk; None when it does not select.
     """
 
     context: int
@@ -43,7 +43,7 @@ class AttendedTokens:
 
     @classmethod
     def of(cls, server: PlannedServer) -> AttendedTokens:
-        """By the plans of a decoding step and of a prompt of the longest context."""
+        """Read from the plans of a decoding step and of a prompt of the longest context."""
         method, context = server.config.method, server.context
         step = _plan(server, context - 1, context, context - 1)
         prompt = _plan(server, 0, context, context)
@@ -66,13 +66,13 @@ class AttendedTokens:
 
 @dataclass(frozen=True)
 class Reads:
-    """Bytes of a GPU's memory that attention reads for one generated token at the context's end.
+    """Bytes that attention reads from a GPU's memory for one generated token at the context's end.
 
     Attributes:
-        full: full attention.
-        selecting: a token that selects: all keys, the scores written and read, and what was selected;
+        full: with full attention.
+        selecting: for a token that selects: all keys, the scores (written and read), the selected tokens,
             and what dense layers read.
-        reusing: likewise, most for a token that reuses a selection.
+        reusing: the most for a token that reuses a selection.
     """
 
     full: int
@@ -87,7 +87,7 @@ class Network:
     Attributes:
         activations: all-reduces of tensor parallelism, two a layer, and one of the embedding.
         logits: their all-gather.
-        pipeline: what goes to the next stage.
+        pipeline: hidden states for the next stage.
         votes, queries: of `vote: "global"`, in every layer that selects.
         collectives: how often GPUs wait for each other.
     """
@@ -106,7 +106,7 @@ class Network:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Of one GPU.
+    """Traffic of one GPU.
 
     Attributes:
         decoding: sent for one generated token.
@@ -187,7 +187,7 @@ def _network(
     vote_widths: list[int],
     decoding: bool,
 ) -> Network:
-    """What a GPU sends for `tokens` tokens of which one makes logits, by rings of GPUs.
+    """What a GPU sends for `tokens` tokens, one of which makes logits; GPUs form rings.
 
     Args:
         vote_widths: votes of each row that selects.

@@ -50,7 +50,7 @@ def show_bytes(size: float) -> str:
 
 
 def show_tokens(tokens: int) -> str:
-    """Tokens as `parse_tokens` takes them, as short as they can be said exactly."""
+    """Tokens in the shortest exact form that `parse_tokens` reads."""
     for unit, size in (("M", 1 << 20), ("K", 1 << 10)):
         if tokens >= size and tokens % size == 0:
             return f"{tokens // size}{unit}"

@@ -14,7 +14,7 @@ from vllm_tokenselect.tools.plan.planned_server import PlannedServer
 
 
 def vary(plan: LayoutPlan) -> list[tuple[str, LayoutPlan | str]]:
-    """The same layout of each changed server: what was changed, and the plan or why there is none."""
+    """Words for each change, and the plan with it or the reason why there is none."""
     found: list[tuple[str, LayoutPlan | str]] = []
     for words, make in _changes(plan.server):
         try:
