@@ -9,7 +9,7 @@ import pytest
 from tests.tools.common.words import CHAT, Words
 from vllm_tokenselect.tools.common.hidden import NUMBER, NUMBER_DIGITS, number_string_prompt
 from vllm_tokenselect.tools.common.text import around, chapters_of, document, prefix
-from vllm_tokenselect.tools.evaluate.run import (
+from vllm_tokenselect.tools.evaluate.questions import (
     EvalSettings,
     cells,
     question,

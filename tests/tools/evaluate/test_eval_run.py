@@ -12,13 +12,9 @@ from vllm_tokenselect.tools.common.server_facts import ask_server, selection_cou
 from vllm_tokenselect.tools.common.tokenizers import ServerTokenizer
 from vllm_tokenselect.tools.evaluate.cells import CellFile
 from vllm_tokenselect.tools.evaluate.plots import draw
-from vllm_tokenselect.tools.evaluate.run import (
-    EvalSettings,
-    refuse_what_a_server_cannot,
-    run,
-    summarize,
-)
+from vllm_tokenselect.tools.evaluate.questions import EvalSettings
 from vllm_tokenselect.tools.evaluate.run import new_client as client_with
+from vllm_tokenselect.tools.evaluate.run import refuse_what_a_server_cannot, run, summarize
 from vllm_tokenselect.tools.evaluate.tasks import REPLAY, STEPS
 
 SETTINGS = EvalSettings(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from vllm_tokenselect.tools.common.plots import length_axis
+from vllm_tokenselect.tools.common.plots import Spread, draw_spreads
 from vllm_tokenselect.tools.common.tables import Rows
 
 _TIMES = {"ttft_s": "time to first token, s", "tpot_ms": "time per output token, ms"}
@@ -37,26 +37,17 @@ def draw(rows: Rows, folder: Path) -> list[Path]:
 
 
 def _draw_times(rows: Rows, name: str, label: str, file: Path) -> None:
-    """Median over length, from the least to the most, one line a server."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    panel = figure.subplots()
+    """Median over length, from the least to the most, one line for each server."""
+    lines = {}
     for contender, of_one in _by_contender(rows):
-        middle = [row[name]["median"] for row in of_one]
-        below = [row[name]["median"] - row[name]["min"] for row in of_one]
-        above = [row[name]["max"] - row[name]["median"] for row in of_one]
-        lengths = [row["prompt_tokens"] for row in of_one]
-        panel.errorbar(lengths, middle, [below, above], marker="o", capsize=3, label=contender)
-    length_axis(panel, {row["prompt_tokens"] for row in rows})
-    panel.set(ylabel=label, title="one request at a time: median, min to max")
-    panel.set_ylim(bottom=0)
-    panel.legend()
-    figure.savefig(file, dpi=120)
+        times = [(row["prompt_tokens"], row[name]) for row in of_one]
+        lines[contender] = [Spread(n, t["min"], t["median"], t["max"]) for n, t in times]
+    title = "one request at a time: median, min to max"
+    draw_spreads(lines, file, ylim=(0, None), ylabel=label, title=title)
 
 
 def _draw_throughput(rows: Rows, file: Path) -> None:
-    """Completed requests and their tokens over the rate of arrivals, one line a server."""
+    """Completed requests and their tokens over the rate of arrivals, one line for each server."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4), layout="constrained")

@@ -13,8 +13,8 @@ from typing import Any
 from vllm_tokenselect.tools.bench.arrivals import Arrived, ask_as_they_arrive, poisson_arrivals
 from vllm_tokenselect.tools.bench.machine import PeakMemory
 from vllm_tokenselect.tools.bench.prompts import Prompts
+from vllm_tokenselect.tools.bench.reuse import ReuseCounter
 from vllm_tokenselect.tools.bench.samples import Measured, Sample, Selected
-from vllm_tokenselect.tools.bench.selection import ReuseCounter
 from vllm_tokenselect.tools.bench.timing import timed
 from vllm_tokenselect.tools.common.client import Client, Endpoint, ServerError
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from typer import Option
 
 from vllm_tokenselect.tools.cli.bench import bench
 from vllm_tokenselect.tools.cli.evaluate import evaluate
@@ -30,12 +31,8 @@ app.command()(plan)
 
 @app.command()
 def demo(
-    keep: Annotated[
-        bool, typer.Option("--keep", help="Leave the server running at the end.")
-    ] = False,
-    port: Annotated[
-        int | None, typer.Option(help="Port of the server. Default: a free one.")
-    ] = None,
+    keep: Annotated[bool, Option("--keep", help="Leave the server running at the end.")] = False,
+    port: Annotated[int | None, Option(help="Port of the server. Default: a free one.")] = None,
 ) -> None:
     """Ask a small real model about a long document, on TOKENSELECT and with full attention."""
     from vllm_tokenselect.tools.common.progress import open_console
@@ -48,15 +45,15 @@ def demo(
 def doctor(
     model: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="Model folder or name. Show what a server would do with it; its weights are not needed."
         ),
     ] = None,
     settings: Annotated[
-        str, typer.Option("--settings", help="Settings of tokenselect for --model, as JSON.")
+        str, Option("--settings", help="Settings of tokenselect for --model, as JSON.")
     ] = "{}",
-    fix: Annotated[bool, typer.Option("--fix", help="First repair what can be repaired.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
+    fix: Annotated[bool, Option("--fix", help="First repair what can be repaired.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print the rows as JSON.")] = False,
 ) -> None:
     """Check the installation: versions, hooks and layers. Say what to do where something is wrong."""
     from vllm_tokenselect.tools.doctor import examine as examination

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from typer import Argument, Option
 
 from vllm_tokenselect.tools.cli.refusals import said_in_words
 from vllm_tokenselect.tools.common.options import SUCH_AS, json_object, lengths_of, rates_of
@@ -15,83 +16,73 @@ from vllm_tokenselect.tools.common.options import SUCH_AS, json_object, lengths_
 def bench(
     serve_args: Annotated[
         list[str] | None,
-        typer.Argument(
+        Argument(
             metavar="-- ARGUMENTS",
             help="Arguments of `vllm serve` for all servers: -- --dtype bfloat16",
         ),
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="Model folder or name to serve. Default: SmolLM2-135M-Instruct. With --a and --b, the "
             "name of the model on these servers."
         ),
     ] = None,
     a: Annotated[
-        str | None, typer.Option("--a", help="Running server to compare with: http://HOST:PORT")
+        str | None, Option("--a", help="Running server to compare with: http://HOST:PORT")
     ] = None,
-    b: Annotated[
-        str | None, typer.Option("--b", help="Running server that uses TOKENSELECT.")
-    ] = None,
+    b: Annotated[str | None, Option("--b", help="Running server that uses TOKENSELECT.")] = None,
     baseline: Annotated[
-        str | None, typer.Option(help="Attention backend to compare with. Default: vLLM's choice.")
+        str | None, Option(help="Attention backend to compare with. Default: vLLM's choice.")
     ] = None,
-    settings: Annotated[str, typer.Option(help="Settings of tokenselect, as JSON.")] = "{}",
+    settings: Annotated[str, Option(help="Settings of tokenselect, as JSON.")] = "{}",
     also: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Settings on top of --settings for one more server, as JSON. May be repeated."
-        ),
+        Option(help="Settings on top of --settings for one more server, as JSON. May be repeated."),
     ] = None,
     lengths: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="Prompt lengths in tokens, separated by commas. Default: 2048 to 32768, as far as the "
             "model allows."
         ),
     ] = None,
     rounds: Annotated[
-        int, typer.Option(min=1, help="New prompts of each length, and runs at each rate.")
+        int, Option(min=1, help="New prompts of each length, and runs at each rate.")
     ] = 3,
     generations: Annotated[
         int,
-        typer.Option(
+        Option(
             min=1,
             help="How often to generate from each prompt. From the second time on the prompt comes "
             "from the prefix cache.",
         ),
     ] = 4,
-    output_tokens: Annotated[
-        int, typer.Option(min=2, help="Tokens to generate for each request.")
-    ] = 64,
+    output_tokens: Annotated[int, Option(min=2, help="Tokens to generate for each request.")] = 64,
     rates: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="Requests that arrive per second, separated by commas. Default: 0.5, 1 and 2 times what "
             "the first server completes when asked one request at a time."
         ),
     ] = None,
     rate_length: Annotated[
         int | None,
-        typer.Option(
-            help="Prompt length of the runs at rates, one of --lengths. Default: the shortest."
-        ),
+        Option(help="Prompt length of the runs at rates, one of --lengths. Default: the shortest."),
     ] = None,
     requests: Annotated[
-        int, typer.Option(min=0, help="Requests in each run at a rate. 0 leaves these runs out.")
+        int, Option(min=0, help="Requests in each run at a rate. 0 leaves these runs out.")
     ] = 16,
     concurrency: Annotated[
-        int, typer.Option(min=1, help="How many requests may be open at a time.")
+        int, Option(min=1, help="How many requests may be open at a time.")
     ] = 256,
-    timeout: Annotated[
-        float, typer.Option(min=1, help="Seconds that a request may take.")
-    ] = 3600.0,
+    timeout: Annotated[float, Option(min=1, help="Seconds that a request may take.")] = 3600.0,
     start_timeout: Annotated[
-        float, typer.Option(min=1, help="Seconds that a server may take to start.")
+        float, Option(min=1, help="Seconds that a server may take to start.")
     ] = 1800.0,
     seed: Annotated[
         int | None,
-        typer.Option(
+        Option(
             min=0,
             help="Seed of prompts and arrivals. Default: 0; with --a and --b a random one, because their "
             "prefix caches may hold the prompts of an earlier run.",
@@ -99,17 +90,15 @@ def bench(
     ] = None,
     text: Annotated[
         Path | None,
-        typer.Option(
-            help="Text file that prompts are cut from. Default: the Python documentation."
-        ),
+        Option(help="Text file that prompts are cut from. Default: the Python documentation."),
     ] = None,
     tokenizer: Annotated[
-        str | None, typer.Option(help="Tokenizer folder or name. Default: the served model's.")
+        str | None, Option(help="Tokenizer folder or name. Default: the served model's.")
     ] = None,
     json_path: Annotated[
-        Path | None, typer.Option("--json", help="Write every sample and the summary to this file.")
+        Path | None, Option("--json", help="Write every sample and the summary to this file.")
     ] = None,
-    plots: Annotated[Path | None, typer.Option(help="Draw plots into this folder.")] = None,
+    plots: Annotated[Path | None, Option(help="Draw plots into this folder.")] = None,
 ) -> None:
     """Measure the speed of TOKENSELECT against vLLM's own attention, on your model and machine.
 

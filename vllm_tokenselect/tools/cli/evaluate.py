@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from typer import Argument, Option
 
 from vllm_tokenselect.tools.cli.refusals import said_in_words
 from vllm_tokenselect.tools.common.options import json_object, lengths_of, one_of, words
@@ -19,71 +20,67 @@ def _lm_eval_tasks(wanted: bool) -> None:
 
 
 def evaluate(
-    url: Annotated[
-        str, typer.Argument(help="Server to evaluate, B: http://HOST:PORT", metavar="URL")
-    ],
+    url: Annotated[str, Argument(help="Server to evaluate, B: http://HOST:PORT", metavar="URL")],
     against: Annotated[
-        str | None, typer.Option(help="Server to compare B with, A. It may be the same server.")
+        str | None, Option(help="Server to compare B with, A. It may be the same server.")
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="Name of the model on B. Default: the only one that it serves."),
+        Option(help="Name of the model on B. Default: the only one that it serves."),
     ] = None,
     against_model: Annotated[
         str | None,
-        typer.Option(help="Name of the model on A. Default: the only one that it serves."),
+        Option(help="Name of the model on A. Default: the only one that it serves."),
     ] = None,
     xargs: Annotated[
-        str, typer.Option(help="vLLM's extra arguments (vllm_xargs) of each request to B, as JSON.")
+        str, Option(help="vLLM's extra arguments (vllm_xargs) of each request to B, as JSON.")
     ] = "{}",
     against_xargs: Annotated[
         str,
-        typer.Option(help='The same for A. {"tokenselect": "off"} asks for full attention.'),
+        Option(help='The same for A. {"tokenselect": "off"} asks for full attention.'),
     ] = "{}",
     tokenizer: Annotated[
-        str | None, typer.Option(help="Tokenizer folder or name. Default: the served model's.")
+        str | None, Option(help="Tokenizer folder or name. Default: the served model's.")
     ] = None,
     tasks: Annotated[
         str | None,
-        typer.Option(help="Tasks, separated by commas. Default: all but the two of perplexity."),
+        Option(help="Tasks, separated by commas. Default: all but the two of perplexity."),
     ] = None,
     lengths: Annotated[
-        str, typer.Option(help="Tokens of prompt and answer together, separated by commas.")
+        str, Option(help="Tokens of prompt and answer together, separated by commas.")
     ] = "4096",
-    samples: Annotated[int, typer.Option(min=1, help="Prompts of each task at each length.")] = 100,
-    texts: Annotated[int, typer.Option(min=1, help="Texts of each length, for perplexity.")] = 8,
+    samples: Annotated[int, Option(min=1, help="Prompts of each task at each length.")] = 100,
+    texts: Annotated[int, Option(min=1, help="Texts of each length, for perplexity.")] = 8,
     steps: Annotated[
-        int, typer.Option(min=1, help="Tokens at the end of each text that perplexity counts.")
+        int, Option(min=1, help="Tokens at the end of each text that perplexity counts.")
     ] = 128,
-    seed: Annotated[int, typer.Option(min=0, max=4000, help="Seed of all prompts and texts.")] = 0,
+    seed: Annotated[int, Option(min=0, max=4000, help="Seed of all prompts and texts.")] = 0,
     depths: Annotated[
-        int, typer.Option(min=1, help="Number of depths at which keys are hidden in noise.")
+        int, Option(min=1, help="Number of depths at which keys are hidden in noise.")
     ] = 10,
     concurrency: Annotated[
-        int, typer.Option(min=1, help="How many requests each server gets at a time.")
+        int, Option(min=1, help="How many requests each server gets at a time.")
     ] = 4,
-    attempts: Annotated[int, typer.Option(min=1, help="How often to try each request.")] = 6,
-    timeout: Annotated[
-        float, typer.Option(min=1, help="Seconds that an attempt may take.")
-    ] = 600.0,
-    api: Annotated[str, typer.Option(help="API to ask: completions or chat.")] = "completions",
+    attempts: Annotated[int, Option(min=1, help="How often to try each request.")] = 6,
+    timeout: Annotated[float, Option(min=1, help="Seconds that an attempt may take.")] = 600.0,
+    api: Annotated[str, Option(help="API to ask: completions or chat.")] = "completions",
     chat_template: Annotated[
-        bool, typer.Option(help="Put prompts into the model's chat template, if it has one.")
+        bool, Option(help="Put prompts into the model's chat template, if it has one.")
     ] = True,
     text: Annotated[
         Path | None,
-        typer.Option(help="Text file for perplexity. Default: the Python documentation."),
+        Option(help="Text file for perplexity. Default: the Python documentation."),
     ] = None,
     json_path: Annotated[
-        Path | None, typer.Option("--json", help="Write all results to this file, as they come.")
+        Path | None, Option("--json", help="Write all results to this file, as they come.")
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the run that the --json file holds.")
+        bool, Option("--resume", help="Continue the run that the --json file holds.")
     ] = False,
-    plots: Annotated[Path | None, typer.Option(help="Draw plots into this folder.")] = None,
+    plots: Annotated[Path | None, Option(help="Draw plots into this folder.")] = None,
     lm_eval_tasks: Annotated[
         bool,
-        typer.Option(
+        Option(
             "--lm-eval-tasks",
             callback=_lm_eval_tasks,
             is_eager=True,

@@ -7,32 +7,33 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from typer import Argument, Option
 
 from vllm_tokenselect.tools.cli.refusals import said_in_words
 
 _Model = Annotated[
     str | None,
-    typer.Argument(help="Model folder or name. Default: SmolLM2-135M-Instruct."),
+    Argument(help="Model folder or name. Default: SmolLM2-135M-Instruct."),
 ]
-_Settings = Annotated[str, typer.Option("--settings", help="Settings of tokenselect, as JSON.")]
-_Length = Annotated[int, typer.Option(help="Tokens of each built-in prompt.")]
-_Device = Annotated[str, typer.Option(help="PyTorch's name of the device: cpu, cuda ...")]
-_Seed = Annotated[int, typer.Option(help="Seed of the built-in prompts.")]
-_Json = Annotated[Path | None, typer.Option("--json", help="Write all results to this file.")]
+_Settings = Annotated[str, Option("--settings", help="Settings of tokenselect, as JSON.")]
+_Length = Annotated[int, Option(help="Tokens of each built-in prompt.")]
+_Device = Annotated[str, Option(help="PyTorch's name of the device: cpu, cuda ...")]
+_Seed = Annotated[int, Option(help="Seed of the built-in prompts.")]
+_Json = Annotated[Path | None, Option("--json", help="Write all results to this file.")]
 
 
 def inspect(
     model: _Model = None,
     prompt: Annotated[
         Path | None,
-        typer.Option(help="Text file to read. Default: real text with numbers hidden in it."),
+        Option(help="Text file to read. Default: real text with numbers hidden in it."),
     ] = None,
     settings: _Settings = "{}",
     length: _Length = 6144,
     device: _Device = "cpu",
     seed: _Seed = 0,
     json_path: _Json = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the layers into this image file.")] = None,
+    plot: Annotated[Path | None, Option(help="Draw the layers into this image file.")] = None,
 ) -> None:
     """Show, layer by layer, how much of full attention the selection keeps on a prompt.
 
@@ -51,22 +52,22 @@ def tune(
     model: _Model = None,
     prompt: Annotated[
         list[Path] | None,
-        typer.Option(
+        Option(
             help="Text file; the model predicts its last tokens. May be repeated. Default: "
             "built-in questions and texts."
         ),
     ] = None,
     budget: Annotated[
         list[int] | None,
-        typer.Option(help="A top_k to try. May be repeated. Default: 256, 512 ... 4096."),
+        Option(help="A top_k to try. May be repeated. Default: 256, 512 ... 4096."),
     ] = None,
     max_loss: Annotated[
         float,
-        typer.Option(help="How much a budget may add to the loss, in nats per token."),
+        Option(help="How much a budget may add to the loss, in nats per token."),
     ] = 0.02,
-    samples: Annotated[int, typer.Option(help="Number of built-in questions.")] = 16,
+    samples: Annotated[int, Option(help="Number of built-in questions.")] = 16,
     count: Annotated[
-        int, typer.Option(help="Tokens at the end of each --prompt that the model predicts.")
+        int, Option(help="Tokens at the end of each --prompt that the model predicts.")
     ] = 64,
     settings: _Settings = "{}",
     length: _Length = 6144,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from vllm_tokenselect.tools.cli.refusals import said_in_words
 
@@ -13,75 +13,67 @@ from vllm_tokenselect.tools.cli.refusals import said_in_words
 def plan(
     model: Annotated[
         str,
-        typer.Argument(
+        Argument(
             metavar="MODEL",
             help="Model folder with a config.json, a name, or a preset: llama-3.1-8b, qwen3-32b ...",
         ),
     ],
-    context: Annotated[
-        str, typer.Option(help="Longest context in tokens: 131072, 128K, 1M.")
-    ] = "128K",
+    context: Annotated[str, Option(help="Longest context in tokens: 131072, 128K, 1M.")] = "128K",
     gpus: Annotated[
         str,
-        typer.Option(
-            help="Number of GPUs in all. Several numbers, separated by commas, are compared."
-        ),
+        Option(help="Number of GPUs in all. Several numbers, separated by commas, are compared."),
     ] = "1",
     tp: Annotated[
         int | None,
-        typer.Option(min=1, help="Tensor-parallel GPUs of each stage. Default: compare layouts."),
+        Option(min=1, help="Tensor-parallel GPUs of each stage. Default: compare layouts."),
     ] = None,
     pp: Annotated[
-        int | None, typer.Option(min=1, help="Pipeline stages. Default: compare layouts.")
+        int | None, Option(min=1, help="Pipeline stages. Default: compare layouts.")
     ] = None,
     replicas: Annotated[
         int | None,
-        typer.Option(
+        Option(
             min=1, help="Number of servers behind a router. Default: as many as the GPUs allow."
         ),
     ] = None,
     gpus_per_machine: Annotated[
-        int, typer.Option(min=1, help="GPUs that a link as fast as NVLink connects.")
+        int, Option(min=1, help="GPUs that a link as fast as NVLink connects.")
     ] = 8,
     gpu_memory: Annotated[
         str,
-        typer.Option(
-            help="Kind of GPU (a100, a100-40gb, h100, h200, b200) or its memory: 141GB, 80GiB."
-        ),
+        Option(help="Kind of GPU (a100, a100-40gb, h100, h200, b200) or its memory: 141GB, 80GiB."),
     ] = "h200",
-    gpu_memory_utilization: Annotated[float, typer.Option(help="Same as vLLM's option.")] = 0.9,
-    settings: Annotated[str, typer.Option(help="Settings of tokenselect, as JSON.")] = "{}",
+    gpu_memory_utilization: Annotated[float, Option(help="Same as vLLM's option.")] = 0.9,
+    settings: Annotated[str, Option(help="Settings of tokenselect, as JSON.")] = "{}",
     dtype: Annotated[
-        str, typer.Option(help="Type of activations: auto, bfloat16, float16 or float32.")
+        str, Option(help="Type of activations: auto, bfloat16, float16 or float32.")
     ] = "auto",
     kv_cache_dtype: Annotated[
-        str, typer.Option(help="Type of the KV cache: auto, fp8, fp8_e4m3 or fp8_e5m2.")
+        str, Option(help="Type of the KV cache: auto, fp8, fp8_e4m3 or fp8_e5m2.")
     ] = "auto",
     weights_dtype: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="Type of the layers' weights: fp8, int4 ..., or bytes per weight. Default: --dtype."
         ),
     ] = None,
     max_num_seqs: Annotated[
         int | None,
-        typer.Option(min=1, help="Same as vLLM's option. Default: vLLM's default for the GPU."),
+        Option(min=1, help="Same as vLLM's option. Default: vLLM's default for the GPU."),
     ] = None,
     max_num_batched_tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="Same as vLLM's option. Default: vLLM's default for the GPU."),
+        Option(min=1, help="Same as vLLM's option. Default: vLLM's default for the GPU."),
     ] = None,
     reserve: Annotated[
-        str, typer.Option(help="Memory that CUDA, NCCL and CUDA graphs take: a guess.")
+        str, Option(help="Memory that CUDA, NCCL and CUDA graphs take: a guess.")
     ] = "2GiB",
     each_setting: Annotated[
         bool,
-        typer.Option(
-            "--each-setting", help="Show what each setting costs when it alone is changed."
-        ),
+        Option("--each-setting", help="Show what each setting costs when it alone is changed."),
     ] = False,
     json_path: Annotated[
-        Path | None, typer.Option("--json", help="Write all results to this file, sizes in bytes.")
+        Path | None, Option("--json", help="Write all results to this file, sizes in bytes.")
     ] = None,
 ) -> None:
     """Compute how much GPU memory and network a model needs on TOKENSELECT, and propose a layout.

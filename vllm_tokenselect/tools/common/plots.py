@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm_tokenselect.tools.common.tables import Rows
 
@@ -22,19 +22,35 @@ class DepthPoint:
 
 def draw_rates(rows: Rows, task: str, file: Path) -> None:
     """Rate over length, with its interval, one line for each method."""
+    lines: dict[str, list[Spread]] = {}
+    for row in rows:
+        spread = Spread(row["length"], row["low"], row["rate"], row["high"])
+        lines.setdefault(row["method"], []).append(spread)
+    draw_spreads(lines, file, ylim=(-0.05, 1.05), ylabel="exact answers, 95 % interval", title=task)
+
+
+class Spread(NamedTuple):
+    """A value at a length in tokens, and the ends of its range."""
+
+    length: int
+    low: float
+    value: float
+    high: float
+
+
+def draw_spreads(lines: Mapping[str, Sequence[Spread]], file: Path, **axes: Any) -> None:
+    """Values with their ranges over the length, one line for each name; `axes` are matplotlib's."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     panel = figure.subplots()
-    for method in dict.fromkeys(row["method"] for row in rows):
-        of_method = [row for row in rows if row["method"] == method]
-        rates = [row["rate"] for row in of_method]
-        below = [row["rate"] - row["low"] for row in of_method]
-        above = [row["high"] - row["rate"] for row in of_method]
-        lengths = [row["length"] for row in of_method]
-        panel.errorbar(lengths, rates, [below, above], marker="o", capsize=3, label=method)
-    length_axis(panel, {row["length"] for row in rows})
-    panel.set(ylim=(-0.05, 1.05), ylabel="exact answers, 95 % interval", title=task)
+    for name, spreads in lines.items():
+        below = [spread.value - spread.low for spread in spreads]
+        above = [spread.high - spread.value for spread in spreads]
+        lengths, values = [s.length for s in spreads], [s.value for s in spreads]
+        panel.errorbar(lengths, values, [below, above], marker="o", capsize=3, label=name)
+    length_axis(panel, {spread.length for spreads in lines.values() for spread in spreads})
+    panel.set(**axes)
     panel.legend()
     figure.savefig(file, dpi=120)
 

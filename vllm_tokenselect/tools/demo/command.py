@@ -10,10 +10,9 @@ from types import FrameType
 from typing import NoReturn
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from vllm_tokenselect.tools.common.client import ServerError
-from vllm_tokenselect.tools.common.progress import counting_bar
+from vllm_tokenselect.tools.common.progress import counting_bar, share_bar
 from vllm_tokenselect.tools.common.refusals import refuse
 from vllm_tokenselect.tools.common.server import ServerFailed, VllmServer
 from vllm_tokenselect.tools.common.smollm2 import MODEL_NAME, ModelUnavailable, ensure_smollm2
@@ -92,7 +91,7 @@ def _leave_in_order() -> None:
 def _start(server: VllmServer, console: Console) -> None:
     shown = ["vllm", *server.command[server.command.index("serve") :]]
     console.print("$", shlex.join(shown), markup=False, highlight=False, soft_wrap=True)
-    with _bar(console) as bars:
+    with share_bar(console, disable=not console.is_terminal) as bars:
         task = bars.add_task("Starting vLLM", total=1.0)
 
         def on_progress(stage: str, share: float) -> None:
@@ -139,14 +138,3 @@ def _keep(server: VllmServer, console: Console) -> None:
     )
     console.print(f"and stop it with\n  kill {pid}", highlight=False)
     server.detach()
-
-
-def _bar(console: Console) -> Progress:
-    return Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )

@@ -26,15 +26,13 @@ from vllm_tokenselect.tools.common.tokenizers import shared_tokenizer
 from vllm_tokenselect.tools.evaluate.cells import Cell, CellFile
 from vllm_tokenselect.tools.evaluate.perplexity import loss_table
 from vllm_tokenselect.tools.evaluate.plots import draw
+from vllm_tokenselect.tools.evaluate.questions import EvalSettings, cells, refuse_what_does_not_fit
 from vllm_tokenselect.tools.evaluate.rates import difference_table, mean_table, rate_table
 from vllm_tokenselect.tools.evaluate.run import (
     AFTER,
     BEFORE,
-    EvalSettings,
-    cells,
     new_client,
     refuse_what_a_server_cannot,
-    refuse_what_does_not_fit,
     run,
     summarize,
 )

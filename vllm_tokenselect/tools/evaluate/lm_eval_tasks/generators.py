@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from vllm_tokenselect.tools.evaluate.run import EvalSettings, cells, question
+from vllm_tokenselect.tools.evaluate.questions import EvalSettings, cells, question
 from vllm_tokenselect.tools.evaluate.tasks import TASKS
 
 
