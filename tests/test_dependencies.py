@@ -14,7 +14,7 @@ from packaging.utils import canonicalize_name
 from typer.testing import CliRunner
 
 from vllm_tokenselect.tools.cli.app import app
-from vllm_tokenselect.tools.cli.extras import EXTRA_OF_COMMAND
+from vllm_tokenselect.tools.cli.required_extras import EXTRA_OF_COMMAND
 from vllm_tokenselect.tools.common.extras import EXTRAS
 
 REPOSITORY = Path(__file__).parents[1]

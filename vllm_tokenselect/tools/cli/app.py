@@ -11,9 +11,9 @@ from typer import Option
 
 from vllm_tokenselect.tools.cli.bench import bench
 from vllm_tokenselect.tools.cli.evaluate import evaluate
-from vllm_tokenselect.tools.cli.extras import check_extras_first
 from vllm_tokenselect.tools.cli.inspect import inspect, tune
 from vllm_tokenselect.tools.cli.plan import plan
+from vllm_tokenselect.tools.cli.required_extras import check_extras_first
 
 app = typer.Typer(
     name="tokenselect",

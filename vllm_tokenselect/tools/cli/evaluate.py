@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from typer import Argument, Option
 
-from vllm_tokenselect.tools.cli.refusals import said_in_words
+from vllm_tokenselect.tools.cli.errors import said_in_words
 from vllm_tokenselect.tools.common.options import json_object, lengths_of, one_of, words
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from vllm_tokenselect.tools.cli.refusals import said_in_words
+from vllm_tokenselect.tools.cli.errors import said_in_words
 
 
 def plan(
