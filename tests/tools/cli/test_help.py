@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from vllm_tokenselect.tools.cli.extras import EXTRA_OF_COMMAND
+from vllm_tokenselect.tools.cli.required_extras import EXTRA_OF_COMMAND
 
 CODE = """
 import json, sys
