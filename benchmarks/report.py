@@ -1,46 +1,39 @@
-"""The report of a run: that of `tokenselect eval`, with the machine that the servers run on."""
+"""What all benchmarks on CPUs say of themselves: their command, the machine, versions and the date."""
 
 from __future__ import annotations
 
+import argparse
 import os
+import platform
 import sys
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.device import environment
-from vllm_tokenselect.tools.common.intervals import wilson
-from vllm_tokenselect.tools.common.provenance import cpu_name, typed_command, versions
-from vllm_tokenselect.tools.evaluate.cells import CannotResume, Cell, CellFile
-from vllm_tokenselect.tools.evaluate.rates import rate_table, rates
+from vllm_tokenselect.tools.common.files import write_json
+from vllm_tokenselect.tools.common.provenance import cpu_name, now, typed_command, versions
+from vllm_tokenselect.tools.evaluate.cells import CellFile
 
-__all__ = ["CannotResume", "Cell", "Report", "rate_table", "rates", "wilson"]
-
-
-class Report(CellFile):
-    """The cells that are done, on disk after each.
-
-    Args:
-        path: of the JSON file; None keeps nothing.
-        fixed: what all cells have in common: the part, its model, settings and the like.
-        resume: go on with what the file has.
-
-    Raises:
-        CannotResume: when the file exists and is not to be resumed, or was made with something else fixed.
-    """
-
-    def __init__(self, path: Path | None, fixed: dict[str, Any], resume: bool) -> None:
-        run = {"command": _command(), "environment": _environment()}
-        super().__init__(path, fixed, resume, run)
+SMOLLM2 = "SmolLM2-135M-Instruct, dequantized 4-bit checkpoint"
 
 
-def _command() -> str:
-    name = Path(sys.argv[0])
-    start = ["python", "-m", f"benchmarks.{name.stem}"] if name.suffix == ".py" else [str(name)]
-    return typed_command(start)
+def open_cells(path: Path | None, fixed: dict[str, Any], resume: bool) -> CellFile:
+    """The file of a run that is kept cell by cell; arguments and errors are those of `CellFile`."""
+    module = Path(sys.argv[0]).parent.name  # of `benchmarks/MODULE/__main__.py`
+    machine = {"cpu": cpu_name(), "cores": len(os.sched_getaffinity(0))}
+    described = environment() | machine | versions(("vllm-tokenselect", "transformers"))
+    command = typed_command(["python", "-m", f"benchmarks.{module}"])
+    return CellFile(path, fixed, resume, {"command": command, "environment": described})
 
 
-def _environment() -> dict[str, Any]:
-    found = environment() | {"cpu": cpu_name(), "cores": len(os.sched_getaffinity(0))}
-    found |= versions(("vllm-tokenselect", "transformers"))
-    return found | {"date": datetime.now(UTC).isoformat(timespec="seconds")}
+def write_figures(path: Path | None, args: argparse.Namespace, **figures: Any) -> None:
+    """Write what a benchmark of SmolLM2 in fp32 found, once it is done; None writes nothing."""
+    report = {
+        "date": now(),
+        "model": f"{SMOLLM2}, fp32",
+        "versions": versions(("vllm-tokenselect", "torch")),
+        "python": platform.python_version(),
+        "arguments": {key: str(value) for key, value in vars(args).items()},
+        **figures,
+    }
+    write_json(path, report)

@@ -3,16 +3,16 @@
     python -m benchmarks.accuracy --json benchmarks/results/accuracy.json --plots benchmarks/results
 
 Eight numbers stand in one long real text (the Python documentation, which comes with Python), and each is
-asked for. The model reads a text once for all of its questions, in a plain PyTorch forward of the method's
-definition (the tests show that servers compute the same); every generated token selects for itself. An
-answer is right if the model says all digits and no more. Its loss, the negative log-likelihood of its
-digits given those before them, tells more than right and wrong do. Both are compared with full attention's
-on the same questions, with 95 % intervals over texts (Student's t).
+asked for. The model reads a text once for all of its questions, in a plain PyTorch forward of the
+method's definition (the tests show that servers compute the same); every generated token selects for
+itself. An answer is right if the model says all digits and no more. Its loss, the negative log-likelihood
+of its digits given those before them, tells more than right and wrong do. Both are compared with full
+attention's on the same questions, with 95 % intervals over texts (Student's t).
 
 A budget of 1,024 means: a chunk of queries attends to 1,024 tokens before it (32 sink, 256 local and 736
-selected). Whatever is done is in the JSON file at once; with --resume a run goes on where it was stopped,
-also with more lengths, ways, budgets or samples than before. Texts are numbered from --first on: what was
-tuned on some is reported on others.
+selected). Every result is in the JSON file at once. With --resume a run goes on where it was stopped,
+also with more lengths, ways, budgets or samples than before. Texts are numbered from --first on, so that
+what was tuned on some is reported on others.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ from transformers import AutoTokenizer
 from benchmarks.accuracy.figures import draw, summarize, table
 from benchmarks.accuracy.questions import QUESTIONS, digits_only
 from benchmarks.accuracy.ways import FULL, Way, ways
-from benchmarks.report import CannotResume, Cell, Report
+from benchmarks.report import SMOLLM2, open_cells
 from vllm_tokenselect.tools.common.hidden import HiddenPrompt, needle_prompts
 from vllm_tokenselect.tools.common.smollm2 import ensure_smollm2
 from vllm_tokenselect.tools.common.text import encode
+from vllm_tokenselect.tools.evaluate.cells import CannotResume, Cell
 from vllm_tokenselect.tools.inspect.model import DiagnosedModel
 
 K = 1024
@@ -47,18 +48,36 @@ def arguments(command: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--tasks", nargs="+", default=["end"], choices=QUESTIONS)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[1280, 2304, 4352, 7936])
-    parser.add_argument("--budgets", type=int, nargs="+", default=[512, K, 2 * K])
-    parser.add_argument("--ways", nargs="+", default=list(MAIN), choices=names())
-    parser.add_argument("--samples", type=int, default=104, help="questions a cell, at least")
-    parser.add_argument("--questions", type=int, default=8, help="of them about one text")
+    parser.add_argument(
+        "--tasks", nargs="+", default=["end"], choices=QUESTIONS, help="where the question stands"
+    )
+    parser.add_argument(
+        "--lengths",
+        type=int,
+        nargs="+",
+        default=[1280, 2304, 4352, 7936],
+        help="tokens of a prompt",
+    )
+    parser.add_argument(
+        "--budgets",
+        type=int,
+        nargs="+",
+        default=[512, K, 2 * K],
+        help="tokens attended before a chunk",
+    )
+    parser.add_argument(
+        "--ways", nargs="+", default=list(MAIN), choices=names(), help="how to attend"
+    )
+    parser.add_argument(
+        "--samples", type=int, default=104, help="questions for each length and way, at least"
+    )
+    parser.add_argument("--questions", type=int, default=8, help="questions about one text")
     parser.add_argument("--first", type=int, default=1000, help="number of the first text")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", type=Path, help="write everything here, cell by cell")
-    parser.add_argument("--resume", action="store_true", help="go on with what --json has")
-    parser.add_argument("--plots", type=Path, help="draw into this folder")
+    parser.add_argument("--dtype", default="bfloat16", help="of the weights")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
+    parser.add_argument("--json", type=Path, help="write every result to this file as it comes")
+    parser.add_argument("--resume", action="store_true", help="go on with what the file has")
+    parser.add_argument("--plots", type=Path, help="draw pictures into this folder")
     return parser.parse_args(command)
 
 
@@ -133,13 +152,13 @@ def main() -> None:
     args = arguments()
     torch.set_num_threads(args.threads)
     fixed = {
-        "model": "SmolLM2-135M-Instruct, dequantized 4-bit checkpoint",
+        "model": SMOLLM2,
         "dtype": args.dtype,
         "questions": args.questions,
         "first": args.first,
     }
     try:
-        report = Report(args.json, fixed, args.resume)
+        report = open_cells(args.json, fixed, args.resume)
     except CannotResume as error:
         sys.exit(str(error))
     todo = [

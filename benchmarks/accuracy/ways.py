@@ -1,6 +1,8 @@
 """The ways of attending whose answers are compared, in a plain PyTorch forward of the method's definition.
 
-`ours` are the package's defaults at a budget; each of the others differs in what its name says.
+`ours` are the package's defaults at a budget; each of the others differs in what its name says. The
+question is what other ways of selecting would do, so some score and vote here; the served one is
+`tools/inspect`'s.
 """
 
 from __future__ import annotations

@@ -3,12 +3,12 @@
     python -m benchmarks.attention --json benchmarks/results/attention-gpu.json --plots benchmarks/results
     python -m benchmarks.attention --contexts 131072 --batches 8          # a part of it, for a look
 
-Needs torch and Triton; FlashAttention 3 and vLLM's Triton attention are compared where vLLM is there.
-Every row selects ("reselect"): there is no Selection Cache in it. "attend" alone is what a row that
-reuses its selection would take. The roofline counts what must be read once and computed once, at the
-rates of a large copy and a large matrix product measured in the same run. Without a GPU the kernels
-run in Triton's interpreter, over `--contexts 4096` say: that shows that the script works, and its times
-mean nothing.
+It needs torch and Triton. FlashAttention 3 and vLLM's Triton attention are compared where vLLM is
+installed. "reselect" is a layer whose rows all select, without a Selection Cache. "attend" is its last
+stage alone. The roofline counts what must be read once and computed once, at the rates of a large copy
+and a large matrix product measured in the same run. Without a GPU the kernels run in Triton's
+interpreter: try a short context (`--contexts 4096`) to see that the script works. Its times then mean
+nothing.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from benchmarks.gpu.device import (
     environment,
     measure_ceilings,
     use_interpreter_without_gpu,
-    write_json,
 )
 
 DEVICE = use_interpreter_without_gpu()  # before Triton is imported
@@ -45,6 +44,7 @@ from benchmarks.attention.cases import (  # noqa: E402
     Work,
 )
 from vllm_tokenselect.method.settings import Method  # noqa: E402
+from vllm_tokenselect.tools.common.files import write_json  # noqa: E402
 
 K = 1024
 TARGETS = (
@@ -63,19 +63,30 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     lengths = [4 * K, 8 * K, 32 * K, 128 * K, 512 * K, 1024 * K]
-    parser.add_argument("--contexts", type=int, nargs="+", default=lengths)
-    parser.add_argument("--batches", type=int, nargs="*", default=[1, 8, 32], help="of decoding")
+    parser.add_argument("--contexts", type=int, nargs="+", default=lengths, help="tokens")
     parser.add_argument(
-        "--prefill", type=int, default=PREFILL_QUERIES, help="queries of a prefill step, 0 for none"
+        "--batches", type=int, nargs="*", default=[1, 8, 32], help="requests of a decoding step"
+    )
+    parser.add_argument(
+        "--prefill",
+        type=int,
+        default=PREFILL_QUERIES,
+        help="queries of a prefill step; 0 leaves it out",
     )
     names = [shape.name for shape in SHAPES]
     parser.add_argument("--shapes", nargs="+", choices=names, default=names)
     parser.add_argument("--baselines", nargs="*", choices=list(BASELINES), default=list(BASELINES))
-    parser.add_argument("--settings", type=json.loads, default={}, help="of the method, JSON")
-    parser.add_argument("--rounds", type=int, default=7, help="samples of each")
-    parser.add_argument("--cache-gib", type=float, default=24, help="most memory of a KV cache")
-    parser.add_argument("--json", type=Path, help="write the report here")
-    parser.add_argument("--plots", type=Path, help="draw into this folder (matplotlib)")
+    parser.add_argument(
+        "--settings", type=json.loads, default={}, help="JSON: TokenSelect's settings"
+    )
+    parser.add_argument("--rounds", type=int, default=7, help="samples of each time")
+    parser.add_argument(
+        "--cache-gib", type=float, default=24, help="memory that a KV cache may take"
+    )
+    parser.add_argument("--json", type=Path, help="write every result to this file as it comes")
+    parser.add_argument(
+        "--plots", type=Path, help="draw pictures into this folder, with matplotlib"
+    )
     return parser.parse_args(argv)
 
 
@@ -201,8 +212,7 @@ def main(argv: list[str] | None = None) -> int:
     for work in works(args):
         results.append(measure(work, args, ceilings))
         print(line(results[-1]), flush=True)
-        if args.json:
-            write_json(args.json, report)
+        write_json(args.json, report)
     missing = {name: why for result in results for name, why in result["unavailable"].items()}
     for name, why in missing.items():
         print(f"not measured: {name}: {why}")

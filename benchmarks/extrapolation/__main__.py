@@ -4,22 +4,24 @@
     python -m benchmarks.extrapolation needles     --json benchmarks/results/extrapolation-needles.json
     python -m benchmarks.extrapolation perplexity  --json benchmarks/results/extrapolation-perplexity.json
 
-constructed: a model whose weights are constructed to recall exactly (`constructed_model`), trained, so to
-speak, for 2,048 tokens. A mechanism that is exact, without language.
+constructed: a model whose weights are constructed to recall exactly (`constructed_model`), for 2,048
+tokens at most. It shows the mechanism, without language.
 
 needles: SmolLM2-135M-Instruct, trained for 8,192 tokens, is asked for a passkey in noise, at depths from
 the start to the end, and for eight numbers that stand in one long text.
 
-perplexity: SmolLM2 reads long text. Text differs in difficulty from place to place; so the last 1,024
-tokens before each end are also read with full attention to only the 8,192 tokens up to there: what more
-context brings or costs is a difference on the same tokens. Texts are the same chapters in other orders, so
-their standard errors are a little small.
+perplexity: SmolLM2 reads long text. Text differs in difficulty from place to place. So the last 1,024
+tokens before each end are also read with full attention to only the 8,192 tokens up to there. What more
+context brings or costs is a difference on the same tokens. The texts are the same chapters in other
+orders, so the standard errors are a little small.
 
-Methods: full is vLLM's own CPU attention, past the trained length too; reassigned and native are ours
-with and without `positions`; sink+local attends to as many tokens, none of them (but for one) selected, at
-reassigned positions; window is a plain sliding window of as many. Text is the Python documentation that
-comes with Python. One server runs at a time. Whatever is done is in the JSON file at once: with --resume
-a run goes on where it was stopped, also with more lengths, methods or samples than before.
+Methods: "full" is vLLM's own CPU attention, past the trained length too. "reassigned" and "native" are
+TokenSelect with and without reassigned positions. "sink+local" attends to as many tokens at reassigned
+positions and selects one of them. "window" is a plain sliding window of as many.
+
+The text is the Python documentation, which comes with Python. One server runs at a time. Every result is
+in the JSON file at once. With --resume a run goes on where it was stopped, also with more lengths,
+methods or samples than before.
 """
 
 from __future__ import annotations
@@ -33,9 +35,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.extrapolation.contenders import (
+from benchmarks.extrapolation.long_text import Perplexity
+from benchmarks.extrapolation.parts import Constructed, Needles, Part
+from benchmarks.extrapolation.plots import draw
+from benchmarks.extrapolation.served import (
     FULL,
     NATIVE,
     REASSIGNED,
@@ -43,15 +47,15 @@ from benchmarks.extrapolation.contenders import (
     WINDOW,
     Asker,
     Deadline,
-    Method,
     OutOfTime,
-    methods,
+    ServedWay,
+    served_ways,
     server,
 )
-from benchmarks.extrapolation.parts import Constructed, Needles, Part, Perplexity
-from benchmarks.extrapolation.plots import draw
-from benchmarks.report import CannotResume, Cell, Report
+from benchmarks.report import open_cells
 from vllm_tokenselect.config import TokenSelectConfig
+from vllm_tokenselect.tools.common.progress import counting_bar
+from vllm_tokenselect.tools.evaluate.cells import CannotResume, Cell, CellFile
 
 K = 1024
 # At most 912 tokens are attended to, of the 2,048 that the constructed model is exact for.
@@ -75,33 +79,44 @@ def arguments(command: list[str] | None = None) -> argparse.Namespace:
     _common(perplexity, [n * K for n in (8, 16, 32, 64)], [REASSIGNED, SINK_LOCAL, FULL])
     constructed.set_defaults(base_settings=CONSTRUCTED_SETTINGS, full_up_to=64 * K)
     for part in (constructed, needles):
-        part.add_argument("--samples", type=int, default=100, help="questions a length, at least")
-        part.add_argument("--questions", type=int, default=8, help="of them about one text")
+        part.add_argument(
+            "--samples", type=int, default=100, help="questions for each length, at least"
+        )
+        part.add_argument("--questions", type=int, default=8, help="questions about one text")
     needles.add_argument("--tasks", nargs="+", default=["facts", "passkey"], metavar="TASK")
-    needles.add_argument("--passkeys", type=int, default=100, help="passkeys a length, at least")
-    needles.add_argument("--depths", type=int, default=10, help="depths of passkeys")
-    perplexity.add_argument("--samples", type=int, default=4, help="texts")
+    needles.add_argument(
+        "--passkeys", type=int, default=100, help="passkeys for each length, at least"
+    )
+    needles.add_argument("--depths", type=int, default=10, help="depths at which passkeys stand")
+    perplexity.add_argument("--samples", type=int, default=4, help="texts to read")
     return parser.parse_args(command)
 
 
 def _common(parser: argparse.ArgumentParser, lengths: list[int], asked: list[str]) -> None:
     parser.set_defaults(base_settings={}, full_up_to=16 * K)
-    parser.add_argument("--lengths", type=int, nargs="+", default=lengths, help="tokens")
-    parser.add_argument("--methods", nargs="+", default=asked, choices=sorted(methods({})))
     parser.add_argument(
-        "--full-up-to", type=int, help="tokens that full attention is asked to read at most"
+        "--lengths", type=int, nargs="+", default=lengths, help="tokens of a prompt"
+    )
+    parser.add_argument("--methods", nargs="+", default=asked, choices=sorted(served_ways({})))
+    parser.add_argument(
+        "--full-up-to", type=int, help="the longest prompt that full attention is asked to read"
     )
     parser.add_argument(
-        "--settings", type=json.loads, default={}, help="tokenselect settings but positions, JSON"
+        "--settings",
+        type=json.loads,
+        default={},
+        help="JSON: TokenSelect's settings, without `positions`",
     )
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--minutes", type=float, help="stop then, wherever the run is")
-    parser.add_argument("--json", type=Path, help="write everything here, cell by cell")
-    parser.add_argument("--resume", action="store_true", help="go on with what --json has")
-    parser.add_argument("--plots", type=Path, help="draw into this folder")
+    parser.add_argument("--dtype", default="bfloat16", help="of the weights")
+    parser.add_argument(
+        "--minutes", type=float, help="stop after so many minutes, wherever the run is"
+    )
+    parser.add_argument("--json", type=Path, help="write every result to this file as it comes")
+    parser.add_argument("--resume", action="store_true", help="go on with what the file has")
+    parser.add_argument("--plots", type=Path, help="draw pictures into this folder")
 
 
-def run(part: Part, ways: list[Method], report: Report, args: argparse.Namespace) -> bool:
+def run(part: Part, ways: list[ServedWay], report: CellFile, args: argparse.Namespace) -> bool:
     """Ask all that is not in the report yet.
 
     Returns:
@@ -109,13 +124,7 @@ def run(part: Part, ways: list[Method], report: Report, args: argparse.Namespace
     """
     deadline = Deadline(args.minutes)
     todo = {way.name: [cell for cell in part.cells(way.name) if cell not in report] for way in ways}
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns) as progress:
+    with counting_bar(Console()) as progress:
         task = progress.add_task("", total=sum(map(len, todo.values())))
         try:
             for way in ways:
@@ -162,10 +171,10 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     args = arguments()
     settings = {**args.base_settings, **args.settings}
-    ways = methods(settings)
+    ways = served_ways(settings)
     part = PARTS[args.part](args)
     try:
-        report = Report(args.json, fixed(part, args, settings), args.resume)
+        report = open_cells(args.json, fixed(part, args, settings), args.resume)
     except CannotResume as error:
         sys.exit(str(error))
     finished = run(part, [ways[name] for name in args.methods], report, args)

@@ -13,9 +13,8 @@ from rich.table import Table
 from transformers import AutoTokenizer
 
 from benchmarks.extrapolation.constructed_model import retrieval_prompts, write_constructed_model
-from benchmarks.extrapolation.contenders import FULL, NATIVE, Asker, trained_length
-from benchmarks.extrapolation.perplexity import BLOCK, TARGET, block_means, loss_tables, summarize
-from benchmarks.report import Cell, rate_table, rates
+from benchmarks.extrapolation.served import FULL, NATIVE, Asker, trained_length
+from benchmarks.report import SMOLLM2
 from vllm_tokenselect.tools.common.hidden import (
     ANSWER_TOKENS,
     HiddenPrompt,
@@ -24,9 +23,8 @@ from vllm_tokenselect.tools.common.hidden import (
     passkey_prompt,
 )
 from vllm_tokenselect.tools.common.smollm2 import ensure_smollm2
-from vllm_tokenselect.tools.common.text import document
-
-TEXT, SHORTENED = "text", "shortened text"
+from vllm_tokenselect.tools.evaluate.cells import Cell
+from vllm_tokenselect.tools.evaluate.rates import rate_table, rates
 
 
 class Part(Protocol):
@@ -97,10 +95,10 @@ class Constructed(_Rates):
         }
 
 
-class _SmolLM2:
+class SmolLM2:
     """A real model, trained for 8,192 tokens."""
 
-    model_name = "SmolLM2-135M-Instruct, dequantized 4-bit checkpoint"
+    model_name = SMOLLM2
 
     def __init__(self, args: argparse.Namespace) -> None:
         self._args = args
@@ -110,7 +108,7 @@ class _SmolLM2:
         self._tokenizer.model_max_length = 10**9
 
 
-class Needles(_SmolLM2, _Rates):
+class Needles(SmolLM2, _Rates):
     """SmolLM2 finds a passkey in noise, and numbers in real text."""
 
     def cells(self, method: str) -> Iterator[Cell]:
@@ -150,34 +148,3 @@ class Needles(_SmolLM2, _Rates):
             questions = self._args.questions
             return needle_prompts(self._tokenizer, cell.length, cell.number, questions)
         return [passkey_prompt(self._tokenizer, cell.length, cell.depth, cell.number)]
-
-
-class Perplexity(_SmolLM2):
-    """What SmolLM2 loses on long real text, by position, and with less context on the same tokens."""
-
-    def cells(self, method: str) -> Iterator[Cell]:
-        args = self._args
-        trained = trained_length(self.model)
-        lengths = lengths_of(method, args, trained)
-        for number in range(args.samples):
-            if lengths:
-                yield Cell(method, TEXT, max(lengths), number)
-            if method == FULL:
-                for length in sorted(args.lengths):
-                    if length >= trained:
-                        yield Cell(method, SHORTENED, length, number)
-
-    def ask(self, asker: Asker, cell: Cell) -> dict[str, Any]:
-        if cell.task == TEXT:
-            # A block is read on, so that no token that counts is in the prompt's tail, where each token
-            # selects for itself.
-            read = document(self._tokenizer, cell.number, cell.length + BLOCK)
-            return {"losses": block_means(asker.losses(read))[: cell.length // BLOCK]}
-        read = document(self._tokenizer, cell.number, cell.length)[-trained_length(self.model) :]
-        return {"losses": block_means(asker.losses(read))[-(TARGET // BLOCK) :]}
-
-    def summarize(self, cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return summarize(cells, TEXT, SHORTENED)
-
-    def tables(self, summary: list[dict[str, Any]]) -> list[Table]:
-        return loss_tables(summary)

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.extrapolation.perplexity import BLOCK, TARGET, longest_of_each
+from benchmarks.extrapolation.long_text import BLOCK, TARGET, longest_of_each
 from vllm_tokenselect.tools.common.plots import DepthPoint, draw_depths, draw_rates, length_axis
 
 _SMOOTHED = 16  # blocks that a point of the loss over position stands for

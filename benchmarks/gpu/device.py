@@ -6,7 +6,6 @@ python -m benchmarks.gpu.device --json device.json
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import statistics
@@ -14,12 +13,13 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from vllm_tokenselect.tools.common.files import write_json
+from vllm_tokenselect.tools.common.provenance import now, versions
 
 PACKAGES = ("torch", "triton", "vllm", "xformers")
 
@@ -39,13 +39,8 @@ class Timing:
 
 def environment() -> dict[str, Any]:
     """GPU, driver, versions and date, for a report."""
-    found = {"date": datetime.now(UTC).isoformat(timespec="seconds")}
-    found["python"] = platform.python_version()
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
+    found = {"date": now()}
+    found |= {"python": platform.python_version()} | versions(PACKAGES)
     found["cuda"] = str(torch.version.cuda)
     if not torch.cuda.is_available():
         return found | {"gpu": "none: Triton interprets", "driver": "none"}
@@ -171,12 +166,6 @@ def main() -> None:
     write_json(file, report)
     print(*(f"{name}: {value}" for name, value in report["environment"].items()), sep="\n")
     print(ceilings)
-
-
-def write_json(file: Path, report: object) -> None:
-    """Write a report anew: whoever measures does so after each result, whatever happens next."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

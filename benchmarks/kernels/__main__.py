@@ -2,8 +2,9 @@
 
     python -m benchmarks.kernels [--threads 1] [--contexts 8192 32768] [--repeats 21]
 
-All contenders take turns over several layers' caches, as a model does, so that no context is served from
-the processor's cache; the median of the turns is printed. CPU_ATTN is left out where vLLM is missing.
+The operations take turns over several layers' caches, as a model does, so that no context is served from
+the processor's cache. The median of the turns is printed. CPU_ATTN is left out where vLLM is missing. The
+question is what each operation takes alone, so their order is known here a second time.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -115,13 +118,7 @@ def contenders(
     )
     query = torch.randn(1, num_heads, head_size).bfloat16()
     mean_query, out, scale = query.float(), torch.empty_like(query), head_size**-0.5
-    calls: dict[str, list[Callable[[], object]]] = {
-        name: []
-        for name in (
-            *("score", "vote", "block_table", "attend", "reselect", "reuse", "gather"),
-            "CPU_ATTN",
-        )
-    }
+    calls: dict[str, list[Callable[[], object]]] = defaultdict(list)
     rows = (block_table, row_seq, N_INIT, top_k, candidate_end, context_end, BLOCK_SIZE)
     attend_only, whole, reusing = (
         CpuStep(
@@ -135,48 +132,30 @@ def contenders(
     )
     for _ in range(max(2, CACHES_BYTES // cache_bytes)):
         kv_cache = torch.randn(shape, dtype=torch.bfloat16)
-        arguments = (mean_query, kv_cache, block_table, row_seq, N_INIT, candidate_end, scale)
-        logits = score_paged_keys(*arguments)
-        votes = soft_vote(logits)
-        table = (votes, *rows)
-        build_sparse_block_table(*table, slots, lengths)
-        keys = torch.zeros((slots.shape[1], num_kv_heads, head_size), dtype=torch.bfloat16)
-        values = torch.zeros_like(keys)
-        decode = cpu_attn_decode(query, kv_cache, block_table, context)
-
-        def score(arguments=arguments):
-            score_paged_keys(*arguments)
-
-        def vote(logits=logits):
-            soft_vote(logits)
-
-        def build(table=table):
-            build_sparse_block_table(*table, slots, lengths)
-
-        def attend(kv_cache=kv_cache):
-            attend_only(query, LayerCache(kv_cache), scale, None, out)
-
-        def reselect(kv_cache=kv_cache):
-            whole(query, LayerCache(kv_cache), scale, None, out)
-
+        scoring = (mean_query, kv_cache, block_table, row_seq, N_INIT, candidate_end, scale)
+        logits = score_paged_keys(*scoring)
+        table = (soft_vote(logits), *rows, slots, lengths)
+        build_sparse_block_table(*table)
+        gathered = torch.zeros((2, slots.shape[1], num_kv_heads, head_size), dtype=torch.bfloat16)
         state = SelectionCacheState.allocate(
             1, N_INIT + TOP_K, num_heads, head_size, torch.bfloat16, torch.device("cpu")
         )
-
-        def reuse(kv_cache=kv_cache, state=state):
-            reusing(query, LayerCache(kv_cache, selections=state), scale, None, out)
-
-        reuse()  # the first one selects
-
-        def gather(kv_cache=kv_cache, keys=keys, values=values):
-            gather_tokens(kv_cache, slots[0], keys, values)
-
-        for name, call in zip(
-            calls, (score, vote, build, attend, reselect, reuse, gather, decode), strict=True
-        ):
-            if call is not None:
-                calls[name].append(call)
-    return {name: layers for name, layers in calls.items() if layers}
+        layer, caching = LayerCache(kv_cache), LayerCache(kv_cache, selections=state)
+        own: dict[str, Callable[[], object]] = {
+            "score": partial(score_paged_keys, *scoring),
+            "vote": partial(soft_vote, logits),
+            "block_table": partial(build_sparse_block_table, *table),
+            "attend": partial(attend_only, query, layer, scale, None, out),
+            "reselect": partial(whole, query, layer, scale, None, out),
+            "reuse": partial(reusing, query, caching, scale, None, out),
+            "gather": partial(gather_tokens, kv_cache, slots[0], *gathered),
+        }
+        own["reuse"]()  # the first one selects
+        if decode := cpu_attn_decode(query, kv_cache, block_table, context):
+            own["CPU_ATTN"] = decode
+        for name, call in own.items():
+            calls[name].append(call)
+    return calls
 
 
 def medians(calls: dict[str, list[Callable[[], object]]], repeats: int) -> dict[str, float]:
@@ -192,9 +171,9 @@ def medians(calls: dict[str, list[Callable[[], object]]], repeats: int) -> dict[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--contexts", type=int, nargs="+", default=[8192, 32768])
-    parser.add_argument("--repeats", type=int, default=21)
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU")
+    parser.add_argument("--contexts", type=int, nargs="+", default=[8192, 32768], help="tokens")
+    parser.add_argument("--repeats", type=int, default=21, help="turns of each operation")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)  # after vLLM's import, which sets its own
     for num_heads, num_kv_heads, head_size in SHAPES:

@@ -2,26 +2,23 @@
 
     python -m benchmarks.reuse --json benchmarks/results/reuse.json
 
-SmolLM2-135M-Instruct reads a long text and then goes on word by word with the text's own words, in a plain
-PyTorch forward of the method (`tests/oracle`): once with full attention, once selecting for every token,
-once reusing selections under each setting. The texts are chapters of the Python documentation, which come
-with Python (`pydoc_data`). Divergences are from full attention and given as what they are above that of
-selecting for every token; their standard errors are over blocks of 32 tokens.
+SmolLM2-135M-Instruct reads a long text and then goes on word by word with the text's own words, in a
+plain PyTorch forward of the method (`tests/oracle`): once with full attention, once selecting for every
+token, once reusing selections under each setting. The texts are chapters of the Python documentation,
+which come with Python (`pydoc_data`). Divergences are from full attention, given as what they exceed the
+divergence of selecting for every token by. Their standard errors are over blocks of 32 tokens.
 
-Besides, codes: nine "The code of the ... is 1234." stand in a text, one of them is asked for, and the
-model must say it while it reuses selections.
+It is also asked for codes: nine sentences "The code of the ... is 1234." stand in a text, one of them is
+asked for, and the model must say it while it reuses selections.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -32,6 +29,7 @@ from rich.progress import track
 from rich.table import Table
 from transformers import AutoTokenizer
 
+from benchmarks.report import write_figures
 from tests.oracle.model import OracleModel, Selection
 from vllm_tokenselect.tools.common.smollm2 import ensure_smollm2
 
@@ -53,17 +51,23 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--texts", nargs="+", default=list(TEXTS[:4]), choices=TEXTS)
-    parser.add_argument("--context", type=int, default=3840)
-    parser.add_argument("--tokens", type=int, default=224)
-    parser.add_argument("--haystacks", type=int, default=6, help="with nine questions each")
     parser.add_argument(
-        "--thresholds", type=float, nargs="+", default=[0.95, 0.9, 0.85, 0.8, 0.75, 0.7]
+        "--texts", nargs="+", default=list(TEXTS[:4]), choices=TEXTS, help="chapters to read"
+    )
+    parser.add_argument("--context", type=int, default=3840, help="tokens read first")
+    parser.add_argument("--tokens", type=int, default=224, help="tokens read one by one")
+    parser.add_argument("--haystacks", type=int, default=6, help="texts with nine codes each")
+    parser.add_argument(
+        "--thresholds",
+        type=float,
+        nargs="+",
+        default=[0.95, 0.9, 0.85, 0.8, 0.75, 0.7],
+        help="similarity thresholds",
     )
     parser.add_argument("--refresh", type=int, nargs="+", default=[64], help="refresh intervals")
-    parser.add_argument("--top-k", type=int, default=512)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", type=Path, help="write everything here")
+    parser.add_argument("--top-k", type=int, default=512, help="tokens selected")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
     return parser.parse_args()
 
 
@@ -232,18 +236,8 @@ def main() -> None:
     codes = ask_for_codes(model, tokenizer, args)
     rows = summarize(texts, codes)
     show(rows)
-    if args.json:
-        report = {
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "model": "SmolLM2-135M-Instruct, dequantized 4-bit checkpoint, fp32",
-            "versions": {name: version(name) for name in ("vllm-tokenselect", "torch")},
-            "python": sys.version.split()[0],
-            "arguments": {key: str(value) for key, value in vars(args).items()},
-            "settings": asdict(policies(args)[1].settings),
-            "summary": rows,
-            "codes": codes,
-        }
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    settings = asdict(policies(args)[1].settings)
+    write_figures(args.json, args, settings=settings, summary=rows, codes=codes)
 
 
 if __name__ == "__main__":

@@ -3,27 +3,18 @@
     python -m benchmarks.soft_cap --json benchmarks/results/soft-cap.json
 
 SmolLM2-135M-Instruct reads chapters of the Python documentation, which come with Python, and some of its
-layers select for their chunks of queries and for the last single queries: once by votes over scores as they
-are, once by votes over capped scores. Told is how much of the *capped* attention of these queries lies on
-what they then attend to (sink, selection and local window), and how much of the two selections is the same.
-Differences are capped minus raw, with 95 % intervals over texts and layers (Student's t).
-
-Result (2026-11-29): votes stay on raw scores. Logits reach 17 here. With a cap of 50 or 30, at least 98.8 %
-of both selections are the same, and capped votes keep 0.01 points more of the attention or less; with 15,
-which is to these logits what 50 is to logits of 55, 0.05 or less. Only a cap of 5, deep in what heads
-score, is worth 0.1 to 0.35 points. A cap keeps the order of a head's scores; only what they weigh beside
-those of other heads changes.
+layers select for their chunks of queries and for the last single queries: once by votes over scores as
+they are, once by votes over capped scores. The table says how much of the *capped* attention of these
+queries lies on what they then attend to (sink, selection and local window), and how much of the two
+selections is the same. Differences are capped minus raw, with 95 % intervals over texts and layers
+(Student's t).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from collections import defaultdict
 from collections.abc import Iterator
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -34,6 +25,7 @@ from rich.progress import track
 from rich.table import Table
 from transformers import AutoTokenizer
 
+from benchmarks.report import write_figures
 from vllm_tokenselect.kernels.attend.reference import cap_scores
 from vllm_tokenselect.kernels.vote.reference import soft_vote
 from vllm_tokenselect.method.settings import Method
@@ -58,19 +50,26 @@ def arguments(command: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--texts", nargs="+", default=list(TEXTS))
-    parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--caps", type=float, nargs="+", default=[50.0, 30.0, 15.0, 5.0])
-    parser.add_argument("--layers", type=int, nargs="+", default=[0, 4, 9, 14, 19, 24, 29])
-    parser.add_argument("--top-k", type=int, nargs="+", default=[128, 512])
-    parser.add_argument("--json", type=Path, help="write everything here")
+    parser.add_argument("--texts", nargs="+", default=list(TEXTS), help="chapters to read")
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens of each text")
+    parser.add_argument(
+        "--caps", type=float, nargs="+", default=[50.0, 30.0, 15.0, 5.0], help="soft caps"
+    )
+    parser.add_argument(
+        "--layers", type=int, nargs="+", default=[0, 4, 9, 14, 19, 24, 29], help="layers"
+    )
+    parser.add_argument("--top-k", type=int, nargs="+", default=[128, 512], help="tokens selected")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
     return parser.parse_args(command)
 
 
 def vote(
     chunk: Chunk, queries: torch.Tensor, keys: torch.Tensor, scale: float, cap: float | None
 ) -> torch.Tensor:
-    """Positions int64 [top_k] that a chunk's queries [Hq, n, D] select; without a cap, by raw scores."""
+    """Positions int64 [top_k] that a chunk's queries [Hq, n, D] select; without a cap, by raw scores.
+
+    The question is another vote than the served one, so this is not `tools/inspect`'s.
+    """
     assert chunk.candidates is not None
     mean = queries.mean(dim=1, keepdim=True, dtype=torch.float32)
     places = slice(chunk.candidates.start, chunk.candidates.stop)
@@ -189,16 +188,7 @@ def main() -> None:
     args = arguments()
     rows = summarize(read_texts(args))
     show(rows)
-    if args.json:
-        report = {
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "model": "SmolLM2-135M-Instruct, dequantized 4-bit checkpoint, fp32",
-            "versions": {name: version(name) for name in ("vllm-tokenselect", "torch")},
-            "python": sys.version.split()[0],
-            "arguments": {key: str(value) for key, value in vars(args).items()},
-            "summary": rows,
-        }
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    write_figures(args.json, args, summary=rows)
 
 
 if __name__ == "__main__":

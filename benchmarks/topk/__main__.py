@@ -2,8 +2,8 @@
 
     python -m benchmarks.topk
 
-All of them from the same votes; the others are given no sink, local tokens or table to write, and
-neither order nor ties are asked of them, so they do less.
+All of them select from the same votes. The others do less: they write no sink, local tokens or table, and
+need not keep an order among equal votes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from benchmarks.gpu.device import (
     Stopwatch,
     environment,
     use_interpreter_without_gpu,
-    write_json,
 )
 
 DEVICE = use_interpreter_without_gpu()  # before Triton is imported
@@ -31,6 +30,7 @@ from vllm_tokenselect.kernels.block_table.gpu import (  # noqa: E402
     TableScratch,
     build_sparse_block_table,
 )
+from vllm_tokenselect.tools.common.files import write_json  # noqa: E402
 
 TOP_K, N_INIT, N_LOCAL, BLOCK_SIZE = 2048, 128, 512, 16
 SIZES = [(1, 1 << 13), (8, 1 << 15), (1, 1 << 17), (8, 1 << 17), (32, 1 << 17), (1, 1 << 20)]
@@ -94,7 +94,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--json", type=Path, help="write the report here, line by line")
+    parser.add_argument("--json", type=Path, help="write every result to this file as it comes")
     args = parser.parse_args()
     on_gpu = DEVICE.type == "cuda"
     stopwatch = Stopwatch(rounds=7 if on_gpu else 1, turns=10)
@@ -114,8 +114,7 @@ def main() -> int:
                 spread = f"({time.min_us:.1f} to {time.max_us:.1f})"
                 print(f"  {name:28} {time.median_us:9.1f} {spread}", flush=True)
             report["results"].append(result)
-            if args.json:
-                write_json(args.json, report)
+            write_json(args.json, report)
     return 0
 
 

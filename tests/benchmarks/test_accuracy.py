@@ -9,8 +9,8 @@ from benchmarks.accuracy import __main__ as accuracy
 from benchmarks.accuracy.figures import summarize, table
 from benchmarks.accuracy.questions import QUESTIONS, digits_only
 from benchmarks.accuracy.ways import FULL, split, ways
-from benchmarks.report import Cell
 from vllm_tokenselect.tools.common.hidden import needle_prompts
+from vllm_tokenselect.tools.evaluate.cells import Cell
 from vllm_tokenselect.tools.inspect.model import DiagnosedModel
 from vllm_tokenselect.tools.inspect.selections import Chunk, by_vote, chunks_of
 

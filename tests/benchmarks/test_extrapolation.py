@@ -6,18 +6,26 @@ from contextlib import nullcontext
 import pytest
 
 from benchmarks.extrapolation import __main__ as extrapolation
-from benchmarks.extrapolation.contenders import (
+from benchmarks.extrapolation.long_text import (
+    BLOCK,
+    SHORTENED,
+    TARGET,
+    TEXT,
+    Perplexity,
+    block_means,
+    summarize,
+)
+from benchmarks.extrapolation.parts import Needles
+from benchmarks.extrapolation.plots import draw
+from benchmarks.extrapolation.served import (
     FULL,
     NATIVE,
     REASSIGNED,
     SINK_LOCAL,
     OutOfTime,
-    methods,
+    served_ways,
 )
-from benchmarks.extrapolation.parts import SHORTENED, TEXT, Needles, Perplexity
-from benchmarks.extrapolation.perplexity import BLOCK, TARGET, block_means, summarize
-from benchmarks.extrapolation.plots import draw
-from benchmarks.report import CannotResume, Cell, Report, rates, wilson
+from benchmarks.report import open_cells
 from vllm_tokenselect.config import TokenSelectConfig
 from vllm_tokenselect.tools.common.hidden import (
     NEEDLE,
@@ -26,7 +34,10 @@ from vllm_tokenselect.tools.common.hidden import (
     needle_prompts,
     passkey_prompt,
 )
+from vllm_tokenselect.tools.common.intervals import wilson
 from vllm_tokenselect.tools.common.text import document
+from vllm_tokenselect.tools.evaluate.cells import CannotResume, Cell
+from vllm_tokenselect.tools.evaluate.rates import rates
 
 CHAT_END = "<|im_end|>\n<|im_start|>assistant\n"
 
@@ -156,9 +167,7 @@ def test_losses_are_compared_on_the_same_tokens():
             cell(TEXT, 1, easy + hard),
             cell(SHORTENED, 0, [4.5] * target),
             cell(SHORTENED, 1, [5.5] * target),
-        ],
-        TEXT,
-        SHORTENED,
+        ]
     )
     (paired,) = (row for row in summary if row["kind"] == "paired")
     assert (paired["end"], paired["blocks"]) == (16384, 2 * target)
@@ -171,7 +180,7 @@ def test_losses_are_compared_on_the_same_tokens():
 
 def test_every_method_attends_to_as_much():
     settings = {"top_k": 500, "n_init": 20, "n_local": 100, "query_chunk": 128}
-    found = methods(settings)
+    found = served_ways(settings)
     ours, alone = (
         TokenSelectConfig.from_mapping(found[name].settings).method
         for name in (REASSIGNED, SINK_LOCAL)
@@ -226,14 +235,14 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr(extrapolation, "Asker", lambda *_: None)
     args = extrapolation.arguments(["constructed"])
     file = tmp_path / "report.json"
-    way = [methods({})[FULL]]
+    way = [served_ways({})[FULL]]
 
     part = FakePart(stop_at=2)
-    assert not extrapolation.run(part, way, Report(file, {"part": "x"}, False), args)
+    assert not extrapolation.run(part, way, open_cells(file, {"part": "x"}, False), args)
     assert [cell["number"] for cell in json.loads(file.read_text())["cells"]] == [0, 1]
 
     part = FakePart()
-    report = Report(file, {"part": "x"}, True)
+    report = open_cells(file, {"part": "x"}, True)
     assert extrapolation.run(part, way, report, args)
     assert part.asked == [2, 3]
     report.write(rates(report.cells))
@@ -246,11 +255,11 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path, monkeypatch):
 
 def test_a_report_is_not_lost_and_not_mixed_with_another(tmp_path):
     file = tmp_path / "report.json"
-    Report(file, {"dtype": "bfloat16"}, False).add(Cell("a", "facts", 1, 0), {"answers": []})
+    open_cells(file, {"dtype": "bfloat16"}, False).add(Cell("a", "facts", 1, 0), {"answers": []})
     with pytest.raises(CannotResume, match="exists: go on with it by --resume, or remove it"):
-        Report(file, {"dtype": "bfloat16"}, False)
+        open_cells(file, {"dtype": "bfloat16"}, False)
     with pytest.raises(CannotResume, match="made with another dtype: dtype 'bfloat16'"):
-        Report(file, {"dtype": "float32"}, True)
+        open_cells(file, {"dtype": "float32"}, True)
 
 
 def test_reports_are_drawn(tmp_path):
@@ -274,5 +283,5 @@ def test_reports_are_drawn(tmp_path):
         {**losses, "task": TEXT, "losses": [2.0, 3.0] * (4096 // BLOCK)},
         {**losses, "task": SHORTENED, "losses": [2.0, 3.0] * (TARGET // BLOCK // 2)},
     ]
-    drawn += draw("perplexity", summarize(texts, TEXT, SHORTENED), texts, tmp_path)
+    drawn += draw("perplexity", summarize(texts), texts, tmp_path)
     assert all(file.stat().st_size > 5000 for file in drawn)

@@ -1,17 +1,55 @@
-"""Losses by position, and against the same tokens with less context."""
+"""What SmolLM2 loses on long text: losses by position, and against the same tokens with less context."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from math import exp, sqrt
 from statistics import fmean, stdev
 from typing import Any
 
 from rich.table import Table
 
+from benchmarks.extrapolation.parts import SmolLM2, lengths_of
+from benchmarks.extrapolation.served import FULL, Asker, trained_length
+from vllm_tokenselect.tools.common.text import document
+from vllm_tokenselect.tools.evaluate.cells import Cell
+
+TEXT = "text"  # the task of the cells that read a text from its start
+SHORTENED = "shortened text"  # of those that read its last tokens with full attention
 BLOCK = 128  # tokens; blocks are what standard errors are over
 TARGET = 1024  # tokens before an end that are compared
 _FIRST_EDGE = 1024
+
+
+class Perplexity(SmolLM2):
+    """What SmolLM2 loses on long real text, by position, and with less context on the same tokens."""
+
+    def cells(self, method: str) -> Iterator[Cell]:
+        args = self._args
+        trained = trained_length(self.model)
+        lengths = lengths_of(method, args, trained)
+        for number in range(args.samples):
+            if lengths:
+                yield Cell(method, TEXT, max(lengths), number)
+            if method == FULL:
+                for length in sorted(args.lengths):
+                    if length >= trained:
+                        yield Cell(method, SHORTENED, length, number)
+
+    def ask(self, asker: Asker, cell: Cell) -> dict[str, Any]:
+        if cell.task == TEXT:
+            # A block is read on, so that no token that counts is in the prompt's tail, where each token
+            # selects for itself.
+            read = document(self._tokenizer, cell.number, cell.length + BLOCK)
+            return {"losses": block_means(asker.losses(read))[: cell.length // BLOCK]}
+        read = document(self._tokenizer, cell.number, cell.length)[-trained_length(self.model) :]
+        return {"losses": block_means(asker.losses(read))[-(TARGET // BLOCK) :]}
+
+    def summarize(self, cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return summarize(cells)
+
+    def tables(self, summary: list[dict[str, Any]]) -> list[Table]:
+        return loss_tables(summary)
 
 
 def block_means(losses: list[float]) -> list[float]:
@@ -24,17 +62,15 @@ def block_means(losses: list[float]) -> list[float]:
     ]
 
 
-def summarize(cells: list[dict[str, Any]], text: str, shortened: str) -> list[dict[str, Any]]:
-    """Mean losses of each method between positions, and its differences from less context.
+def summarize(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Mean losses of each way between positions, and its differences from less context.
 
     Args:
         cells: with the block means of their `losses`.
-        text: the task of the cells that read a text from its start.
-        shortened: the task of those that read the last tokens of it with full attention.
     """
     rows = []
-    read = longest_of_each(cell for cell in cells if cell["task"] == text)
-    less = {(c["number"], c["length"]): c["losses"] for c in cells if c["task"] == shortened}
+    read = longest_of_each(cell for cell in cells if cell["task"] == TEXT)
+    less = {(c["number"], c["length"]): c["losses"] for c in cells if c["task"] == SHORTENED}
     for method in dict.fromkeys(cell["method"] for cell in read):
         of_method = [cell for cell in read if cell["method"] == method]
         rows += _by_position(method, of_method)

@@ -21,8 +21,8 @@ NUM_SEQS = 8
 
 
 @dataclass(frozen=True)
-class Method:
-    """How to attend.
+class ServedWay:
+    """A way to attend, served by vLLM.
 
     Attributes:
         settings: TokenSelect's; None for vLLM's own CPU attention.
@@ -39,30 +39,30 @@ class Method:
         return self.settings is not None and self.settings.get("positions") == "reassigned"
 
 
-def methods(settings: dict[str, Any]) -> dict[str, Method]:
-    """Every method, by name, at one budget.
+def served_ways(settings: dict[str, Any]) -> dict[str, ServedWay]:
+    """Every way, by name, at one budget.
 
     The sink and the local window alone are the same selection with nothing left to select: one token, the
     least that there is, and the window as much larger. A model whose needle is a single token finds it even
     so; such a model is compared with a plain sliding window.
 
     Args:
-        settings: TokenSelect's; `positions` are the methods' own, and what is left out has its default.
+        settings: TokenSelect's; each way has `positions` of its own, and what is left out has its default.
     """
     budget = TokenSelectConfig.from_mapping(settings)
     unselected = {"top_k": 1, "n_local": budget.n_local + budget.top_k - 1}
     reassigned = {**settings, "positions": "reassigned"}
     found = (
-        Method(REASSIGNED, reassigned),
-        Method(NATIVE, {**settings, "positions": "native"}),
-        Method(SINK_LOCAL, {**reassigned, **unselected}),
-        Method(
+        ServedWay(REASSIGNED, reassigned),
+        ServedWay(NATIVE, {**settings, "positions": "native"}),
+        ServedWay(SINK_LOCAL, {**reassigned, **unselected}),
+        ServedWay(
             WINDOW,
             overrides={"sliding_window": budget.n_init + budget.top_k + budget.n_local},
         ),
-        Method(FULL),
+        ServedWay(FULL),
     )
-    return {method.name: method for method in found}
+    return {way.name: way for way in found}
 
 
 def trained_length(model: Path) -> int:
@@ -70,17 +70,17 @@ def trained_length(model: Path) -> int:
     return int(json.loads((model / "config.json").read_text())["max_position_embeddings"])
 
 
-def server(model: Path, method: Method, longest_prompt: int, dtype: str) -> VllmServer:
-    """A server of the method, for prompts of tokens."""
+def server(model: Path, way: ServedWay, longest_prompt: int, dtype: str) -> VllmServer:
+    """A server that attends in this way, for prompts of up to `longest_prompt` tokens."""
     context = longest_prompt + ROOM
-    overrides = dict(method.overrides)
-    if not method.stays_in_range and context > trained_length(model):
+    overrides = dict(way.overrides)
+    if not way.stays_in_range and context > trained_length(model):
         # vLLM's table of rotations ends there, and what is read beyond its end is no number at all.
         overrides["max_position_embeddings"] = context
     return VllmServer(
         model,
-        backend="CPU_ATTN" if method.settings is None else "TOKENSELECT",
-        settings=method.settings,
+        backend="CPU_ATTN" if way.settings is None else "TOKENSELECT",
+        settings=way.settings,
         extra_args=[
             *("--skip-tokenizer-init", "--dtype", dtype, "--max-model-len", str(context)),
             *("--max-num-seqs", str(NUM_SEQS), "--max-num-batched-tokens", "2048"),
