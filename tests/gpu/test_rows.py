@@ -1,7 +1,11 @@
 """Rows on a GPU: tiles hold every selecting row once, groups fit the workspace, padding costs nothing."""
 
 import numpy as np
+import pytest
 import torch
+
+pytest.importorskip("hypothesis")  # not on every machine with a GPU
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
