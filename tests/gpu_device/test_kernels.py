@@ -59,10 +59,9 @@ def test_votes_of_rows_that_share_the_reading_of_keys(shape, dtype, rows):
     logits = torch.empty((rows, shape.num_heads, CONTEXT), device=DEVICE)
     parts = torch.empty((2, rows, shape.num_heads, score_gpu.NUM_PARTS), device=DEVICE)
     start, scale = 128, 3 * shape.scale  # peaked, as real attention is
-    scores = score_gpu.score_paged_keys(
-        *(query, cache, table, torch.tensor(tiles, dtype=torch.int32, device=DEVICE), per_tile),
-        *(start, ends, scale, key_scale, logits, *parts),
-    )
+    scores = score_gpu.Scores(logits, *parts, start, ends)
+    tiles = torch.tensor(tiles, dtype=torch.int32, device=DEVICE)
+    score_gpu.score_paged_keys(query, cache, table, tiles, per_tile, scale, key_scale, scores)
     votes = torch.zeros((rows, CONTEXT), device=DEVICE)
     vote_gpu.soft_vote(scores, votes)
     sequences = torch.zeros(rows, dtype=torch.int32, device=DEVICE)

@@ -101,11 +101,12 @@ def compiling_for(architecture: int, compiled: list[Any]) -> Iterator[None]:
 def launches(architecture: int) -> Iterator[tuple[str, Callable[[], object]]]:
     """Every launcher, in the shapes of models that are served."""
     from vllm_tokenselect.kernels.block_table.gpu import TableScratch, build_sparse_block_table
+    from vllm_tokenselect.kernels.block_table.table import SparseBlockTable
     from vllm_tokenselect.kernels.gather.gpu import gather_rows
     from vllm_tokenselect.kernels.mean_query.gpu import mean_queries
     from vllm_tokenselect.kernels.rotate.gpu import rotate_means, rotate_queries
     from vllm_tokenselect.kernels.score.gpu import Scores, score_paged_keys, tile_rows
-    from vllm_tokenselect.kernels.selection_cache.gpu import decide_rows, finish_rows
+    from vllm_tokenselect.kernels.selection_cache.gpu import RowArrays, decide_rows, finish_rows
     from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
     from vllm_tokenselect.kernels.vote.gpu import soft_vote
 
@@ -118,6 +119,12 @@ def launches(architecture: int) -> Iterator[tuple[str, Callable[[], object]]]:
         )
 
     rows, width, tokens, scale = 64, 4096, 512, torch.ones(1)
+    arrays = RowArrays(*[ints(rows)] * 9, ints(rows, 4))
+
+    def scores_of(num_rows: int, heads: int) -> Scores:
+        parts = torch.zeros(num_rows, heads, 64)
+        return Scores(torch.zeros(num_rows, heads, width), parts, parts, 128, ints(num_rows))
+
     for head_size in (64, 80, 128, 256, 512):
         query = torch.zeros(64, 4, head_size, dtype=torch.bfloat16)
         means = torch.zeros(rows, 4, head_size)
@@ -168,21 +175,12 @@ def launches(architecture: int) -> Iterator[tuple[str, Callable[[], object]]]:
             yield (
                 f"B{block_size}{', counts only' if state is None else ''}",
                 lambda b=block_size, s=state, t=slots: finish_rows(
-                    chains=ints(rows, 4),
+                    rows=arrays,
                     block_table=ints(8, 256),
-                    row_seq=ints(rows),
-                    row_seats=ints(rows),
-                    query_len=ints(rows),
                     n_init=128,
-                    top_k=ints(rows),
-                    candidate_ends=ints(rows),
-                    context_ends=ints(rows),
-                    scored_ends=ints(rows),
-                    reused_ends=ints(rows),
                     block_size=b,
                     state=s,
-                    slots=t,
-                    lengths=ints(rows),
+                    table=SparseBlockTable(t, ints(rows)),
                     counters=torch.zeros(5, dtype=torch.int64),
                 ),
             )
@@ -195,21 +193,14 @@ def launches(architecture: int) -> Iterator[tuple[str, Callable[[], object]]]:
                 query=q,
                 num_kv_heads=k,
                 query_start=ints(rows),
-                chains=ints(rows, 4),
+                rows=arrays,
                 n_init=128,
-                top_k=ints(rows),
-                candidate_ends=ints(rows),
-                context_ends=ints(rows),
                 threshold=0.9,
                 refresh_interval=64,
                 state=s,
-                scored_ends=ints(rows),
-                table_ends=ints(rows),
-                reused_ends=ints(rows),
             ),
         )
-        stats = torch.zeros(rows, heads, 64)
-        scores = Scores(torch.zeros(rows, heads, width), stats, stats, 128, ints(rows))
+        scores = scores_of(rows, heads)
         name = f"H{heads}/{kv_heads} D{head_size}"
         yield name, lambda s=scores: soft_vote(s, torch.zeros(rows, width))
         for dtype in KV_DTYPES[architecture]:
@@ -224,13 +215,9 @@ def launches(architecture: int) -> Iterator[tuple[str, Callable[[], object]]]:
                         block_table=ints(8, 256),
                         tiles=ints(4, 3),
                         rows_per_tile=n,
-                        start=128,
-                        ends=ints(n),
                         scale=0.1,
                         key_scale=scale,
-                        logits=torch.zeros(n, h, width),
-                        maxima=torch.zeros(n, h, 64),
-                        sums=torch.zeros(n, h, 64),
+                        scores=scores_of(n, h),
                     ),
                 )
             for rotated in (False, True):

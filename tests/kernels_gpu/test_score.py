@@ -23,19 +23,17 @@ def assert_same_scores_and_votes(
     maxima = torch.full((rows, heads, gpu.NUM_PARTS), float("nan"), device=DEVICE)
     votes = torch.full((rows, width), float("nan"), device=DEVICE)
     key_scale = torch.tensor([KEY_SCALE], device=DEVICE) if quantized else None
-    scores = gpu.score_paged_keys(
+    sums = torch.full_like(maxima, float("nan"))
+    scores = gpu.Scores(logits, maxima, sums, start, ends)
+    gpu.score_paged_keys(
         query=query,
         kv_cache=kv_cache,
         block_table=block_table,
         tiles=tiles,
         rows_per_tile=int(tiles[:, 2].max()),
-        start=start,
-        ends=ends,
         scale=scale,
         key_scale=key_scale,
-        logits=logits,
-        maxima=maxima,
-        sums=torch.full_like(maxima, float("nan")),
+        scores=scores,
         programs=programs,
     )
     vote_gpu.soft_vote(scores, votes)

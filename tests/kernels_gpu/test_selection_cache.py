@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.kernels_gpu.cases import DEVICE, DTYPES, int32
+from vllm_tokenselect.kernels.block_table.table import SparseBlockTable
 from vllm_tokenselect.kernels.selection_cache import gpu, reference
 from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
 from vllm_tokenselect.method.settings import FULL_ATTENTION
@@ -40,6 +41,20 @@ class Rows:
     @property
     def sparse(self) -> torch.Tensor:
         return self.candidate_end - N_INIT > self.top_k
+
+    def arrays(self, scored_end, table_end, reused_end) -> gpu.RowArrays:
+        return gpu.RowArrays(
+            row_seq=self.row_seq,
+            query_len=self.query_len,
+            top_k=self.top_k,
+            seat=self.seat,
+            candidate_end=self.candidate_end,
+            context_end=self.context_end,
+            scored_end=scored_end,
+            table_end=table_end,
+            reused_end=reused_end,
+            chains=self.chains,
+        )
 
 
 @dataclass
@@ -168,40 +183,26 @@ def step_of_kernels(rows: Rows, state: SelectionCacheState, blocks, seed=0) -> O
     # As rows are sent: every row selects that has candidates enough.
     scored_end = torch.where(rows.sparse, rows.candidate_end, N_INIT)
     table_end, reused_end = rows.context_end.clone(), torch.full_like(scored_end, -1)
+    arrays = rows.arrays(scored_end, table_end, reused_end)
     gpu.decide_rows(
         query=rows.query,
         num_kv_heads=KV_HEADS,
         query_start=rows.query_start,
-        chains=rows.chains,
+        rows=arrays,
         n_init=N_INIT,
-        top_k=rows.top_k,
-        candidate_ends=rows.candidate_end,
-        context_ends=rows.context_end,
         threshold=THRESHOLD,
         refresh_interval=REFRESH,
         state=state,
-        scored_ends=scored_end,
-        table_ends=table_end,
-        reused_ends=reused_end,
     )
     slots, lengths = built_table(rows, table_end, seed)
     counters = torch.arange(5, device=DEVICE)
     gpu.finish_rows(
-        chains=rows.chains,
+        rows=arrays,
         block_table=blocks,
-        row_seq=rows.row_seq,
-        row_seats=rows.seat,
-        query_len=rows.query_len,
         n_init=N_INIT,
-        top_k=rows.top_k,
-        candidate_ends=rows.candidate_end,
-        context_ends=rows.context_end,
-        scored_ends=scored_end,
-        reused_ends=reused_end,
         block_size=BLOCK_SIZE,
         state=state,
-        slots=slots,
-        lengths=lengths,
+        table=SparseBlockTable(slots, lengths),
         counters=counters,
     )
     return Outcome(scored_end, table_end, reused_end, slots, lengths, counters, state)
@@ -399,21 +400,12 @@ def test_counts_are_those_of_the_definition_without_a_cache():
     counters = torch.arange(5, device=DEVICE)
     scored_end = torch.where(rows.sparse, rows.candidate_end, N_INIT)
     gpu.finish_rows(
-        chains=rows.chains,
+        rows=rows.arrays(scored_end, rows.context_end, torch.full_like(scored_end, -1)),
         block_table=block_table(),
-        row_seq=rows.row_seq,
-        row_seats=rows.seat,
-        query_len=rows.query_len,
         n_init=N_INIT,
-        top_k=rows.top_k,
-        candidate_ends=rows.candidate_end,
-        context_ends=rows.context_end,
-        scored_ends=scored_end,
-        reused_ends=torch.full_like(scored_end, -1),
         block_size=BLOCK_SIZE,
         state=None,
-        slots=int32(),
-        lengths=int32(),
+        table=SparseBlockTable(int32(), int32()),
         counters=counters,
     )
     attended = sum(N_INIT + TOP_K + N_LOCAL + i for i in range(1, 513))

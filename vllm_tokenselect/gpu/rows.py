@@ -16,53 +16,29 @@ import torch
 from vllm_tokenselect.gpu.cutting import GroupCut, ScorePass, Tiles, cut_graph_step, cut_step
 from vllm_tokenselect.gpu.limits import StepLimits
 from vllm_tokenselect.gpu.sending import DeviceRows, RowBuffers, pack_rows, send_rows
+from vllm_tokenselect.kernels.selection_cache.gpu import RowArrays
 from vllm_tokenselect.method.plan import SelectionPlan
 from vllm_tokenselect.method.requests import Int32
 
 
 @dataclass(frozen=True)
-class RowGroup:
+class RowGroup(RowArrays):
     """Consecutive rows of a step that are selected and attended together.
 
     Attributes:
         queries: which of the step's queries are the group's, on the host; fixed for a captured step. Where
             every row has one query, query `r` of the group is row `r`'s.
-        row_seq: int32 [R], the row's request.
         query_start_loc: int32 [R + 1], where the queries of each row start among the group's.
-        query_len: int32 [R]; 0 for a padded row.
-        top_k: int32 [R], candidates that the row selects.
-        seat: int32 [R], of the row's request; -1 for a padded row and where there is no request.
-        candidate_end: int32 [R], `a - n_local`.
-        context_end: int32 [R], `b`; 0 for a padded row.
-        scored_end: int32 [R], where the candidates end that are scored: `candidate_end` of a row that
-            selects, `n_init` of any other.
-        table_end: int32 [R], `context_end`, or 0 for a row that reuses a selection.
-        reused_end: int32 [R], where the candidates of the reused selection ended; -1 for a row that
-            reuses none.
-        chains: int32 [chains, 4], the rows in the Selection Cache; each run of rows of one request is a
-            line: first row, number of rows, seat, owner of the seat.
         passes: over the rows that may select; empty if none may.
         width: most candidates of a row that may select, rounded up; 0 if none may.
         query_starts, query_lens: `query_start_loc` without its last entry and `query_len`, on the host.
         max_query_len: most queries of a row.
         max_length: most tokens that a row attends to.
         table_width: of the sparse block table.
-
-    Every layer writes `scored_end`, `table_end` and `reused_end` of the rows of chains anew.
     """
 
     queries: slice
-    row_seq: torch.Tensor
     query_start_loc: torch.Tensor
-    query_len: torch.Tensor
-    top_k: torch.Tensor
-    seat: torch.Tensor
-    candidate_end: torch.Tensor
-    context_end: torch.Tensor
-    scored_end: torch.Tensor
-    table_end: torch.Tensor
-    reused_end: torch.Tensor
-    chains: torch.Tensor
     passes: tuple[ScorePass[torch.Tensor], ...]
     width: int
     query_starts: Int32

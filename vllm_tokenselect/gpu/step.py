@@ -19,7 +19,7 @@ from vllm_tokenselect.kernels.block_table.gpu import build_sparse_block_table
 from vllm_tokenselect.kernels.layer_cache import LayerCache
 from vllm_tokenselect.kernels.mean_query.gpu import mean_queries
 from vllm_tokenselect.kernels.rotate.gpu import rotate_means, rotate_queries
-from vllm_tokenselect.kernels.score.gpu import Scores, score_paged_keys
+from vllm_tokenselect.kernels.score.gpu import score_paged_keys
 from vllm_tokenselect.kernels.selection_cache.gpu import decide_rows, finish_rows
 from vllm_tokenselect.kernels.vote.gpu import soft_vote
 
@@ -82,17 +82,11 @@ class GpuStep:
             query,
             num_kv_heads,
             query_start,
-            group.chains,
+            group,
             method.n_init,
-            group.top_k,
-            group.candidate_end,
-            group.context_end,
             method.similarity_threshold,
             method.refresh_interval,
             cache.selections,
-            group.scored_end,
-            group.table_end,
-            group.reused_end,
         )
 
     def score(
@@ -121,21 +115,15 @@ class GpuStep:
                 self.block_table,
                 tiles.table,
                 tiles.rows_per_tile,
-                workspace.limits.method.n_init,
-                group.scored_end[part.first : part.last],
                 scale,
                 cache.key_scale,
-                buffers.logits,
-                buffers.maxima,
-                buffers.sums,
+                buffers.scores,
             )
 
     def vote(self, group: RowGroup, part: ScorePass[torch.Tensor], workspace: Workspace) -> None:
         """Turn the scores of a pass into votes."""
         buffers = workspace.for_scores(group, part)
-        ends = group.scored_end[part.first : part.last]
-        start = workspace.limits.method.n_init
-        soft_vote(Scores(buffers.logits, buffers.maxima, buffers.sums, start, ends), buffers.votes)
+        soft_vote(buffers.scores, buffers.votes)
 
     def build_table(self, group: RowGroup, cache: LayerCache, workspace: Workspace) -> None:
         """Fill the workspace's sparse block table, but for rows that reuse a selection."""
@@ -160,23 +148,13 @@ class GpuStep:
 
     def finish(self, group: RowGroup, cache: LayerCache, workspace: Workspace) -> None:
         """Fill in the rows that reuse a selection, remember the others', and count all."""
-        table = workspace.table_of(group)
         finish_rows(
-            group.chains,
+            group,
             self.block_table,
-            group.row_seq,
-            group.seat,
-            group.query_len,
             workspace.limits.method.n_init,
-            group.top_k,
-            group.candidate_end,
-            group.context_end,
-            group.scored_end,
-            group.reused_end,
             cache.pages.shape[3],
             cache.selections,
-            table.slots,
-            table.lengths,
+            workspace.table_of(group),
             workspace.counters,
         )
 

@@ -14,7 +14,7 @@ from vllm_tokenselect.gpu.rows import RowGroup
 from vllm_tokenselect.kernels.block_table.gpu import TableScratch
 from vllm_tokenselect.kernels.block_table.table import SparseBlockTable
 from vllm_tokenselect.kernels.head_group import HeadGroup
-from vllm_tokenselect.kernels.score.gpu import NUM_PARTS
+from vllm_tokenselect.kernels.score.gpu import NUM_PARTS, Scores
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,7 @@ class ScoreBuffers:
     """Views of the workspace for one pass over rows; see `score_paged_keys` and `soft_vote`."""
 
     mean_queries: torch.Tensor
-    logits: torch.Tensor
-    maxima: torch.Tensor
-    sums: torch.Tensor
+    scores: Scores
     votes: torch.Tensor
 
 
@@ -100,8 +98,12 @@ class Workspace:
         scores = self.scores[group.num_rows * width :][: rows * heads * width]
         return ScoreBuffers(
             mean_queries=self.mean_queries[part.first : part.last],
-            logits=scores.view(rows, heads, width),
-            maxima=self.parts[0, :rows],
-            sums=self.parts[1, :rows],
+            scores=Scores(
+                logits=scores.view(rows, heads, width),
+                maxima=self.parts[0, :rows],
+                sums=self.parts[1, :rows],
+                start=self.limits.method.n_init,
+                ends=group.scored_end[part.first : part.last],
+            ),
             votes=self.votes(group)[part.first : part.last],
         )

@@ -34,13 +34,15 @@ KEY_BYTES = 32 << 10
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of a group of rows, as `soft_vote` takes them.
+    """Buffers for the scores of rows, written by `score_paged_keys` and read by `soft_vote`.
 
     Attributes:
-        logits: fp32 [R, Hq, N]; undefined from a row's own end on.
-        maxima, sums: fp32 [R, Hq, NUM_PARTS], largest score of each part of the candidates, and the sum
-            of exp(score - largest) over it; -inf and 0 for an empty part.
-        start, ends: the candidates, as given to `score_paged_keys`.
+        logits: fp32 [R, Hq, N], contiguous, N at least max(ends) - start; undefined from a row's own end
+            on.
+        maxima, sums: fp32 [R, Hq, NUM_PARTS], contiguous: largest score of each part of the candidates,
+            and the sum of exp(score - largest) over it; -inf and 0 for an empty part.
+        start: first candidate, the same for all rows.
+        ends: int32 [R], end of the candidates (exclusive); `<= start` for a row without any.
     """
 
     logits: torch.Tensor
@@ -68,15 +70,11 @@ def score_paged_keys(
     block_table: torch.Tensor,
     tiles: torch.Tensor,
     rows_per_tile: int,
-    start: int,
-    ends: torch.Tensor,
     scale: float,
     key_scale: torch.Tensor | None,
-    logits: torch.Tensor,
-    maxima: torch.Tensor,
-    sums: torch.Tensor,
+    scores: Scores,
     programs: int | None = None,
-) -> Scores:
+) -> None:
     """As `reference.score_paged_keys`, into buffers of the caller.
 
     Args:
@@ -87,38 +85,35 @@ def score_paged_keys(
             tile follow each other. A tile without rows is left out.
         rows_per_tile: most rows of a tile; no more than `tile_rows`.
         key_scale: fp32 [1] that a quantized cache's keys are multiplied by, on the device.
-        logits: fp32 [R, Hq, N], contiguous, N at least max(ends) - start; written below the end of
-            each row of a tile.
-        maxima, sums: fp32 [R, Hq, NUM_PARTS], contiguous, written for rows with candidates.
+        scores: written for the rows of tiles.
         programs: that share the parts of a tile; chosen when None. The result is the same.
     """
+    if not len(tiles):
+        return
     num_heads, head_size = query.shape[1:]
     num_kv_heads, block_size = kv_cache.shape[1], kv_cache.shape[3]
     group = num_heads // num_kv_heads
     if programs is None:
-        programs = choose_programs(len(tiles), num_kv_heads, logits.shape[2])
+        programs = choose_programs(len(tiles), num_kv_heads, scores.logits.shape[2])
     padded_size = max(triton.next_power_of_2(head_size), 16)
     line_bytes = padded_size * (4 if kv_cache.dtype == torch.float32 else 2)  # fp8 is widened
     needed = max(triton.next_power_of_2(rows_per_tile * group), SMALLEST_PRODUCT)
     lines = min(needed, QUERY_BYTES // line_bytes)
     splits = needed // lines  # of a tile, whose lines programs share
     many = lines > 64 or lines * line_bytes == QUERY_BYTES
-    scores = Scores(logits, maxima, sums, start, ends)
-    if not len(tiles):
-        return scores
     _score[(num_kv_heads, programs, splits * len(tiles))](
         query,
         kv_cache,
         block_table,
         tiles,
-        ends,
+        scores.ends,
         key_scale,
-        logits,
-        maxima,
-        sums,
+        scores.logits,
+        scores.maxima,
+        scores.sums,
         scale,
-        start,
-        logits.shape[2],
+        scores.start,
+        scores.logits.shape[2],
         num_heads,
         block_table.stride(0),
         kv_cache.stride(0),
@@ -139,7 +134,6 @@ def score_paged_keys(
         # fp8 is widened in registers, and many lines fill them: no room for a third stage.
         num_stages=2 if is_fp8(kv_cache.dtype) or many else 3,
     )
-    return scores
 
 
 @triton.jit(

@@ -11,12 +11,15 @@ Counting what the rows did is one more program of `finish_rows`: it costs no lau
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 
 from vllm_tokenselect.counters import Counter
 from vllm_tokenselect.kernels.block_table.gpu import write_range
+from vllm_tokenselect.kernels.block_table.table import SparseBlockTable
 from vllm_tokenselect.kernels.selection_cache import state as cache_state
 from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
 
@@ -34,55 +37,77 @@ ROW_ARRAYS = ["query_start", "chains", "row_seq", "row_seats", "query_len", "top
 END_ARRAYS = ["candidate_ends", "context_ends", "scored_ends", "table_ends", "reused_ends"]
 
 
+@dataclass(frozen=True)
+class RowArrays:
+    """Rows of a step, as the kernels of the Selection Cache take them.
+
+    Attributes:
+        row_seq: int32 [R], the row's request.
+        query_len: int32 [R]; 0 for a padded row.
+        top_k: int32 [R], candidates that the row selects; one with no more candidates neither reuses a
+            selection nor becomes the last.
+        seat: int32 [R], of the row's request; -1 for a padded row and where there is no request: it does
+            not count.
+        candidate_end: int32 [R], `a - n_local`.
+        context_end: int32 [R], `b`; 0 for a padded row.
+        scored_end: int32 [R], where the candidates end that are scored: `candidate_end` of a row that
+            selects, `n_init` of any other.
+        table_end: int32 [R], `context_end`, or 0 for a row that reuses a selection.
+        reused_end: int32 [R], where the candidates of the reused selection ended; -1 for a row that
+            reuses none.
+        chains: int32 [chains, 4], the rows that take part: each run of rows of one request is a line: first
+            row, number of rows, seat, owner of the seat. Such rows have one query each, and no two chains
+            have one seat. A chain without rows is left out.
+
+    Every layer writes `scored_end`, `table_end` and `reused_end` of the rows of chains anew.
+    """
+
+    row_seq: torch.Tensor
+    query_len: torch.Tensor
+    top_k: torch.Tensor
+    seat: torch.Tensor
+    candidate_end: torch.Tensor
+    context_end: torch.Tensor
+    scored_end: torch.Tensor
+    table_end: torch.Tensor
+    reused_end: torch.Tensor
+    chains: torch.Tensor
+
+
 def decide_rows(
     query: torch.Tensor,
     num_kv_heads: int,
     query_start: torch.Tensor,
-    chains: torch.Tensor,
+    rows: RowArrays,
     n_init: int,
-    top_k: torch.Tensor,
-    candidate_ends: torch.Tensor,
-    context_ends: torch.Tensor,
     threshold: float,
     refresh_interval: int,
     state: SelectionCacheState,
-    scored_ends: torch.Tensor,
-    table_ends: torch.Tensor,
-    reused_ends: torch.Tensor,
 ) -> None:
-    """As `reference.decide`, and says what the scores and the table have to do for each row.
+    """As `reference.decide`; writes what the scores and the table have to do for each row of a chain.
 
     Args:
         query: [T, Hq, D] in the dtype of the state's, the last dimension contiguous.
-        chains: int32 [C, 4], of each the first row, the number of rows, their seat and its owner.
-            Rows of a chain follow each other, are of one request and of one query, and no other
-            chain has its seat. A chain without rows is left out.
-        top_k: int32 [R]; a row with no more candidates neither reuses nor becomes the last selection.
-        context_ends: int32 [R], end of the row's own tokens (exclusive).
-        scored_ends: int32 [R], written for rows of a chain: end of the candidates of a row that selects,
-            `n_init` of any other.
-        table_ends: int32 [R], written for rows of a chain: end of the row's own tokens, 0 for a row
-            that reuses a selection.
-        reused_ends: int32 [R], written for rows of a chain: as `reference.decide` returns it.
     """
     num_heads, head_size = query.shape[1:]
-    if not len(chains):
+    num_chains = len(rows.chains)
+    if not num_chains:
         return
     group_size = num_heads * head_size // num_kv_heads
     padded_size, padded_groups = map(triton.next_power_of_2, (group_size, num_kv_heads))
-    _decide[(len(chains),)](
+    _decide[(num_chains,)](
         query,
         query_start,
-        chains,
-        top_k,
-        candidate_ends,
-        context_ends,
+        rows.chains,
+        rows.top_k,
+        rows.candidate_end,
+        rows.context_end,
         state.query,
         state.candidate_end,
         state.owner,
-        scored_ends,
-        table_ends,
-        reused_ends,
+        rows.scored_end,
+        rows.table_end,
+        rows.reused_end,
         threshold,
         refresh_interval,
         n_init,
@@ -98,54 +123,43 @@ def decide_rows(
 
 
 def finish_rows(
-    chains: torch.Tensor,
+    rows: RowArrays,
     block_table: torch.Tensor,
-    row_seq: torch.Tensor,
-    row_seats: torch.Tensor,
-    query_len: torch.Tensor,
     n_init: int,
-    top_k: torch.Tensor,
-    candidate_ends: torch.Tensor,
-    context_ends: torch.Tensor,
-    scored_ends: torch.Tensor,
-    reused_ends: torch.Tensor,
     block_size: int,
     state: SelectionCacheState | None,
-    slots: torch.Tensor,
-    lengths: torch.Tensor,
+    table: SparseBlockTable,
     counters: torch.Tensor,
 ) -> None:
     """As `reference.finish` and `reference.count_rows`.
 
     Args:
-        chains: int32 [C, 4], as given to `decide_rows`; those whose rows reuse or leave selections.
-        row_seats: int32 [R], seat of each row's request; -1 for a row that does not count.
-        candidate_ends, context_ends, scored_ends, reused_ends: int32 [R], as `decide_rows` left them.
+        rows: as `decide_rows` left them.
         state: `selected` is read and written. None where there is no Selection Cache: rows are counted.
-        slots, lengths: int32 [R, width] and [R], completed.
+        table: completed.
         counters: int64 [len(Counter)], added to.
     """
-    num_rows = len(row_seq)
+    num_rows, slots = len(rows.row_seq), table.slots
     if not num_rows:
         return
-    num_chains = 0 if state is None else len(chains)
+    num_chains = 0 if state is None else len(rows.chains)
     selected = slots if state is None else state.selected  # not read without chains
     pieces = triton.cdiv(selected.shape[1], ENTRIES_PER_PROGRAM) if num_chains else 1
     _finish[(pieces, num_chains + 1)](
-        row_seats,
-        query_len,
-        top_k,
-        candidate_ends,
-        context_ends,
-        scored_ends,
-        reused_ends,
+        rows.seat,
+        rows.query_len,
+        rows.top_k,
+        rows.candidate_end,
+        rows.context_end,
+        rows.scored_end,
+        rows.reused_end,
         counters,
-        chains,
+        rows.chains,
         block_table,
-        row_seq,
+        rows.row_seq,
         selected,
         slots,
-        lengths,
+        table.lengths,
         num_rows,
         n_init,
         block_table.stride(0),
