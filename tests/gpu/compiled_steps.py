@@ -96,7 +96,7 @@ def run_steps(workspace: Workspace, attention: RowAttention, cache: LayerCache) 
 
 
 def of_requests(prompt_lens: list[int], method: Method) -> BatchRequests:
-    """Requests with slots; the first of several selects less than the others, the second nothing."""
+    """Requests with seats; the first of several selects less than the others, the second nothing."""
     batch = BatchRequests.without_seats(np.array(prompt_lens, np.int32), method.top_k)
     batch.seats[:] = np.arange(len(prompt_lens))
     batch.owners[:] = 1 + batch.seats

@@ -296,7 +296,7 @@ def test_the_end_of_a_prompt_selects_for_itself_and_is_not_remembered():
     assert "reused" in request.kinds.values()
 
 
-def test_a_slot_that_is_given_away_tells_nothing_of_its_last_request():
+def test_a_seat_that_is_given_away_tells_nothing_of_its_last_request():
     server = Server([160, 160])
     # The second asks what the first asked, at the same positions: only its owner is another.
     server.texts[1].queries = server.texts[0].queries

@@ -1,6 +1,6 @@
 """What the Triton kernels' launchers know of the device.
 
-Kernels are told which numbers and addresses not to specialise on: what changes from step to step must
+Kernels are told which numbers and addresses not to specialize on: what changes from step to step must
 not make a running server compile.
 """
 
