@@ -16,7 +16,7 @@ from tests.kernels.cases import (
     paged_cache,
     run_group,
 )
-from vllm_tokenselect.cpu import step, warmup
+from vllm_tokenselect.cpu import step, verbs, warmup
 from vllm_tokenselect.kernels.attend import cpu as attend
 from vllm_tokenselect.kernels.block_table import cpu as block_table
 from vllm_tokenselect.kernels.gather import cpu as gather
@@ -33,7 +33,7 @@ KERNELS = [
     block_table.build_rows,
     gather._gather,
     attend.attend_rows,
-    step._attend,
+    verbs.attend,
     step._run_rows,
     write._write,
 ]

@@ -3,11 +3,12 @@
 One way for prompt chunks, the prompt's tail and generated tokens. Source of the method: TokenSelect,
 arXiv 2411.02886, sections 3.2 and 3.3.
 
-The order stands in compiled code. In decoding a layer takes a fraction of a millisecond, and five calls
-from Python would be a third of it. So rows of one query are one call; where heads in several processes add
-up their votes, it is cut behind the vote. Rows of several queries ask with their mean query, reuse nothing,
-and attend by a library. `_select_by_means` calls the same kernels for them one by one: to compile the order
-once more, for these fp32 queries, would make the first start about a seventh slower.
+The order stands in compiled code, as the verbs do (`verbs.py`). In decoding a layer takes a fraction of a
+millisecond, and five calls from Python would be a third of it. So rows of one query are one call; where
+heads in several processes add up their votes, it is cut behind the vote. Rows of several queries ask with
+their mean query, reuse nothing, and attend by a library. `_select_by_means` calls the same kernels for
+them one by one: to compile the order once more, for these fp32 queries, would make the first start about
+a seventh slower.
 
 Compiled code knows what it gets by name. But numba takes a microsecond more for each named tuple that comes
 from Python (1.6 instead of 0.7, with five arrays in it), so plain ones are handed over and named inside.
@@ -18,49 +19,60 @@ from Python (1.6 instead of 0.7, with five arrays in it), so plain ones are hand
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from numba import get_num_threads, njit
+from numba import get_num_threads
 
+from vllm_tokenselect.cpu import verbs
 from vllm_tokenselect.cpu.attention import RowAttention
 from vllm_tokenselect.cpu.rows import RowGroup, step_rows
-from vllm_tokenselect.kernels.attend.cpu import attend_rows
-from vllm_tokenselect.kernels.block_table.cpu import build_rows
+from vllm_tokenselect.cpu.verbs import StepArrays
 from vllm_tokenselect.kernels.cpu_arrays import LayerArrays, Queries, cache_elements, int32_array
 from vllm_tokenselect.kernels.cpu_cache import compile_once
-from vllm_tokenselect.kernels.cpu_numbers import rotate_run
-from vllm_tokenselect.kernels.cpu_tiles import widen
-from vllm_tokenselect.kernels.cpu_vectors import LANES
 from vllm_tokenselect.kernels.head_group import HeadGroup
 from vllm_tokenselect.kernels.layer_cache import LayerCache
 from vllm_tokenselect.kernels.rotate.reference import rotate
-from vllm_tokenselect.kernels.score.cpu import score_paged_keys, score_rows
-from vllm_tokenselect.kernels.selection_cache.cpu import decide_rows, finish_rows
+from vllm_tokenselect.kernels.score.cpu import score_paged_keys
 from vllm_tokenselect.kernels.selection_cache.state import SELECTS
-from vllm_tokenselect.kernels.vote.cpu import soft_vote, vote_rows
+from vllm_tokenselect.kernels.vote.cpu import soft_vote
 from vllm_tokenselect.method.plan import SelectionPlan
 from vllm_tokenselect.method.settings import Method
 
 
-class StepArrays(NamedTuple):
-    """What all groups of a step share, as compiled code takes it.
+@compile_once()
+def _run_rows(asking, layer, rows, shared, out):
+    """Rows of one query that select, from their queries to their outputs."""
+    reused_end, selecting, votes = _find_votes(asking, asking, layer, rows, shared)
+    _fill_table(reused_end, selecting, votes, LayerArrays(*layer).selected, rows, shared)
+    verbs.attend(asking, layer, rows, shared, out)
 
-    Attributes:
-        block_table: int32 [S, W], KV blocks of each request of the batch.
-        block_size: tokens of a KV block.
-        n_init: length of the sink.
-        similarity_threshold, refresh_interval: of the Selection Cache.
-        counters: int64 [len(Counter)].
+
+@compile_once()
+def _find_votes(asking, deciding, layer, rows, shared):
+    """Decide which rows select, score their candidates, and vote.
+
+    Returns:
+        int32 [R], where the candidates of the selection ended that a row reuses, `SELECTS` for one that
+        selects; int64 [n], the rows that select; fp32 [n, N], their votes.
     """
+    layer, group, shared = LayerArrays(*layer), RowGroup(*rows), StepArrays(*shared)
+    reused_end = verbs.decide(Queries(*deciding), layer, group, shared)
+    selecting = np.flatnonzero(reused_end == SELECTS)
+    if len(selecting) == 0:
+        return reused_end, selecting, np.empty((0, 0), np.float32)
+    scores = verbs.score(selecting, Queries(*asking), layer, group, shared)
+    return reused_end, selecting, verbs.vote(scores)
 
-    block_table: np.ndarray
-    block_size: int
-    n_init: int
-    similarity_threshold: np.float32
-    refresh_interval: int
-    counters: np.ndarray
+
+@compile_once()
+def _fill_table(reused_end, selecting, votes, selected, rows, shared):
+    """Build the table of the rows that select, and finish it by those that reuse a selection."""
+    group, shared = RowGroup(*rows), StepArrays(*shared)
+    if len(selecting) > 0:
+        verbs.build_table(selecting, votes, group, shared)
+    verbs.finish(reused_end, selected, group, shared)
 
 
 class CpuStep:
@@ -155,7 +167,7 @@ class CpuStep:
                 continue
             if group.selects and self.heads is not None:
                 self._select_together(self.heads, group, query, asking, layer)
-            _attend(tuple(asking), layer, tuple(group), shared, written)
+            verbs.attend(tuple(asking), layer, tuple(group), shared, written)
         if attended is not out:
             out.copy_(attended)
 
@@ -206,159 +218,3 @@ class CpuStep:
         if len(selecting):
             votes = heads.sum_votes(torch.from_numpy(votes)).numpy()
         _fill_table(reused_end, selecting, votes, LayerArrays(*layer).selected, rows, shared)
-
-
-@compile_once()
-def _run_rows(asking, layer, rows, shared, out):
-    """Rows of one query that select, from their queries to their outputs."""
-    reused_end, selecting, votes = _find_votes(asking, asking, layer, rows, shared)
-    _fill_table(reused_end, selecting, votes, LayerArrays(*layer).selected, rows, shared)
-    _attend(asking, layer, rows, shared, out)
-
-
-@compile_once()
-def _find_votes(asking, deciding, layer, rows, shared):
-    """Decide which rows select, score their candidates, and vote.
-
-    Returns:
-        int32 [R], where the candidates of the selection ended that a row reuses, `SELECTS` for one that
-        selects; int64 [n], the rows that select; fp32 [n, N], their votes.
-    """
-    layer, group, shared = LayerArrays(*layer), RowGroup(*rows), StepArrays(*shared)
-    reused_end = _decide(Queries(*deciding), layer, group, shared)
-    selecting = np.flatnonzero(reused_end == SELECTS)
-    if len(selecting) == 0:
-        return reused_end, selecting, np.empty((0, 0), np.float32)
-    scores = _score(selecting, Queries(*asking), layer, group, shared)
-    return reused_end, selecting, _vote(scores)
-
-
-@compile_once()
-def _fill_table(reused_end, selecting, votes, selected, rows, shared):
-    """Build the table of the rows that select, and finish it by those that reuse a selection."""
-    group, shared = RowGroup(*rows), StepArrays(*shared)
-    if len(selecting) > 0:
-        _build_table(selecting, votes, group, shared)
-    _finish(reused_end, selected, group, shared)
-
-
-@njit
-def _decide(queries, layer, group, shared):
-    reused_end = np.empty(len(group.row_seq), np.int32)
-    decide_rows(
-        queries.elements,
-        queries.distance,
-        queries.tokens,
-        queries.num_heads * layer.head_size,
-        queries.num_kv_heads,
-        group.caches,
-        group.seat,
-        group.owner,
-        group.candidate_end,
-        shared.similarity_threshold,
-        shared.refresh_interval,
-        layer.last_query,
-        layer.last_end,
-        layer.owner,
-        reused_end,
-    )
-    return reused_end
-
-
-@njit
-def _score(selecting, queries, layer, group, shared):
-    """Scores fp32 [n, Hq, N] of the rows `selecting`."""
-    head_size, num_heads = layer.head_size, queries.num_heads
-    stride = (head_size + LANES - 1) // LANES * LANES
-    padded = np.zeros((len(selecting), num_heads, stride), np.float32)
-    flat = padded.reshape(-1)
-    for line in range(len(selecting) * num_heads):
-        source = queries.tokens[selecting[line // num_heads]] * queries.distance
-        source += line % num_heads * head_size
-        widen(queries.elements, source, head_size, flat, line * stride)  # [D]
-        if layer.vote.shape[1] > 0:
-            rotate_run(flat, line * stride, layer.vote, 0)
-    ends = group.candidate_end[selecting]
-    scores = np.empty((len(selecting), num_heads, ends.max() - shared.n_init), np.float32)
-    score_rows(
-        padded,
-        layer.pages,
-        shared.block_table,
-        group.row_seq[selecting],
-        shared.n_init,
-        ends,
-        layer.scale,
-        queries.num_kv_heads,
-        shared.block_size,
-        head_size,
-        scores,
-    )
-    return scores
-
-
-@njit
-def _vote(scores):
-    """Votes fp32 [n, N]; overwrites the scores."""
-    votes = np.empty((scores.shape[0], scores.shape[2]), np.float32)
-    vote_rows(scores, votes)
-    return votes
-
-
-@njit
-def _build_table(selecting, votes, group, shared):
-    build_rows(
-        selecting,
-        votes,
-        shared.block_table,
-        group.row_seq,
-        shared.n_init,
-        group.top_k,
-        group.candidate_end,
-        group.context_end,
-        shared.block_size,
-        group.slots,
-        group.lengths,
-    )
-
-
-@njit
-def _finish(reused_end, selected, group, shared):
-    finish_rows(
-        group.caches,
-        reused_end,
-        group.seat,
-        shared.block_table,
-        group.row_seq,
-        shared.n_init,
-        group.top_k,
-        group.context_end,
-        shared.block_size,
-        group.slots,
-        group.lengths,
-        selected,
-        shared.counters,
-    )
-
-
-@compile_once()
-def _attend(asking, layer, rows, shared, out):
-    """Attend rows of one query to what their table names."""
-    queries, layer = Queries(*asking), LayerArrays(*layer)
-    group, shared = RowGroup(*rows), StepArrays(*shared)
-    attend_rows(
-        queries.elements,
-        queries.distance,
-        queries.tokens,
-        layer.pages,
-        group.slots,
-        group.lengths,
-        layer.scale,
-        queries.num_heads,
-        queries.num_kv_heads,
-        shared.block_size,
-        layer.head_size,
-        layer.cos_sin,
-        layer.sinks,
-        layer.soft_cap,
-        out,
-    )
