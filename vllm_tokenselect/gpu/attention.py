@@ -60,12 +60,12 @@ class RowAttention(Protocol):
         """Attend the rows of a group.
 
         Args:
-            query: [T, Hq, D], queries of the group, rotated; those of the rows are read.
-            cache: the layer's. Its keys are rotated here if they lie there un-rotated.
+            query: [T, Hq, D], rotated queries of the group; those of its rows are read.
+            cache: the layer's. Keys that it holds un-rotated are rotated here.
             group: its rows.
             table: of the group.
             scale: scale of q . k.
-            out: [T, Hq, D]; written for the rows' queries, of others what the library leaves there.
+            out: [T, Hq, D], written for the rows' queries. The library may overwrite others.
         """
 
 
@@ -154,7 +154,7 @@ class GatheringAttention(ABC):
         buffer: scratch, shared by layers.
 
     Attributes:
-        zeroed: what the library multiplies with, as `GatherBuffer.gather` takes it.
+        zeroed: as `GatherBuffer.gather` takes it: how far behind a row the library multiplies.
     """
 
     name: str
