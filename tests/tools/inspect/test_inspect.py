@@ -134,7 +134,7 @@ def test_what_begins_alike_is_read_once(llama, tokens, way: str):
     whole = llama.logits(tokens, 20, attention)
     shared = 3 * METHOD.query_chunk
     beginning = llama.read(tokens[:shared], attention)
-    with pytest.raises(ValueError, match="no whole chunks"):
+    with pytest.raises(ValueError, match="not whole chunks"):
         llama.read(tokens[: shared + 1], attention)
     for _ in range(2):  # and it stays what it was
         torch.testing.assert_close(llama.logits(tokens, 20, attention, beginning), whole)
