@@ -256,7 +256,7 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path, monkeypatch):
 def test_a_report_is_not_lost_and_not_mixed_with_another(tmp_path):
     file = tmp_path / "report.json"
     open_cells(file, {"dtype": "bfloat16"}, False).add(Cell("a", "facts", 1, 0), {"answers": []})
-    with pytest.raises(CannotResume, match="exists: go on with it by --resume, or remove it"):
+    with pytest.raises(CannotResume, match="exists: continue it with --resume, or remove it"):
         open_cells(file, {"dtype": "bfloat16"}, False)
     with pytest.raises(CannotResume, match="made with another dtype: dtype 'bfloat16'"):
         open_cells(file, {"dtype": "float32"}, True)
