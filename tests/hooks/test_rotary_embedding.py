@@ -13,13 +13,13 @@ from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT, get_rope
 
 from vllm_tokenselect.backend.cpu_impl import CpuTokenSelectImpl
 from vllm_tokenselect.hooks.rotary_kinds import (
+    AttentionLayer,
     Unrotated,
     extend_table,
     rotate_alike,
     table_of,
     unusable,
 )
-from vllm_tokenselect.hooks.rotary_probe import AttentionLayer
 from vllm_tokenselect.kernels.rotate.reference import rotate
 from vllm_tokenselect.kernels.rotate.rotation import Rotation
 from vllm_tokenselect.method.settings import SettingsError

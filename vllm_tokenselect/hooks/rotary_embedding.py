@@ -20,13 +20,15 @@ from torch import nn
 from vllm_tokenselect.engine.log import get_logger
 from vllm_tokenselect.hooks import transformers_rope
 from vllm_tokenselect.hooks.rotary_kinds import (
+    AttentionLayer,
     Unrotated,
+    attention_layers,
     extend_table,
     rotate_alike,
     table_of,
     unusable,
 )
-from vllm_tokenselect.hooks.rotary_probe import AttentionLayer, Probe, Trial, attention_layers, same
+from vllm_tokenselect.hooks.rotary_probe import Probe, Trial, same
 from vllm_tokenselect.hooks.seam import Seam
 from vllm_tokenselect.method.settings import SettingsError
 

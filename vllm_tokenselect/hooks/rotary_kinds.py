@@ -1,8 +1,9 @@
-"""Rotary embeddings of vLLM: what takes their place where positions are reassigned, and their tables."""
+"""Rotary embeddings of vLLM and the layers beside them: what takes their place, and their tables."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -11,8 +12,6 @@ from vllm_tokenselect.method.settings import SettingsError
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
-
-    from vllm_tokenselect.hooks.rotary_probe import AttentionLayer
 
 
 class Unrotated(nn.Module):
@@ -105,6 +104,37 @@ def num_positions(embedding: Any) -> int:
         longest: int = embedding.max_position_embeddings
         return longest if embedding.use_long_rope else original
     return len(embedding.cos_sin_cache)
+
+
+class AttentionLayer(NamedTuple):
+    """A layer of the model that attends, and the module that calls it."""
+
+    name: str
+    attention: Any
+    owner: nn.Module
+
+    @property
+    def reassigns(self) -> bool:
+        return getattr(self.attention.impl, "reassigns_positions", False)
+
+    def embeddings(self) -> list[tuple[str, Any]]:
+        """Rotary embeddings beside the layer, with their names."""
+        return [
+            (name, child)
+            for name, child in self.owner.named_children()
+            if is_rotary_embedding(child)
+        ]
+
+
+def attention_layers(model: nn.Module) -> Iterator[AttentionLayer]:
+    from vllm.model_executor.layers.attention import Attention
+
+    for name, module in model.named_modules():
+        if isinstance(module, Attention):
+            owner = name.rpartition(".")[0]
+            while isinstance(model.get_submodule(owner), nn.ModuleList):
+                owner = owner.rpartition(".")[0]
+            yield AttentionLayer(name, module, model.get_submodule(owner))
 
 
 def extend_table(layer: AttentionLayer, max_model_len: int) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
-from vllm_tokenselect.hooks.rotary_kinds import Unrotated, is_rotary_embedding
+from vllm_tokenselect.hooks.rotary_kinds import AttentionLayer, Unrotated, is_rotary_embedding
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -53,37 +53,6 @@ class Run(NamedTuple):
 
     trials: dict[str, Trial]
     entered: torch.Tensor | None
-
-
-class AttentionLayer(NamedTuple):
-    """A layer of the model that attends, and the module that calls it."""
-
-    name: str
-    attention: Any
-    owner: nn.Module
-
-    @property
-    def reassigns(self) -> bool:
-        return getattr(self.attention.impl, "reassigns_positions", False)
-
-    def embeddings(self) -> list[tuple[str, Any]]:
-        """Rotary embeddings beside the layer, with their names."""
-        return [
-            (name, child)
-            for name, child in self.owner.named_children()
-            if is_rotary_embedding(child)
-        ]
-
-
-def attention_layers(model: nn.Module) -> Iterator[AttentionLayer]:
-    from vllm.model_executor.layers.attention import Attention
-
-    for name, module in model.named_modules():
-        if isinstance(module, Attention):
-            owner = name.rpartition(".")[0]
-            while isinstance(model.get_submodule(owner), nn.ModuleList):
-                owner = owner.rpartition(".")[0]
-            yield AttentionLayer(name, module, model.get_submodule(owner))
 
 
 class Probe:
