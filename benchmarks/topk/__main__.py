@@ -48,17 +48,18 @@ def ways(rows: int, width: int) -> dict[str, Callable[[int], object]]:
 
     def own(parts: int | None) -> Callable[[int], object]:
         return lambda turn: build_sparse_block_table(
-            *(
-                votes,
-                table,
-                sequences,
-                N_INIT,
-                torch.full_like(ends, TOP_K),
-                ends,
-                context_ends,
-                BLOCK_SIZE,
-            ),
-            *(slots, lengths, scratch, parts),
+            votes=votes,
+            block_table=table,
+            row_seq=sequences,
+            n_init=N_INIT,
+            top_k=torch.full_like(ends, TOP_K),
+            candidate_ends=ends,
+            context_ends=context_ends,
+            block_size=BLOCK_SIZE,
+            slots=slots,
+            lengths=lengths,
+            scratch=scratch,
+            parts=parts,
         )
 
     found: dict[str, Callable[[int], object]] = {

@@ -42,7 +42,7 @@ class SelectionCacheState:
         dtype: torch.dtype,
         device: torch.device,
     ) -> SelectionCacheState:
-        """State of `capacity` slots, all of them nobody's.
+        """State of `capacity` seats, all of them nobody's.
 
         Args:
             selection_size: most tokens of a sink and what is selected, `n_init + top_k`.
