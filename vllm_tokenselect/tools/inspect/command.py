@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +137,7 @@ def run_tune(
         else built_in_passages(tokenizer, subject.length, samples, subject.seed)
     )
     longest = max(len(passage.tokens) for passage in passages)
-    selecting = [k for k in sorted(budgets) if method.n_init + k + method.n_local < longest]
+    selecting = [k for k in sorted(budgets) if replace(method, top_k=k).attended_before < longest]
     if not selecting:
         raise SettingsError(
             f"budgets {sorted(budgets)} attend to all of {longest:,} tokens: give longer passages "
