@@ -25,7 +25,7 @@ MODEL = {
 }
 RUNNER = {
     "0": {(RunnerV1, "_update_states"), (RunnerV1, "_build_attention_metadata")},
-    "1": {(RunnerV2, name) for name in ("add_requests", "_remove_request", "finish_requests")},
+    "1": {(RunnerV2, name) for name in ("add_requests", "_remove_request")},
 }
 ROTATION = {(base_loader, "process_weights_after_loading")}
 ALL = MODEL | RUNNER["0"] | RUNNER["1"] | ROTATION

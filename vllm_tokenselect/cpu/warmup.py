@@ -71,18 +71,19 @@ def compile_cpu_kernels(
     numba_threads = use_torch_threads()
     method = Method(top_k=1, n_init=0, n_local=1, query_chunk=block_size, tail_queries=0)
     plan = SelectionPlan.build(
-        np.array([0, 1, 3], np.int32),
-        np.array([block_size, block_size], np.int32),
-        # The second request's prompt goes on, so its two queries are a row.
-        BatchRequests.without_seats(np.array([1, 2 * block_size], np.int32), method.top_k),
+        np.array([0, 1, 3, 4], np.int32),
+        # The first request selects with one query. The second's prompt goes on, so its two queries are a
+        # row. The third sees its whole context.
+        np.array([block_size, block_size, 1], np.int32),
+        BatchRequests.without_seats(np.array([1, 2 * block_size, 1], np.int32), method.top_k),
         method,
     )
-    block_table, counters = torch.zeros((2, 1), dtype=torch.int32), torch.zeros(len(Counter)).long()
+    block_table, counters = torch.zeros((3, 1), dtype=torch.int32), torch.zeros(len(Counter)).long()
     step = CpuStep.of_plan(plan, block_table, block_size, num_heads, method, counters, heads=heads)
     pages = torch.zeros((1, num_kv_heads, 2, block_size, head_size), dtype=kv_dtype)
-    tokens = torch.zeros((3, num_kv_heads, head_size), dtype=kv_dtype)
-    write_tokens(tokens, tokens, pages, torch.arange(3))
-    query = torch.zeros((3, num_heads, head_size), dtype=kv_dtype)
+    tokens = torch.zeros((4, num_kv_heads, head_size), dtype=kv_dtype)
+    write_tokens(tokens, tokens, pages, torch.arange(4))
+    query = torch.zeros((4, num_heads, head_size), dtype=kv_dtype)
     attention = GatheredAttention(_attend_nothing, num_kv_heads, head_size, kv_dtype, block_size)
     step.run_layer(query, LayerCache(pages), 1.0, attention, torch.empty_like(query))
     return numba_threads
