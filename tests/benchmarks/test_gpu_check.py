@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from benchmarks.gpu.__main__ import run_steps
 from benchmarks.gpu.steps import Step, steps
 
@@ -133,6 +135,7 @@ def test_the_most_valuable_steps_come_first_and_fit_the_machine():
     assert len(files) + 2 <= 8
 
 
+@pytest.mark.endurance
 def test_a_dry_run_passes_every_step_without_a_gpu(tmp_path):
     """At tiny sizes kernels agree with their definitions; what needs a GPU is collected."""
     command = [sys.executable, "-m", "benchmarks.gpu", "--dry", "--results", str(tmp_path)]
