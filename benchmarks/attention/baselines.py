@@ -32,28 +32,29 @@ def flash_varlen() -> Callable[..., object]:
     return partial(flash_attn_varlen_func, fa_version=3)
 
 
-def flash_attention(data: Data) -> Call:
-    varlen, work = flash_varlen(), data.work
+def paged_arguments(data: Data) -> dict[str, object]:
+    """What vLLM's attention over pages is called with, whichever kernel it is; but for the block table."""
+    work = data.work
     keys, values = data.pages.split(work.shape.head_size, dim=-1)
     starts = torch.arange(work.batch + 1, dtype=torch.int32, device=data.query.device)
     starts *= work.queries
+    return {
+        "q": data.query,
+        "k": keys,
+        "v": values,
+        "cu_seqlens_q": starts,
+        "max_seqlen_q": work.queries,
+        "seqused_k": data.seq_lens,
+        "max_seqlen_k": work.context,
+        "softmax_scale": work.shape.scale,
+        "causal": True,
+        "out": data.out,
+    }
 
-    def call(turn: int) -> object:
-        return varlen(
-            q=data.query,
-            k=keys,
-            v=values,
-            cu_seqlens_q=starts,
-            max_seqlen_q=work.queries,
-            seqused_k=data.seq_lens,
-            max_seqlen_k=work.context,
-            block_table=data.block_table(turn),
-            softmax_scale=work.shape.scale,
-            causal=True,
-            out=data.out,
-        )
 
-    return call
+def flash_attention(data: Data) -> Call:
+    varlen, arguments = flash_varlen(), paged_arguments(data)
+    return lambda turn: varlen(**arguments, block_table=data.block_table(turn))
 
 
 def triton_attention(data: Data) -> Call:
@@ -63,32 +64,16 @@ def triton_attention(data: Data) -> Call:
         from vllm.v1.attention.ops.triton_unified_attention import unified_attention
     except ImportError as error:
         raise Unavailable(f"vLLM does not load: {error}") from None
-    work = data.work
-    keys, values = data.pages.split(work.shape.head_size, dim=-1)
-    starts = torch.arange(work.batch + 1, dtype=torch.int32, device=data.query.device)
-    starts *= work.queries
-
-    def call(turn: int) -> object:
-        return unified_attention(
-            q=data.query,
-            k=keys,
-            v=values,
-            out=data.out,
-            cu_seqlens_q=starts,
-            max_seqlen_q=work.queries,
-            seqused_k=data.seq_lens,
-            max_seqlen_k=work.context,
-            softmax_scale=work.shape.scale,
-            causal=True,
-            window_size=(-1, -1),
-            block_table=data.block_table(turn),
-            softcap=0,
-            q_descale=None,
-            k_descale=None,
-            v_descale=None,
-        )
-
-    return call
+    arguments = paged_arguments(data)
+    return lambda turn: unified_attention(
+        **arguments,
+        block_table=data.block_table(turn),
+        window_size=(-1, -1),
+        softcap=0,
+        q_descale=None,
+        k_descale=None,
+        v_descale=None,
+    )
 
 
 def _contiguous(data: Data) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
