@@ -36,7 +36,7 @@ class ReferenceStep(CpuStep):
         attention: RowAttention,
         out: torch.Tensor,
     ) -> None:
-        torch.from_numpy(self.shared.counters).add_(torch.as_tensor(self.fixed_counts))
+        torch.from_numpy(self.counters).add_(torch.as_tensor(self.fixed_counts))
         for group in self.groups:
             if group.selects:
                 reused_end = self.decide(group, query, cache)
@@ -144,7 +144,7 @@ class ReferenceStep(CpuStep):
             reused_end,
             context_end,
             lengths,
-            torch.from_numpy(self.shared.counters),
+            torch.from_numpy(self.counters),
         )
 
     def attend(

@@ -107,13 +107,17 @@ class CpuStep:
         self.method = method
         self.heads = heads
         self.fixed_counts = fixed_counts
-        self.shared = StepArrays(
-            block_table=int32_array(block_table),
-            block_size=block_size,
-            n_init=method.n_init,
-            similarity_threshold=np.float32(method.similarity_threshold),
-            refresh_interval=method.refresh_interval,
-            counters=counters.numpy(),
+        self.counters = counters.numpy()
+        # Plain, as compiled code gets it in every layer.
+        self.shared = tuple(
+            StepArrays(
+                block_table=int32_array(block_table),
+                block_size=block_size,
+                n_init=method.n_init,
+                similarity_threshold=np.float32(method.similarity_threshold),
+                refresh_interval=method.refresh_interval,
+                counters=self.counters,
+            )
         )
 
     @classmethod
@@ -150,9 +154,9 @@ class CpuStep:
             attention: attends rows of several queries.
             out: [T, Hq, D], written for every query of a row.
         """
-        self.shared.counters[:] += self.fixed_counts
+        self.counters += self.fixed_counts
         layer = tuple(LayerArrays.of(cache, scale, query.dtype))
-        shared, num_kv_heads = tuple(self.shared), cache.pages.shape[1]
+        num_kv_heads = cache.pages.shape[1]
         attended = out.contiguous()
         written = cache_elements(attended)
         for group in self.groups:
@@ -163,11 +167,11 @@ class CpuStep:
                 continue
             asking = Queries.of(query, group.query_start, num_kv_heads)
             if group.selects and self.heads is None:
-                _run_rows(tuple(asking), layer, tuple(group), shared, written)
+                _run_rows(tuple(asking), layer, tuple(group), self.shared, written)
                 continue
             if group.selects and self.heads is not None:
                 self._select_together(self.heads, group, query, asking, layer)
-            verbs.attend(tuple(asking), layer, tuple(group), shared, written)
+            verbs.attend(tuple(asking), layer, tuple(group), self.shared, written)
         if attended is not out:
             out.copy_(attended)
 
@@ -211,10 +215,10 @@ class CpuStep:
             tokens = np.arange(group.num_rows, dtype=np.int32)
             gathered = heads.gather_heads(query[torch.from_numpy(group.query_start).long()])
             deciding = Queries.of(gathered, tokens, heads.num_kv_heads)
-        rows, shared = tuple(group), tuple(self.shared)
+        rows = tuple(group)
         reused_end, selecting, votes = _find_votes(
-            tuple(asking), tuple(deciding), layer, rows, shared
+            tuple(asking), tuple(deciding), layer, rows, self.shared
         )
         if len(selecting):
             votes = heads.sum_votes(torch.from_numpy(votes)).numpy()
-        _fill_table(reused_end, selecting, votes, LayerArrays(*layer).selected, rows, shared)
+        _fill_table(reused_end, selecting, votes, LayerArrays(*layer).selected, rows, self.shared)
