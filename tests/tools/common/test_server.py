@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_tokenselect.tools.common.server import ServerFailed, VllmServer
+from vllm_tokenselect.tools.common.server import ServerFailed, VllmServer, free_port
 
 # Stands for `vllm serve`: answers /health, and has a worker that ignores polite signals.
 ANSWERS = """
@@ -82,6 +83,7 @@ def test_a_detached_server_outlives_the_with_block(tmp_path):
 # Stands for a server that takes its time to end: longer than a run leaves its workers.
 BUSY = f"""
 import signal
+import socket
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 {ANSWERS}
@@ -185,3 +187,13 @@ def test_a_small_machine_gives_all_its_cpus_to_the_worker(monkeypatch):
     assert VllmServer("model").env["VLLM_CPU_OMP_THREADS_BIND"] == "0,1"
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(32)))
     assert "VLLM_CPU_OMP_THREADS_BIND" not in VllmServer("model").env
+
+
+def test_a_port_is_free_and_none_that_the_system_gives_to_connections() -> None:
+    ports = {free_port() for _ in range(20)}
+
+    for port in ports:
+        assert 1024 < port < 32_768
+        with socket.create_server(("127.0.0.1", port)):
+            pass
+    assert len(ports) > 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -32,6 +33,9 @@ _STAGES = (
 
 # Up to this many CPUs, one that vLLM keeps free for its API server is a large share of the machine.
 _FEW_CPUS = 4
+
+# Below the range from which systems choose a connection's own port.
+_PORTS = range(10_000, 32_000)
 
 OnProgress = Callable[[str, float], None]
 
@@ -208,10 +212,16 @@ class VllmServer:
 
 
 def free_port() -> int:
-    """A TCP port of 127.0.0.1 that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port of 127.0.0.1 that is free now.
+
+    A server binds its port some ten seconds after the port was chosen. Until then the system gives the
+    ports of its own range (on Linux from 32768 on) to any connection, so the port is taken from below.
+    """
+    while True:
+        port = random.SystemRandom().choice(_PORTS)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _defaults() -> dict[str, str]:
