@@ -5,12 +5,12 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from vllm_tokenselect.method import misplaced
-from vllm_tokenselect.method.settings import Method, SettingsError
+from vllm_tokenselect.method.settings import AnchorLayers, Method, SettingsError
 
 ADDITIONAL_CONFIG_KEY = misplaced.KEY
 
@@ -78,10 +78,22 @@ class TokenSelectConfig(BaseModel):
         ge=0,
         description="how many of the model's first layers attend to everything, on vLLM's own backend",
     )
+    anchor_layers: AnchorLayers = Field(
+        default=Method.anchor_layers,
+        description="in which layers a generated token selects: all, every n-th of those that select, or "
+        "these. In the others it attends to what the anchor below selected. Prompts select in all layers",
+        json_schema_extra={"values": '"all" or integer >= 1 or list of layers'},
+    )
+    min_context: int | Literal["auto"] = Field(
+        default="auto",
+        description="longest context of which a generated token attends to everything; auto takes "
+        "2 * (n_init + top_k + n_local), above which selecting reads less; 0 with reassigned positions",
+        json_schema_extra={"values": '"auto" or integer >= 0'},
+    )
     vote: Literal["local", "global"] = Field(
         default=Method.vote,
         description="with tensor parallelism: local lets every rank select with its own heads; global lets "
-        "all ranks exchange votes in every layer and select the same tokens",
+        "all ranks exchange votes in every layer that selects, and select the same tokens",
     )
     positions: Literal["native", "reassigned"] = Field(
         default=Method.positions,
@@ -98,10 +110,32 @@ class TokenSelectConfig(BaseModel):
         description="the library that attends on a GPU; auto takes the first that can",
     )
 
+    @field_validator("anchor_layers", mode="plain")
+    @classmethod
+    def _check_anchors(cls, value: object) -> AnchorLayers:
+        if value == "all" or (type(value) is int and value >= 1):
+            return cast(AnchorLayers, value)
+        numbers = list(value) if isinstance(value, list | tuple) else []
+        if numbers and all(type(number) is int and number >= 0 for number in numbers):
+            return tuple(sorted(set(numbers)))
+        raise ValueError('must be "all", an integer >= 1, or a list of layer numbers')
+
+    @field_validator("min_context", mode="plain")
+    @classmethod
+    def _check_min_context(cls, value: object) -> int | Literal["auto"]:
+        if value == "auto" or (type(value) is int and value >= 0):
+            return value
+        raise ValueError('must be "auto" or an integer >= 0')
+
     @property
     def method(self) -> Method:
         """The settings that define the method."""
-        return Method(**{field.name: getattr(self, field.name) for field in fields(Method)})
+        values = {field.name: getattr(self, field.name) for field in fields(Method)}
+        if self.min_context == "auto":
+            attended = self.n_init + self.top_k + self.n_local
+            # To select reads all keys, half of the cache, and then what is attended to.
+            values["min_context"] = 0 if self.positions == "reassigned" else 2 * attended
+        return Method(**values)
 
     def workspace_bytes(self, device_type: str) -> int:
         """Memory for the scores of the rows that are voted on together."""
@@ -130,6 +164,12 @@ class TokenSelectConfig(BaseModel):
                 f"tokenselect dense_layers={config.dense_layers} cannot be used with positions="
                 "'reassigned': a layer that attends to everything would see positions that the model "
                 "was not trained on. Leave one of them out."
+            )
+        if config.min_context not in ("auto", 0) and config.method.reassigns_positions:
+            raise SettingsError(
+                f"tokenselect min_context={config.min_context} cannot be used with positions='reassigned', "
+                "which keeps every query within the positions that the model was trained on. Leave one of "
+                "them out."
             )
         return config
 
@@ -168,7 +208,9 @@ class TokenSelectConfig(BaseModel):
     def described(cls) -> Iterator[DescribedSetting]:
         """The settings, for messages and for the documentation."""
         for name, field in cls.model_fields.items():
-            if get_args(field.annotation):
+            if isinstance(field.json_schema_extra, dict):
+                values = str(field.json_schema_extra["values"])
+            elif get_args(field.annotation):
                 values = " or ".join(f'"{value}"' for value in get_args(field.annotation))
             else:
                 low = next(m.ge for m in field.metadata if hasattr(m, "ge"))
@@ -236,4 +278,5 @@ def _describe(problem: Mapping[str, Any]) -> str:
     if problem["type"] == "extra_forbidden":
         hint = f" any more; {_RETIRED[name]}" if name in _RETIRED else ""
         return f"{name}: there is no such setting{hint}"
-    return f"{name} = {problem['input']!r}: {problem['msg'].lower()}"
+    said = problem["msg"].removeprefix("Value error, ")
+    return f"{name} = {problem['input']!r}: {said[0].lower()}{said[1:]}"

@@ -17,15 +17,16 @@ from vllm_tokenselect.device_memory import make_lasting
 class Counter(IntEnum):
     """The counters by their places in the tensor.
 
-    The first three count rows of the sparse block table, each row once a layer, by what became of it.
+    The first four count rows of the sparse block table, each row once a layer, by what became of it.
     The others count tokens, summed over queries and layers.
     """
 
     RESELECTED = 0
     REUSED = 1
-    DENSE = 2
-    ATTENDED = 3
-    CONTEXT = 4
+    SHARED = 2
+    DENSE = 3
+    ATTENDED = 4
+    CONTEXT = 5
 
 
 def worker_counters(device: torch.device) -> torch.Tensor:

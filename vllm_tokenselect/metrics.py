@@ -33,13 +33,14 @@ INTERVAL = 1.0  # seconds between two looks at the counters
 
 _ROWS = (
     "vllm:tokenselect_rows",
-    "Rows of the sparse block tables, over all layers: reselected, reused from the Selection Cache, or "
-    "dense, which attend to their whole context.",
+    "Rows of the sparse block tables, over all layers: reselected, reused from the Selection Cache, shared "
+    "with the layer that selected, or dense, which attend to their whole context.",
 )
 # The metric of each counter, `name` with `_total`, and its help.
 _METRICS = {
     Counter.RESELECTED: _ROWS,
     Counter.REUSED: _ROWS,
+    Counter.SHARED: _ROWS,
     Counter.DENSE: _ROWS,
     Counter.ATTENDED: (
         "vllm:tokenselect_tokens_attended",

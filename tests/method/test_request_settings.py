@@ -67,8 +67,8 @@ def test_a_fingerprint_can_be_read():
 
 
 # Of the settings, those that what is shared does not depend on.
-UNSHARED = {"tail_queries", "similarity_threshold", "refresh_interval"}
-OTHER = {"positions": "reassigned", "vote": "global"}
+UNSHARED = {"tail_queries", "similarity_threshold", "refresh_interval", "min_context"}
+OTHER = {"positions": "reassigned", "vote": "global", "anchor_layers": 2}
 
 
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Method)])

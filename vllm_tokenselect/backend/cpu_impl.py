@@ -74,6 +74,8 @@ class CpuTokenSelectImpl(TokenSelectImpl[CpuTokenSelectMetadata]):
         cache = LayerCache(
             pages=self._pages(kv_cache),
             selections=self.selections,
+            follows=self.follows,
+            followers=self.followers,
             rotation=rotation,
             sinks=self.sinks,
             soft_cap=self.logits_soft_cap,

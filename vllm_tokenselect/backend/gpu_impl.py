@@ -140,6 +140,8 @@ class GpuTokenSelectImpl(TokenSelectImpl[GpuTokenSelectMetadata]):
             key_scale=key_scale,
             value_scale=value_scale,
             selections=self.selections,
+            follows=self.follows,
+            followers=self.followers,
             rotation=rotation,
             sinks=self.sinks,
         )

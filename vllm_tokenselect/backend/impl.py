@@ -16,6 +16,7 @@ from vllm_tokenselect.engine.refusals import refuse_model
 from vllm_tokenselect.kernels.head_group import num_voting_heads
 from vllm_tokenselect.kernels.rotate.rotation import Rotation
 from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
+from vllm_tokenselect.method.anchors import Role
 from vllm_tokenselect.method.settings import SettingsError
 
 M = TypeVar("M", bound=AttentionMetadata)
@@ -30,6 +31,8 @@ class TokenSelectImpl(AttentionImpl[M]):
             loaded after the layer is made: read it as the layer attends.
         logits_soft_cap: `cap * tanh(scale * q.k / cap)` takes the place of `scale * q.k` in the
             attention; 0 for no cap.
+        selections: the layer's part of the Selection Cache; None for a layer without.
+        follows, followers: the layer's role, as in `LayerCache`.
     """
 
     def __init__(
@@ -73,6 +76,9 @@ class TokenSelectImpl(AttentionImpl[M]):
         self.reassigns_positions = self.config.method.reassigns_positions
         self.rotation: Rotation | None = None
         self.took_rotation = False
+        self.follows, self.followers = Role()
+        self.took_role = False
+        self.selections: SelectionCacheState | None = None
         if torch.get_default_device().type != "meta":  # where a model is only looked at
             self.prepare(vllm_config)
 
@@ -91,6 +97,13 @@ class TokenSelectImpl(AttentionImpl[M]):
         if table is not None:
             self.rotation = _rotation(table, method.max_attended, method.n_local)
         self.took_rotation = True
+
+    def take_role(self, role: Role) -> None:
+        """Become an anchor, or a layer that follows one and needs no Selection Cache."""
+        self.took_role = True
+        self.follows, self.followers = role
+        if role.follows:
+            self.selections = None
 
     def layer_rotation(self) -> Rotation | None:
         """The layer's rotation; None where positions are native, or where the layer has none.

@@ -17,6 +17,7 @@ from vllm.v1.attention.backends.utils import get_num_attention_heads_from_layers
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_tokenselect.backend.tensor_parallel import heads_that_vote_together
+from vllm_tokenselect.engine.anchors import count_anchors, refuse_to_share
 from vllm_tokenselect.engine.dense_layers import refuse_selecting
 from vllm_tokenselect.engine.kv_cache import check_cache
 from vllm_tokenselect.engine.log import get_logger
@@ -44,6 +45,7 @@ class TokenSelectMetadataBuilder(AttentionMetadataBuilder[M]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.config = check_cache(kv_cache_spec, layer_names[0], vllm_config)
         refuse_selecting(layer_names, self.config)
+        refuse_to_share(layer_names, vllm_config, self.config)
         scheduler = vllm_config.scheduler_config
         # As the scheduler has it: the block size is final once a model is loaded, and the same for both.
         # That of the cache here may be a part of it, which every backend of the group's layers can read.
@@ -57,7 +59,7 @@ class TokenSelectMetadataBuilder(AttentionMetadataBuilder[M]):
         ) or vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config)
         self.heads = heads_that_vote_together(vllm_config, self.num_kv_heads)
         self.model_runner_v2 = vllm_config.use_v2_model_runner
-        self._log_selection_cache(len(layer_names), scheduler.max_num_seqs)
+        self._log_selection_cache(count_anchors(layer_names, vllm_config), scheduler.max_num_seqs)
 
     def _log_selection_cache(self, num_layers: int, num_requests: int) -> None:
         if not self.method.reuses_selections:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from vllm_tokenselect.config import TokenSelectConfig
+from vllm_tokenselect.engine.anchors import settle_anchors
 from vllm_tokenselect.engine.dense_layers import is_dense
 from vllm_tokenselect.engine.log import get_logger
 from vllm_tokenselect.engine.refusals import refuse_model
@@ -72,7 +73,8 @@ def settle_layers(
 
     with set_current_vllm_config(vllm_config):
         leave_dense(model)
-        layers = _of_all_stages(describe_layers(vllm_config))
+        stages = _of_all_stages(describe_layers(vllm_config))
+        layers = [layer for stage in stages for layer in stage]
         listed = list_layers(layers)
         if any(layer.refused for layer in layers):
             refuse_model(f"layers that should select would not ({listed})")
@@ -82,7 +84,24 @@ def settle_layers(
                 "layers that attend to the whole context"
             )
         check_hybrid_steps(vllm_config)
+        _settle_anchors(stages, vllm_config)
     get_logger(__name__).info_once("Attention backends: %s", listed, scope="global")
+
+
+def _settle_anchors(stages: list[list[Layer]], vllm_config: Any) -> None:
+    config = TokenSelectConfig.from_additional_config(vllm_config.additional_config)
+    if not config.method.shares_selections:
+        return
+    names = [[layer.name for layer in stage if selects(layer)] for stage in stages]
+    context = vllm_config.compilation_config.static_forward_context
+    own = {name: context[name] for stage in names for name in stage if name in context}
+    anchors = settle_anchors(own, names, config)
+    get_logger(__name__).info_once(
+        "TOKENSELECT: generated tokens select in the layers %s; in the others they attend to what the one "
+        "below selected",
+        ", ".join(map(str, anchors)),
+        scope="global",
+    )
 
 
 def describe_layers(vllm_config: Any) -> list[Layer]:
@@ -134,17 +153,17 @@ def selects(layer: Layer) -> bool:
     return layer.backend == BACKEND_NAME and not layer.kind
 
 
-def _of_all_stages(layers: list[Layer]) -> list[Layer]:
-    """The layers of all pipeline stages; one stage alone may have no layer that selects."""
+def _of_all_stages(layers: list[Layer]) -> list[list[Layer]]:
+    """The layers of each pipeline stage; one stage alone may have no layer that selects."""
     import torch.distributed
     from vllm.distributed import get_pp_group
 
     group = get_pp_group()
     if group.world_size == 1:
-        return layers
+        return [layers]
     stages: list[list[Layer]] = [[]] * group.world_size
     torch.distributed.all_gather_object(stages, layers, group=group.cpu_group)
-    return [layer for stage in stages for layer in stage]
+    return stages
 
 
 def list_layers(layers: Iterable[Layer]) -> str:

@@ -25,6 +25,9 @@ class LayerCache:
             whatever a query attends to; None for a layer without.
         soft_cap: `cap * tanh(score / cap)` takes the place of the attention's scores; 0 for no cap. On a
             GPU the library that attends is made for one cap and does not read it here.
+        follows: whether generated tokens attend to what the last anchor below has selected in this step.
+            Such a layer has no Selection Cache.
+        followers: of an anchor, how many layers attend to what it selects.
     """
 
     pages: torch.Tensor
@@ -34,3 +37,5 @@ class LayerCache:
     rotation: Rotation | None = None
     sinks: torch.Tensor | None = None
     soft_cap: float = 0.0
+    follows: bool = False
+    followers: int = 0

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from vllm_tokenselect.counters import Counter
 from vllm_tokenselect.method.requests import NO_SEAT, BatchRequests, Int32
-from vllm_tokenselect.method.settings import Method
+from vllm_tokenselect.method.settings import FULL_ATTENTION, Method
 
 Int64 = npt.NDArray[np.int64]
 
@@ -30,11 +30,15 @@ class SelectionPlan:
         chunk_start: int32 [R], position `a` of the first query.
         chunk_end: int32 [R], position `b` one past the last query: the row's context length.
         candidate_end: int32 [R], `a - n_local`; candidates are `[n_init, candidate_end)`.
-        top_k: int32 [R], candidates that the row selects.
+        top_k: int32 [R], candidates that the row selects; `FULL_ATTENTION` for a generated token that
+            attends to everything (`Method.min_context`).
         dense: bool [R], the row attends to its whole context.
         seat: int32 [R], of the row's request; -1 if the row belongs to none.
         owner: int32 [R], which owner of the seat that is.
-        caches: bool [R], the row takes part in the Selection Cache: a generated token that selects.
+        generated: bool [R], the row is a generated token of a request.
+        follows: bool [R], the row is a generated token that selects. In a layer that is no anchor it
+            attends to what the anchor below has selected.
+        caches: bool [R], the row takes part in the Selection Cache of anchors.
     """
 
     row_seq: Int32
@@ -47,6 +51,8 @@ class SelectionPlan:
     dense: npt.NDArray[np.bool_]
     seat: Int32
     owner: Int32
+    generated: npt.NDArray[np.bool_]
+    follows: npt.NDArray[np.bool_]
     caches: npt.NDArray[np.bool_]
 
     @property
@@ -54,8 +60,8 @@ class SelectionPlan:
         return len(self.row_seq)
 
     def by_kind(self) -> SelectionPlan:
-        """The same rows, dense ones first, and in both kinds those of one query before the others."""
-        order = np.lexsort((self.query_len > 1, ~self.dense))
+        """The same rows: dense ones, then those that follow, then others; of one query before several."""
+        order = np.lexsort((self.query_len > 1, ~self.follows, ~self.dense))
         return SelectionPlan(**{f.name: getattr(self, f.name)[order] for f in fields(self)})
 
     @classmethod
@@ -98,9 +104,12 @@ class SelectionPlan:
         candidate_end = start - np.int32(method.n_local)
         first_position = seq_lens - query_lens
         query_start = query_start_loc[:-1][seqs] + start - first_position[seqs]
-        top_k, seat = requests.top_k[seqs], requests.seats[seqs]
-        dense = candidate_end - method.n_init <= top_k
+        seat = requests.seats[seqs]
         generated = (start >= requests.prompt_lens[seqs]) & (seat != NO_SEAT)
+        short = generated & (end <= method.min_context)
+        top_k = np.where(short, np.int32(FULL_ATTENTION), requests.top_k[seqs])
+        dense = candidate_end - method.n_init <= top_k
+        follows = generated & ~dense
         return cls(
             row_seq=seqs,
             query_start=query_start.astype(np.int32),
@@ -112,7 +121,9 @@ class SelectionPlan:
             dense=dense,
             seat=seat,
             owner=requests.owners[seqs],
-            caches=generated & ~dense & method.reuses_selections,
+            generated=generated,
+            follows=follows,
+            caches=follows & method.reuses_selections,
         )
 
     def lengths(self, method: Method) -> Int32:
@@ -140,15 +151,20 @@ class SelectionPlan:
         total: Int64 = queries * (lengths - queries) + queries * (queries + 1) // 2
         return total
 
-    def fixed_counts(self, method: Method) -> Int64:
+    def fixed_counts(self, method: Method, follows: bool = False) -> Int64:
         """What a layer adds to the counters for the rows that take no part in the Selection Cache.
+
+        Args:
+            follows: whether the layer is no anchor.
 
         Returns:
             int64 [len(Counter)].
         """
         counted = (self.seat != NO_SEAT) & ~self.caches
+        shared = counted & self.follows & follows
         counts = np.zeros(len(Counter), np.int64)
-        counts[Counter.RESELECTED] = (counted & ~self.dense).sum()
+        counts[Counter.RESELECTED] = (counted & ~self.dense & ~shared).sum()
+        counts[Counter.SHARED] = shared.sum()
         counts[Counter.DENSE] = (counted & self.dense).sum()
         counts[Counter.ATTENDED] = self.num_attended(method)[counted].sum()
         counts[Counter.CONTEXT] = self.num_in_context()[counted].sum()

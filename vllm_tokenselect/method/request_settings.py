@@ -62,7 +62,8 @@ def fingerprint(
     """Every setting that the keys and values of a shared block depend on, readable and stable.
 
     The others do not count: `tail_queries`, the Selection Cache and what follows from them act on
-    positions that are never shared.
+    positions that are never shared. So do anchors today; they count where they are not all layers, since
+    they change most what generated tokens write, and a store outside of the server may keep those.
 
     Args:
         method: the server's, with query chunks that line up with its blocks.
@@ -73,7 +74,7 @@ def fingerprint(
     """
     if top_k == FULL_ATTENTION:
         return f"v{METHOD_VERSION}:off"
-    settings = {
+    settings: dict[str, object] = {
         "top_k": top_k,
         "n_init": method.n_init,
         "n_local": method.n_local,
@@ -83,6 +84,8 @@ def fingerprint(
         "positions": method.positions,
         "voters": tensor_parallel_size if method.vote == "local" else 1,
     }
+    if method.shares_selections:
+        settings["anchor_layers"] = method.anchor_layers
     return f"v{METHOD_VERSION}:" + ",".join(f"{name}={value}" for name, value in settings.items())
 
 

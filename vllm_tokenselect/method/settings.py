@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+# `all`, every n-th, or these layers.
+AnchorLayers = Literal["all"] | int | tuple[int, ...]
+
 # The `top_k` of a request that attends to its whole context: more candidates than any context has.
 FULL_ATTENTION = 1 << 30
 
@@ -32,6 +35,10 @@ class Method:
             in every KV head, from which on the selection is reused; at 1 or above none is.
         refresh_interval: most tokens that may have left the local window since a reused selection.
         dense_layers: first layers of the model, which attend to everything.
+        anchor_layers: layers in which a generated token selects: `all`, every n-th of the layers that
+            select, or layers by their numbers. In any other it attends to what the anchor below has
+            selected. Prompts select in every layer.
+        min_context: longest context of which a generated token attends to everything, in every layer.
         vote: where a layer's heads are divided among processes, whether each process selects with its
             own (`local`) or all together (`global`), which then select the same tokens.
         positions: `native`: keys are cached as the model rotates them. `reassigned`: keys are cached
@@ -47,6 +54,8 @@ class Method:
     similarity_threshold: float = 0.9
     refresh_interval: int = 64
     dense_layers: int = 0
+    anchor_layers: AnchorLayers = "all"
+    min_context: int = 0
     vote: Literal["local", "global"] = "local"
     positions: Literal["native", "reassigned"] = "native"
 
@@ -58,6 +67,11 @@ class Method:
     def reuses_selections(self) -> bool:
         """Whether there is a Selection Cache."""
         return self.similarity_threshold < 1
+
+    @property
+    def shares_selections(self) -> bool:
+        """Whether layers attend to what another one has selected."""
+        return self.anchor_layers not in ("all", 1)
 
     @property
     def selection_size(self) -> int:

@@ -16,7 +16,7 @@ from vllm_tokenselect.tools.common.client import ServerError
 _ATTENDED = "vllm:tokenselect_tokens_attended_total"
 _IN_CONTEXT = "vllm:tokenselect_tokens_in_context_total"
 _ROWS = "vllm:tokenselect_rows_total"
-ROW_KINDS = ("reselected", "reused", "dense")
+ROW_KINDS = ("reselected", "reused", "shared", "dense")
 
 
 @dataclass(frozen=True)
