@@ -177,7 +177,7 @@ def test_a_reused_selection_attends_to_every_token_since_it_was_made():
     table = cached.block_table[0]
     since = [int(table[p // 32]) * 32 + p % 32 for p in range(300, 307)]
     assert later == first[: N_INIT + TOP_K] + since
-    assert cached.counts.tolist() == [1, 1, 0, len(first) + len(later), 301 + 307]
+    assert cached.counts.tolist() == [1, 1, 0, 0, len(first) + len(later), 301 + 307]
 
 
 def test_a_selection_is_made_anew_once_more_tokens_than_allowed_have_left_the_local_window():
@@ -240,7 +240,7 @@ def test_a_row_that_takes_no_part_neither_reads_nor_writes_what_is_kept():
     assert [line] == fresh
     assert torch.equal(cached.state.query[1], kept[0])
     assert torch.equal(cached.state.selected[1], kept[1])
-    assert cached.counts.tolist()[:3] == [1, 0, 0]
+    assert cached.counts.tolist()[: Counter.ATTENDED] == [1, 0, 0, 0]
 
 
 @pytest.mark.parametrize("step", [CpuStep, ReferenceStep])

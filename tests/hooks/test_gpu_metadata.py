@@ -169,7 +169,7 @@ def test_requests_carry_their_top_k_seat_and_owner_to_the_rows(builder):
     table = builder.table
     table.add("first", 100, 300, seat=3)
     table.add("off", 100, FULL_ATTENTION, seat=1)
-    built = builder.build(0, metadata([1, 1], [3000, 3001], [3, 1], padding=2))
+    built = builder.build(0, metadata([1, 1], [6000, 6001], [3, 1], padding=2))
     (group,) = built.step.groups
     assert group.top_k.tolist() == [300, FULL_ATTENTION, 0, 0]
     assert group.seat.tolist() == [3, 1, -1, -1]

@@ -94,6 +94,34 @@ def test_dense_layers_and_reassigned_positions_exclude_each_other():
     assert "dense_layers=2 cannot be used with positions='reassigned'" in message
 
 
+def test_reassigned_positions_leave_no_room_for_longer_contexts():
+    assert TokenSelectConfig(positions="reassigned").method.min_context == 0
+    with pytest.raises(
+        SettingsError, match="min_context=4096 cannot be used with positions='reassigned'"
+    ):
+        TokenSelectConfig.from_mapping({"min_context": 4096, "positions": "reassigned"})
+
+
+def test_generated_tokens_attend_to_everything_where_selecting_would_read_more():
+    """To select reads the keys, half of the cache, and then keys and values of what is attended to."""
+    method = TokenSelectConfig(top_k=1000, n_init=100, n_local=400).method
+    assert method.min_context == 3000
+    assert method.min_context / 2 + method.attended_before == method.min_context
+    assert TokenSelectConfig(min_context=0).method.min_context == 0
+
+
+def test_anchors_are_all_layers_every_nth_or_a_list():
+    given = [{"anchor_layers": value} for value in ("all", 4, [6, 2, 6])]
+    assert [TokenSelectConfig.from_mapping(g).method.anchor_layers for g in given] == [
+        "all",
+        4,
+        (2, 6),
+    ]
+    assert [TokenSelectConfig(anchor_layers=n).method.shares_selections for n in ("all", 1, 2)] == [
+        *(False, False, True)
+    ]
+
+
 def test_every_problem_is_reported_at_once():
     message = refusal({"top_k": -1, "n_locl": 5})
     assert "top_k = -1" in message

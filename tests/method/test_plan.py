@@ -1,9 +1,13 @@
 """The rows of a step are the chunks of the definition, however the scheduler cuts the steps."""
 
+from dataclasses import replace
+
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vllm_tokenselect.counters import Counter
 from vllm_tokenselect.method.plan import SelectionPlan
 from vllm_tokenselect.method.requests import BatchRequests
 from vllm_tokenselect.method.settings import Method
@@ -57,6 +61,41 @@ def test_the_last_chunk_before_the_tail_ends_where_the_tail_begins():
 def test_generated_tokens_select_for_themselves_also_when_recomputed_after_preemption():
     plan = build((96, 130, 100))
     assert selecting_chunks(plan) == [(0, p, p + 1) for p in range(96, 130)]
+
+
+def build_request(first: int, end: int, prompt: int, config: Method) -> SelectionPlan:
+    """Plan a step of one request that has a seat."""
+    requests = BatchRequests(*(np.array([n], np.int32) for n in (0, 1, prompt, config.top_k)))
+    starts, ends = np.array([0, end - first], np.int32), np.array([end], np.int32)
+    return SelectionPlan.build(starts, ends, requests, config)
+
+
+def test_generated_tokens_alone_may_follow_another_layers_selection():
+    """Computed again after a preemption, together with the prompt's tail."""
+    plan = build_request(64, 110, 100, CONFIG)
+    assert plan.chunk_start[plan.follows].tolist() == [*range(100, 110)]
+    # They stand together, behind those that see everything and before those that select in every layer.
+    assert plan.by_kind().follows.tolist() == [True] * 10 + [False] * (plan.num_rows - 10)
+
+
+@pytest.mark.parametrize("first", [64, 104])
+def test_a_generated_token_attends_to_everything_up_to_min_context(first):
+    plan = build_request(first, 110, 100, replace(CONFIG, min_context=106))
+    dense = [*zip(plan.chunk_start[plan.dense], plan.chunk_end[plan.dense], strict=True)]
+    assert dense == [(p, p + 1) for p in range(max(first, 100), 106)]
+    assert (plan.lengths(CONFIG)[plan.dense] == plan.chunk_end[plan.dense]).all()
+    assert not (plan.caches | plan.follows)[plan.dense].any()
+
+
+def test_rows_that_follow_are_counted_as_shared():
+    """Without a Selection Cache; with one, the anchor counts."""
+    config = replace(CONFIG, similarity_threshold=1)
+    plan = build_request(96, 110, 100, config)
+    anchor, follower = plan.fixed_counts(config), plan.fixed_counts(config, follows=True)
+    assert anchor.tolist()[: Counter.ATTENDED] == [14, 0, 0, 0]
+    assert follower.tolist()[: Counter.ATTENDED] == [4, 0, 10, 0]
+    assert (anchor[Counter.ATTENDED :] == follower[Counter.ATTENDED :]).all()
+    assert build_request(100, 110, 100, CONFIG).fixed_counts(CONFIG, follows=True).sum() == 0
 
 
 def test_a_chunk_is_dense_while_its_candidates_fit_the_budget():

@@ -72,6 +72,7 @@ def read(directory):
 NAMES = (
     "reselected",
     "reused",
+    "shared",
     "dense",
     "vllm:tokenselect_tokens_attended_total",
     "vllm:tokenselect_tokens_in_context_total",
@@ -86,9 +87,9 @@ def values(directory, labels=LABELS):
 def test_what_is_counted_is_published_under_its_names(publish, tmp_path):
     tensor = torch.zeros(len(Counter), dtype=torch.int64)
     publish(tensor)
-    wait_for(lambda: values(tmp_path) == [0, 0, 0, 0, 0])
-    tensor += torch.tensor([1, 2, 3, 2**40, 2**41])
-    wait_for(lambda: values(tmp_path) == [1, 2, 3, 2**40, 2**41])
+    wait_for(lambda: values(tmp_path) == [0] * 6)
+    tensor += torch.tensor([1, 2, 3, 4, 2**40, 2**41])
+    wait_for(lambda: values(tmp_path) == [1, 2, 3, 4, 2**40, 2**41])
     assert read(tmp_path)[LABELS].keys() == set(NAMES)
 
 
@@ -109,7 +110,7 @@ def test_a_write_that_fails_is_told_once_and_made_up_for(publish, tmp_path, capl
     time.sleep(0.1)
     directory.unlink()
     directory.mkdir()
-    wait_for(lambda: values(directory) == [1, 1, 1, 1, 1])
+    wait_for(lambda: values(directory) == [1] * 6)
     [message] = caplog.messages
     assert "the counters in /metrics fall behind" in message
 
@@ -137,8 +138,8 @@ def test_workers_of_several_processes_are_summed_by_engine_up_to_their_ends(tmp_
         worker.start()
         worker.join()
         assert worker.exitcode == 0
-    assert values(tmp_path, LABELS) == [11, 11, 11, 11, 11]
-    assert values(tmp_path, OTHER) == [100, 100, 100, 100, 100]
+    assert values(tmp_path, LABELS) == [11] * 6
+    assert values(tmp_path, OTHER) == [100] * 6
 
 
 def in_format(*entries):
@@ -169,7 +170,7 @@ def test_files_of_others_and_unreadable_ones_are_left_out(publish, tmp_path):
     (tmp_path / "counter_tokenselect-folder.db").mkdir()
     (tmp_path / "counter_7.db").write_bytes(content)
     (tmp_path / "counter_tokenselect-unfinished.tmp").write_bytes(content)
-    assert values(tmp_path) == [1, 1, 1, 1, 1]
+    assert values(tmp_path) == [1] * 6
     assert read(tmp_path).keys() == {LABELS}
 
 
@@ -187,7 +188,7 @@ def test_every_moment_of_a_file_is_one_that_was_counted(tmp_path):
     before = path.read_bytes()
     file.write([1] * len(Counter))
     assert opened.read() == before
-    assert values(tmp_path) == [1, 1, 1, 1, 1]
+    assert values(tmp_path) == [1] * 6
     assert list(tmp_path.iterdir()) == [path]
 
 
