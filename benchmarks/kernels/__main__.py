@@ -14,6 +14,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -120,15 +121,22 @@ def contenders(
     mean_query, out, scale = query.float(), torch.empty_like(query), head_size**-0.5
     calls: dict[str, list[Callable[[], object]]] = defaultdict(list)
     rows = (block_table, row_seq, N_INIT, top_k, candidate_end, context_end, BLOCK_SIZE)
-    attend_only, whole, reusing = (
+    everything = SelectionPlan.build(starts, ends, requests, replace(method, min_context=context))
+    (full,) = step_rows(everything, block_table, BLOCK_SIZE, num_heads, method, 1 << 30)
+    attend_only, whole, reusing, dense = (
         CpuStep(
-            [group._replace(selects=selects, caches=np.array([caches]))],
+            [rows],
             block_table,
             BLOCK_SIZE,
             method,
             torch.zeros(len(Counter), dtype=torch.int64),
         ).run_layer
-        for selects, caches in ((False, False), (True, False), (True, True))
+        for rows in (
+            group._replace(selects=False, caches=np.array([False])),
+            group._replace(caches=np.array([False])),
+            group,
+            full,
+        )
     )
     for _ in range(max(2, CACHES_BYTES // cache_bytes)):
         kv_cache = torch.randn(shape, dtype=torch.bfloat16)
@@ -148,6 +156,7 @@ def contenders(
             "attend": partial(attend_only, query, layer, scale, None, out),
             "reselect": partial(whole, query, layer, scale, None, out),
             "reuse": partial(reusing, query, caching, scale, None, out),
+            "dense": partial(dense, query, layer, scale, None, out),
             "gather": partial(gather_tokens, kv_cache, slots[0], *gathered),
         }
         own["reuse"]()  # the first one selects
@@ -183,6 +192,10 @@ def main() -> None:
             times = medians(calls, arguments.repeats)
             line = "  ".join(f"{name} {value:.3f}" for name, value in times.items())
             print(f"H{num_heads}/{num_kv_heads}-D{head_size}-N{context}-bf16  {line}")
+            print(
+                f"  dense / reselecting {times['dense'] / times['reselect']:.2f}x"
+                f"  dense / attending to a selection {times['dense'] / times['attend']:.2f}x"
+            )
             if "CPU_ATTN" in times:
                 print(
                     f"  CPU_ATTN / reselecting {times['CPU_ATTN'] / times['reselect']:.1f}x"
