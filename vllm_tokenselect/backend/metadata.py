@@ -63,7 +63,7 @@ class TokenSelectMetadataBuilder(AttentionMetadataBuilder[M]):
 
         if self.method.min_context:
             logger.info(
-                "TOKENSELECT: generated tokens attend to everything up to %d tokens of context (min_context)",
+                "TOKENSELECT: generated tokens attend to up to %d tokens of context in full (min_context)",
                 self.method.min_context,
             )
 
