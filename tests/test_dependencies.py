@@ -86,7 +86,7 @@ MODULES = {
     "eval": "vllm_tokenselect.tools.evaluate.command",
     "inspect": "vllm_tokenselect.tools.inspect.command",
     "plan": "vllm_tokenselect.tools.plan.command",
-    "tune": "vllm_tokenselect.tools.inspect.command",
+    "tune": "vllm_tokenselect.tools.inspect.tune",
 }
 
 

@@ -109,6 +109,12 @@ class TokenSelectConfig(BaseModel):
         default="auto",
         description="the library that attends on a GPU; auto takes the first that can",
     )
+    profile: str | None = Field(
+        default=None,
+        description="file of settings that `tokenselect tune` has found for a model; what is set beside it "
+        "overrides it. auto takes the one that ships for the served model, if there is one",
+        json_schema_extra={"values": '"auto" or path of a file'},
+    )
 
     @field_validator("anchor_layers", mode="plain")
     @classmethod

@@ -24,7 +24,7 @@ from vllm_tokenselect.tools.cli.app import app
 
 # Languages that a reader's eye checks.
 UNCHECKED = ("text", "mermaid", "yaml", "toml", "diff", "promql", "dockerfile")
-OUTPUTS = ("--json", "--plot", "--plots", "--write", "-d", "-o")
+OUTPUTS = ("--json", "--plot", "--plots", "--profile", "--write", "-d", "-o")
 EXTRAS = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"][
     "optional-dependencies"
 ]

@@ -210,6 +210,60 @@ def test_a_selection_cache_that_was_asked_for_is_refused_beside_drafts(selected)
     configure(selected, "cpu")
 
 
+@pytest.fixture
+def profile(tmp_path) -> Path:
+    """A profile of the tiny model."""
+    shape = {"layers": 1, "heads": 2, "kv_heads": 1, "head_size": 32, "hidden_size": 64}
+    content = {
+        "format": 1,
+        "settings": {"top_k": 96, "query_chunk": 64, "similarity_threshold": 0.8},
+        "model": {"name": "tiny", **shape},
+        "lost": [],
+        "versions": {},
+        "date": "2026-11-29",
+    }
+    file = tmp_path / "profile.json"
+    file.write_text(json.dumps(content))
+    return file
+
+
+def test_the_settings_of_a_profile_take_its_place_so_that_workers_need_no_file(
+    selected, profile, caplog_vllm
+):
+    own = {"profile": str(profile), "query_chunk": 32}
+    selected.additional_config = {"theirs": 1, "tokenselect": own}
+    configure(selected, "cpu")
+    profile.unlink()
+    settings = {"top_k": 96, "query_chunk": 32, "similarity_threshold": 0.8}
+    assert selected.additional_config == {"theirs": 1, "tokenselect": settings}
+    assert TokenSelectConfig.from_additional_config(selected.additional_config).top_k == 96
+    assert f"serves by the profile {profile} for tiny" in caplog_vllm.text
+    assert "given beside it: query_chunk" in caplog_vllm.text
+    configure(selected, "cpu")
+    assert selected.additional_config == {"theirs": 1, "tokenselect": settings}
+
+
+def test_a_profile_of_another_model_stops_the_server(selected, profile):
+    profile.write_text(profile.read_text().replace('"layers": 1', '"layers": 2'))
+    selected.additional_config = {"tokenselect": {"profile": str(profile)}}
+    with pytest.raises(SettingsError, match=r"is for tiny \(2 layers.*is served \(1 layers"):
+        configure(selected, "cpu")
+
+
+def test_without_a_profile_that_ships_the_defaults_serve_and_the_log_says_so(selected, caplog_vllm):
+    selected.additional_config = {"tokenselect": {"profile": "auto", "query_chunk": 64}}
+    configure(selected, "cpu")
+    assert selected.additional_config == {"tokenselect": {"query_chunk": 64}}
+    assert "serves by its defaults: no profile ships for" in caplog_vllm.text
+
+
+def test_drafts_go_without_the_selection_cache_of_a_profile(selected, profile):
+    selected.speculative_config = SimpleNamespace(method="ngram", num_speculative_tokens=0)
+    selected.additional_config = {"tokenselect": {"profile": str(profile)}}
+    configure(selected, "cpu")
+    assert selected.additional_config["tokenselect"]["similarity_threshold"] == 1.0
+
+
 def test_settings_that_cannot_be_read_are_refused(selected):
     selected.additional_config = SimpleNamespace(compute_hash=lambda: "an object of the user's")
     with pytest.raises(SettingsError, match="additional_config must be a JSON object"):

@@ -8,7 +8,7 @@ chosen through vLLM's public `scheduler_cls`.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from vllm_tokenselect.config import (
@@ -24,6 +24,7 @@ from vllm_tokenselect.hooks import metrics, model_length, request_validation
 from vllm_tokenselect.hooks.registration import is_selected
 from vllm_tokenselect.hooks.seam import Seam, wrap_function
 from vllm_tokenselect.method.settings import SettingsError
+from vllm_tokenselect.profiles import ProfileModel, resolve_profile
 
 if TYPE_CHECKING:
     from vllm.config import SchedulerConfig, SpeculativeConfig, VllmConfig
@@ -84,8 +85,11 @@ def configure(vllm_config: VllmConfig, device: str) -> None:
             "kernel is used. Leave it out."
         )
     refuse_features(vllm_config, device)
+    asked = config.model_fields_set
+    if config.profile is not None and vllm_config.model_config is not None:
+        config = _by_profile(vllm_config)
     if vllm_config.speculative_config is not None and config.method.reuses_selections:
-        config = _without_selection_cache(vllm_config, config)
+        config = _without_selection_cache(vllm_config, config, asked)
     if vllm_config.model_config is None:
         return
     scheduler = vllm_config.scheduler_config
@@ -152,16 +156,35 @@ def _drafts_without_a_model(speculative_config: SpeculativeConfig | None) -> boo
     return speculative_config is None or speculative_config.method in ("ngram", "suffix")
 
 
+def _by_profile(vllm_config: VllmConfig) -> TokenSelectConfig:
+    """Put a profile's settings into the configuration, so that no other process needs the file.
+
+    Raises:
+        SettingsError: for a file that is no profile, or that of another model.
+    """
+    additional = vllm_config.additional_config
+    model = vllm_config.model_config
+    resolved = resolve_profile(
+        additional[ADDITIONAL_CONFIG_KEY], ProfileModel.of(model.model, model.hf_text_config)
+    )
+    get_logger(__name__).info("TOKENSELECT serves by %s", resolved.said)
+    vllm_config.additional_config = {**additional, ADDITIONAL_CONFIG_KEY: resolved.settings}
+    return TokenSelectConfig.from_mapping(resolved.settings)
+
+
 def _without_selection_cache(
-    vllm_config: VllmConfig, config: TokenSelectConfig
+    vllm_config: VllmConfig, config: TokenSelectConfig, asked: Collection[str]
 ) -> TokenSelectConfig:
     """Switch the Selection Cache off in the configuration, where the engine's processes read the settings.
+
+    Args:
+        asked: settings that the user gave, not a profile.
 
     Raises:
         SettingsError: when the user has set `similarity_threshold`.
     """
     additional = vllm_config.additional_config
-    if "similarity_threshold" in config.model_fields_set or not isinstance(additional, Mapping):
+    if "similarity_threshold" in asked or not isinstance(additional, Mapping):
         raise SettingsError(
             f"tokenselect similarity_threshold={config.similarity_threshold} cannot be used with "
             "--speculative-config: a reused selection would depend on which drafts were rejected. "

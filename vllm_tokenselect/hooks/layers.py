@@ -74,7 +74,7 @@ def examine_model(
     verdict.layers = group_layers(describe_layers(vllm_config))
     try:
         verdict.block_size = _check_cache(vllm_config)
-        method = TokenSelectConfig.from_mapping(settings).method
+        method = TokenSelectConfig.from_additional_config(vllm_config.additional_config).method
         # By the blocks that all layers share, as in the server.
         verdict.query_chunk = method.for_blocks(vllm_config.cache_config.block_size).query_chunk
     except Exception as error:

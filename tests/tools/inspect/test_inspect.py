@@ -19,7 +19,6 @@ from tests.method.definition import CONFIG, HEAD_SIZE, SCALE, best, defined_atte
 from tests.oracle.model import query_chunks
 from vllm_tokenselect.method.settings import Method
 from vllm_tokenselect.tools.cli.app import app
-from vllm_tokenselect.tools.inspect.budgets import BudgetCost, smallest_budget
 from vllm_tokenselect.tools.inspect.layers import (
     CHUNKS,
     TOKENS,
@@ -232,18 +231,6 @@ def test_a_model_that_attends_otherwise_is_refused_by_name(tmp_path, tokens):
 def test_a_prompt_that_is_attended_in_full_says_how_long_it_must_be(llama, tokens):
     with pytest.raises(NothingSelects, match=r"40 tokens .* more than 44"):
         compare_layers(llama, tokens[:40], METHOD)
-
-
-def cost(top_k: int, added: float, kind: str = "text") -> BudgetCost:
-    return BudgetCost(top_k, kind, 3, 2.0, added, added - 0.01, added + 0.01)
-
-
-def test_the_smallest_budget_keeps_the_loss_on_every_kind_and_so_do_all_larger_ones():
-    costs = [cost(256, 0.001), cost(512, 0.05), cost(1024, 0.01), cost(2048, 0.0)]
-    assert smallest_budget(costs, 0.02) == 1024, "256 was lucky"
-    needles = [cost(1024, 0.3, "needles"), cost(2048, 0.01, "needles")]
-    assert smallest_budget([*costs, *needles], 0.02) == 2048
-    assert smallest_budget([cost(2048, 0.5)], 0.02) is None
 
 
 @pytest.mark.parametrize(

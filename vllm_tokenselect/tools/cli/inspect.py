@@ -18,6 +18,10 @@ _Model = Annotated[
 _Settings = Annotated[str, Option("--settings", help="Settings of tokenselect, as JSON.")]
 _Length = Annotated[int, Option(help="Tokens of each built-in prompt.")]
 _Device = Annotated[str, Option(help="PyTorch's name of the device: cpu, cuda ...")]
+_Dtype = Annotated[
+    str | None,
+    Option(help="Of the weights: bfloat16, float32 ... Default: float32 on CPUs, else the files'."),
+]
 _Seed = Annotated[int, Option(help="Seed of the built-in prompts.")]
 _Json = Annotated[Path | None, Option("--json", help="Write all results to this file.")]
 
@@ -41,10 +45,11 @@ def inspect(
     tokens, and the tokens that full attention weighs most. Transformers runs the model; no server is
     started.
     """
-    from vllm_tokenselect.tools.inspect.command import Subject, run_inspect
+    from vllm_tokenselect.tools.inspect.command import run_inspect
+    from vllm_tokenselect.tools.inspect.subject import Subject
 
     with said_in_words():
-        subject = Subject(model, settings, device, length, seed)
+        subject = Subject(model, settings, device, None, length, seed)
         run_inspect(subject, prompt, Console(), json_path, plot)
 
 
@@ -59,12 +64,22 @@ def tune(
     ] = None,
     budget: Annotated[
         list[int] | None,
-        Option(help="A top_k to try. May be repeated. Default: 256, 512 ... 4096."),
+        Option(help="A top_k to try. May be repeated. Default: 512, 1024 and 2048."),
+    ] = None,
+    dense_layers: Annotated[
+        list[int] | None,
+        Option(
+            help="How many first layers attend to everything, to try. May be repeated. Default: what "
+            "--settings says, or else 0 and 2."
+        ),
     ] = None,
     max_loss: Annotated[
         float,
-        Option(help="How much a budget may add to the loss, in nats per token."),
+        Option(help="How much the settings may add to the loss, in nats per token."),
     ] = 0.02,
+    context: Annotated[
+        int, Option(help="Tokens of the context at which generating should be fast.")
+    ] = 16384,
     samples: Annotated[int, Option(help="Number of built-in questions.")] = 16,
     count: Annotated[
         int, Option(help="Tokens at the end of each --prompt that the model predicts.")
@@ -72,19 +87,34 @@ def tune(
     settings: _Settings = "{}",
     length: _Length = 6144,
     device: _Device = "cpu",
+    dtype: _Dtype = None,
     seed: _Seed = 0,
+    profile: Annotated[
+        Path | None, Option(help="Write the chosen settings to this file, for servers to take.")
+    ] = None,
     json_path: _Json = None,
+    plot: Annotated[
+        Path | None,
+        Option(help="Draw how much of each layer's attention the layers below it keep, here."),
+    ] = None,
 ) -> None:
-    """Find the smallest top_k that keeps a model's loss, on your prompts or on built-in ones.
+    """Find the cheapest settings that keep a model's loss, on your prompts or on built-in ones.
 
-    Transformers runs the model; no server is started. The exit status is 1 when no budget keeps the loss.
+    First the model reads the prompts with full attention. This shows how much of a layer's attention is
+    kept if it takes the selection of a layer below it, and so which layers should select (the anchors).
+    Then the ends of the prompts are predicted with every budget, number of dense layers and set of anchors,
+    and the loss is compared with full attention's. Of the settings that keep it, those are proposed with
+    which a generated token reads least. --profile writes them to a file.
+
+    Transformers runs the model; no server is started. The exit status is 1 when no settings keep the loss.
     """
-    from vllm_tokenselect.tools.inspect.command import Subject, run_tune
+    from vllm_tokenselect.tools.inspect.subject import Subject
+    from vllm_tokenselect.tools.inspect.tune import Files, Search, run_tune
 
     with said_in_words():
-        subject = Subject(model, settings, device, length, seed)
-        budgets = budget or [256, 512, 1024, 2048, 4096]
-        chosen = run_tune(
-            subject, prompt or [], budgets, max_loss, samples, count, Console(), json_path
-        )
-    raise typer.Exit(0 if chosen is not None else 1)
+        subject = Subject(model, settings, device, dtype, length, seed)
+        budgets = budget or [512, 1024, 2048]
+        search = Search(budgets, dense_layers or (), max_loss, context, samples, count)
+        files = Files(json_path, plot, profile)
+        keeps = run_tune(subject, prompt or [], search, files, Console())
+    raise typer.Exit(0 if keeps else 1)

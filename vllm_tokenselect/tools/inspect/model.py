@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -48,11 +49,20 @@ class DiagnosedModel:
         self._device = device
 
     @torch.inference_mode()
-    def read(self, tokens: list[int], attention: Attention | None = None) -> Cache:
-        """Keys and values of the beginning of a sequence, for `logits` to continue from."""
-        cache = DynamicCache(config=self._model.config)
+    def read(
+        self,
+        tokens: list[int],
+        attention: Attention | None = None,
+        beginning: Cache | None = None,
+    ) -> Cache:
+        """Keys and values of the beginning of a sequence, for `read` and `logits` to continue from.
+
+        Args:
+            beginning: those of its first tokens; unchanged when this returns.
+        """
+        cache, have = self._continued(beginning)
         with _attending(attention):
-            self._model(self._ids(tokens), past_key_values=cache, logits_to_keep=1)
+            self._model(self._ids(tokens[have:]), past_key_values=cache, logits_to_keep=1)
         return cache
 
     @torch.inference_mode()
@@ -77,27 +87,40 @@ class DiagnosedModel:
         Raises:
             UnsupportedModel: when a layer attends in a way that this module does not compute.
         """
-        have = 0 if beginning is None else beginning.get_seq_length()
+        cache, have = self._continued(beginning)
         with _attending(attention):
             out = self._model(
                 self._ids(tokens[have:]),
-                past_key_values=beginning,
-                use_cache=beginning is not None,
+                past_key_values=cache if have else None,
+                use_cache=have > 0,
                 logits_to_keep=count + 1,
             )
-        if beginning is not None:
-            beginning.crop(-(len(tokens) - have))
         logits: torch.Tensor = out.logits[0, :-1].float()
         return logits
 
     def losses(
-        self, tokens: list[int], count: int, attention: Attention | None = None
+        self,
+        tokens: list[int],
+        count: int,
+        attention: Attention | None = None,
+        beginning: Cache | None = None,
     ) -> torch.Tensor:
         """Negative log-likelihoods fp32 [count], nats, of the last tokens; arguments as for `logits`."""
         target = torch.tensor(tokens[-count:], device=self._device)
-        return F.cross_entropy(
-            self.logits(tokens, count, attention), target, reduction="none"
-        ).cpu()
+        logits = self.logits(tokens, count, attention, beginning)
+        return F.cross_entropy(logits, target, reduction="none").cpu()
+
+    @property
+    def text_config(self) -> Any:
+        """The configuration of the model's text part."""
+        return self._model.config.get_text_config()
+
+    def _continued(self, beginning: Cache | None) -> tuple[Cache, int]:
+        """A cache to continue in, and the number of tokens that it has."""
+        if beginning is None:
+            return DynamicCache(config=self._model.config), 0
+        # No cache of a sliding window or of a recurrent state could be cropped back.
+        return copy.deepcopy(beginning), beginning.get_seq_length()
 
     def _ids(self, tokens: list[int]) -> torch.Tensor:
         return torch.tensor([tokens], device=self._device)

@@ -7,7 +7,7 @@ from typing import Any
 
 from vllm_tokenselect.tools.common.hidden import needle_prompts
 from vllm_tokenselect.tools.common.text import document, encode, prefix
-from vllm_tokenselect.tools.inspect.budgets import Passage
+from vllm_tokenselect.tools.inspect.reading import Passage
 
 NEEDLES, TEXT, OWN = "needles", "text", "your prompts"
 TEXT_COUNT = 128  # tokens of a text that are predicted

@@ -29,21 +29,25 @@ class Chunk:
     Attributes:
         candidates: positions to select from, more than `top_k`; None if the queries attend to everything.
         top_k: number of positions to select.
+        follows: whether it is a generated token that selects: in a layer that is no anchor it attends to
+            what the anchor below has selected.
     """
 
     start: int
     end: int
     candidates: range | None
     top_k: int
+    follows: bool = False
 
 
 def chunks_of(method: Method, num_tokens: int, prompt_len: int) -> list[Chunk]:
     """The chunks of a sequence whose first `prompt_len` tokens are a prompt, as the server cuts it."""
+    seat, owner = np.array([0], np.int32), np.array([1], np.int32)
+    request = BatchRequests(
+        seat, owner, np.array([prompt_len], np.int32), np.array([method.top_k], np.int32)
+    )
     plan = SelectionPlan.build(
-        np.array([0, num_tokens], np.int32),
-        np.array([num_tokens], np.int32),
-        BatchRequests.without_seats(np.array([prompt_len], np.int32), method.top_k),
-        method,
+        np.array([0, num_tokens], np.int32), np.array([num_tokens], np.int32), request, method
     )
     return [
         Chunk(
@@ -51,6 +55,7 @@ def chunks_of(method: Method, num_tokens: int, prompt_len: int) -> list[Chunk]:
             int(plan.chunk_end[row]),
             None if plan.dense[row] else range(method.n_init, int(plan.candidate_end[row])),
             int(plan.top_k[row]),
+            bool(plan.follows[row]),
         )
         for row in range(plan.num_rows)
     ]

@@ -7,7 +7,7 @@ Decide which chunks select (`chunks_of`) and which tokens reuse a selection; sco
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -28,6 +28,9 @@ BATCH = 16  # single tokens that are attended for together
 class SelectiveAttention:
     """Attention of every layer over the sink, what was selected, and the local window.
 
+    Called for the layers in their order, forward after forward: what generated tokens have selected in an
+    anchor is kept for the layers above it.
+
     Args:
         method: the settings, with native positions.
         chunks: of the whole sequence. A call may have the queries of some of them only, in whole chunks; a
@@ -39,18 +42,21 @@ class SelectiveAttention:
         self._method = method
         self._chunks = chunks
         self._select = select
+        self._selecting: list[int] = []  # layers of this forward, up to the current one
+        self._shared: dict[int, torch.Tensor] = {}  # by position, what the last anchor has selected
 
     def __call__(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
     ) -> torch.Tensor | None:
         if layer < self._method.dense_layers:
             return None
+        anchor = self._enter(layer)
         out = torch.empty_like(query)
         first = key.shape[1] - query.shape[1]  # the position of the first query
         chunks = self._chunks_of(first, key.shape[1])
         singles = [chunk for chunk in chunks if _selects_alone(chunk)]
         for chunk in chunks:
-            if chunk in singles:
+            if _selects_alone(chunk):
                 continue
             rows = slice(chunk.start - first, chunk.end - first)
             seen = attended_by(self._select, chunk, query[:, rows], key, scale, self._method)
@@ -58,11 +64,17 @@ class SelectiveAttention:
             n, m = chunk.end - chunk.start, keys.shape[1]
             mask = torch.ones(n, m, dtype=torch.bool, device=query.device).tril(m - n)
             out[:, rows] = _attend(query[:, rows], keys, values, mask, scale)
-        for start in range(0, len(singles), BATCH):
-            batch = singles[start : start + BATCH]
+        for batch in _batches(singles):
             places = [chunk.start - first for chunk in batch]
             asking = query[:, places]  # [Hq, n, D]
-            selections = self._select_each(batch, asking, key, scale)
+            if batch[0].follows and not anchor:
+                selections = torch.stack([self._shared[chunk.start] for chunk in batch])
+            else:
+                selections = self._select_each(batch, asking, key, scale)
+            if batch[0].follows:
+                self._shared |= {
+                    c.start: chosen for c, chosen in zip(batch, selections, strict=True)
+                }
             attended = torch.stack(
                 [
                     attended_positions(chunk, chosen, self._method)
@@ -73,6 +85,17 @@ class SelectiveAttention:
             mask = torch.zeros(len(batch), key.shape[1], dtype=torch.bool, device=query.device)
             out[:, places] = _attend(asking, key, value, mask.scatter_(1, attended, True), scale)
         return out
+
+    def _enter(self, layer: int) -> bool:
+        """Take a layer as the next one that selects, and tell whether it is an anchor."""
+        if self._selecting and layer <= self._selecting[-1]:
+            self._selecting = []
+        place = len(self._selecting)
+        self._selecting.append(layer)
+        setting = self._method.anchor_layers
+        if place == 0 or setting == "all":
+            return True
+        return place % setting == 0 if isinstance(setting, int) else layer in setting
 
     def _chunks_of(self, first: int, end: int) -> list[Chunk]:
         """The chunks of tokens [first, end)."""
@@ -142,6 +165,14 @@ def _attend(
     # In four dimensions: with three PyTorch takes a slower path.
     inputs = (query[None], key[None], value[None])
     return F.scaled_dot_product_attention(*inputs, attn_mask=mask, scale=scale, enable_gqa=True)[0]
+
+
+def _batches(singles: Sequence[Chunk]) -> Iterator[list[Chunk]]:
+    """Single tokens of one kind, to be attended for together."""
+    for follows in (False, True):
+        kind = [chunk for chunk in singles if chunk.follows == follows]
+        for start in range(0, len(kind), BATCH):
+            yield kind[start : start + BATCH]
 
 
 def _selects_alone(chunk: Chunk) -> bool:

@@ -1,4 +1,4 @@
-"""The layers and the budgets as tables, and the layers as a plot."""
+"""The layers, anchors and settings as tables, and the layers and what they share as pictures."""
 
 from __future__ import annotations
 
@@ -6,11 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
+import numpy as np
 from rich.table import Table
 
-from vllm_tokenselect.tools.inspect.budgets import BudgetCost
+from vllm_tokenselect.method.anchors import choose_anchors
+from vllm_tokenselect.method.settings import Method
+from vllm_tokenselect.tools.common.plots import short_length
+from vllm_tokenselect.tools.inspect.candidates import Candidate, SettingsCost
 from vllm_tokenselect.tools.inspect.layers import LayerReport
 from vllm_tokenselect.tools.inspect.selections import WAYS
+from vllm_tokenselect.tools.inspect.sharing import Float64, kept_by
 
 
 def layer_table(layers: Sequence[LayerReport], kind: str) -> Table:
@@ -33,20 +38,64 @@ def layer_table(layers: Sequence[LayerReport], kind: str) -> Table:
     return table
 
 
-def budget_table(costs: Sequence[BudgetCost]) -> Table:
-    """What each budget adds to the loss."""
-    table = Table(title="added to the loss, nats a token (95 % interval); lower is better")
-    table.add_column("top_k", justify="right")
-    kinds = list(dict.fromkeys(cost.kind for cost in costs))
-    for kind in kinds:
-        first = next(cost for cost in costs if cost.kind == kind)
-        table.add_column(
-            f"{kind} ({first.passages}; full attention {first.loss:.3f})", justify="right"
-        )
-    for top_k in sorted({cost.top_k for cost in costs}):
-        row = {cost.kind: cost for cost in costs if cost.top_k == top_k}
-        table.add_row(f"{top_k:,}", *(_added(row[kind]) if kind in row else "" for kind in kinds))
+def anchor_table(candidates: Sequence[Candidate], layers: Sequence[int], kept: Float64) -> Table:
+    """The proposed anchors, and the attention that their selections keep in all layers that select."""
+    table = Table(title="anchors, and the share of attention kept; mean over layers")
+    for column in ("dense layers", "anchors", "kept"):
+        table.add_column(column, justify="right")
+    table.add_column("layers that select", overflow="fold")
+    shown: dict[tuple[int, int], Method] = {}
+    for candidate in candidates:
+        shown.setdefault((candidate.method.dense_layers, candidate.share), candidate.method)
+    for (dense, share), method in shown.items():
+        first = sum(layer < dense for layer in layers)
+        own = list(layers[first:])
+        anchors = choose_anchors(method.anchor_layers, own)
+        share_kept = kept_by(kept[first:, first:], [own.index(anchor) for anchor in anchors])
+        listed = "all" if share == 1 else " ".join(map(str, anchors))
+        table.add_row(str(dense), f"{len(anchors)} of {len(own)}", f"{share_kept:.3f}", listed)
     return table
+
+
+def cost_table(costs: Sequence[SettingsCost], context: int) -> Table:
+    """What the settings read, and what they add to the loss; the cheapest first."""
+    table = Table(title="added to the loss, nats a token (95 % interval); lower is better")
+    for column in ("dense layers", "top_k", "anchors"):
+        table.add_column(column, justify="right")
+    table.add_column(f"read of {short_length(context)}", justify="right")
+    kinds = {cost.kind: cost for cost in reversed(costs)}
+    for kind, first in reversed(kinds.items()):
+        heading = f"{kind} ({first.passages}; full attention {first.loss:.3f})"
+        table.add_column(heading, justify="right")
+    found: dict[Candidate, dict[str, SettingsCost]] = {}
+    for cost in costs:
+        found.setdefault(cost.candidate, {})[cost.kind] = cost
+    for candidate in sorted(found, key=lambda candidate: candidate.reads):
+        table.add_row(
+            str(candidate.method.dense_layers),
+            f"{candidate.method.top_k:,}",
+            "all" if candidate.share == 1 else f"1 in {candidate.share}",
+            f"{100 * candidate.reads / context:.1f} %",
+            *(_added(found[candidate][kind]) for kind in reversed(kinds)),
+        )
+    return table
+
+
+def draw_matrix(kept: Float64, layers: Sequence[int], path: Path) -> None:
+    """Draw how much of each layer's attention the selections below it keep, into an image file."""
+    from matplotlib.figure import Figure
+
+    seen = np.where(np.tri(len(kept), k=-1, dtype=bool), np.nan, kept)  # what is nan stays white
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    panel = figure.subplots()
+    image = panel.imshow(seen, cmap="viridis", vmax=1.0)
+    ticks = range(0, len(layers), max(len(layers) // 15, 1))
+    panel.set_xticks(ticks, [str(layers[tick]) for tick in ticks])
+    panel.set_yticks(ticks, [str(layers[tick]) for tick in ticks])
+    panel.set(xlabel="layer that attends", ylabel="layer that selects")
+    figure.colorbar(image, ax=panel, label="share of attention kept")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
 
 
 def draw_layers(layers: Sequence[LayerReport], path: Path) -> None:
@@ -72,6 +121,6 @@ def _share(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.0f} %"
 
 
-def _added(cost: BudgetCost) -> str:
+def _added(cost: SettingsCost) -> str:
     interval = "" if cost.low is None else f" ({cost.low:+.4f} to {cost.high:+.4f})"
     return f"{cost.added:+.4f}{interval}"
