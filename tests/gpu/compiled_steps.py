@@ -1,12 +1,13 @@
 """Steps of a server, compiled for a GPU that is not here: run by `test_warmup.py`, in a process alone.
 
 Prints how many kernels the warm-up compiled, and the names of those that a later step added: with and
-without the Selection Cache, and where positions are reassigned.
+without the Selection Cache, where layers share selections, and where positions are reassigned.
 """
 
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -117,6 +118,9 @@ def run(
     qkv = torch.zeros(tokens, HEADS + 2 * KV_HEADS, HEAD_SIZE, dtype=torch.bfloat16)
     query = qkv[:, :HEADS]  # as a model hands it over: a view
     step.run_layer(query, cache, 0.09, workspace, attention, torch.empty_like(query))
+    if workspace.limits.method.shares_selections:
+        follower = replace(cache, follows=True, selections=None)
+        step.run_layer(query, follower, 0.09, workspace, attention, torch.empty_like(query))
 
 
 def compiled_later(method: Method) -> tuple[int, list[str]]:
@@ -129,6 +133,7 @@ def compiled_later(method: Method) -> tuple[int, list[str]]:
         512 << 20,
         full_attention=not method.reassigns_positions,
         max_tokens=MAX_TOKENS,
+        graph_rows=256,
     )
     workspace = Workspace(limits, HEAD_SIZE, CPU, dtype=torch.bfloat16)
     pages = torch.zeros(2, BLOCK_SIZE, KV_HEADS, 2, HEAD_SIZE, dtype=torch.bfloat16)
@@ -160,6 +165,7 @@ def main() -> int:
     for method in (
         Method(),
         Method(similarity_threshold=1),
+        Method(anchor_layers=4, min_context=5376, top_k=2041),
         Method(positions="reassigned"),
         Method(positions="reassigned", similarity_threshold=1),
     ):

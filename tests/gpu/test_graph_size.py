@@ -56,14 +56,16 @@ class Launches(TorchDispatchMode):
 @pytest.mark.parametrize("workspace_bytes", [1 << 20, GROUPS], ids=["one pass", "several groups"])
 @pytest.mark.parametrize("reuses", [False, True], ids=["selecting", "reusing"])
 @pytest.mark.parametrize("parts", [False, True], ids=["one program a row", "several programs"])
+@pytest.mark.parametrize("follows", [False, True], ids=["anchor", "follower"])
 def test_the_launches_of_a_captured_step_are_counted_ahead(
-    workspace_bytes, reuses, parts, monkeypatch
+    workspace_bytes, reuses, parts, follows, monkeypatch
 ):
     if parts:
         monkeypatch.setattr(block_table, "TOKENS_PER_PART", 64)
-    method = CONFIG if reuses else replace(CONFIG, similarity_threshold=1)
+    method = replace(CONFIG, anchor_layers=2, similarity_threshold=0.9 if reuses else 1)
     layer = Layer(STEP, (6, 2), workspace_bytes=workspace_bytes, method=method)
-    if reuses:
+    layer.cache = replace(layer.cache, follows=follows)
+    if reuses and not follows:
         state = SelectionCacheState.allocate(
             8, method.selection_size, 6, HEAD_SIZE, torch.float32, torch.device(DEVICE)
         )
@@ -73,8 +75,8 @@ def test_the_launches_of_a_captured_step_are_counted_ahead(
     step, out = GpuStep(graph.captured, layer.block_table), torch.empty_like(layer.query)
     with Launches(monkeypatch) as launched:
         step.run_layer(layer.query, layer.cache, SCALE, layer.workspace, layer.attention, out)
-    assert launched.count == count_launches(layer.limits, 6, 1, lambda rows: 0)
-    assert launched.count > 4
+    assert launched.count == count_launches(layer.limits, 6, 1, lambda rows: 0, follows=follows)
+    assert launched.count == 0 if follows else launched.count > 4
 
 
 def run_captured(workspace_bytes: int) -> torch.Tensor:

@@ -30,6 +30,7 @@ from vllm_tokenselect.method.settings import FULL_ATTENTION, Method
 METHOD = replace(CONFIG, similarity_threshold=0.9, refresh_interval=5)
 CAPACITY, MAX_LEN, HEADS, KV_HEADS = 4, 256, 6, 2
 KINDS = ("reselected", "reused", "dense")
+COUNTED = ("reselected", "reused", "shared", "dense", "attended", "context")
 
 
 @dataclass
@@ -52,13 +53,16 @@ class Running:
     top_k: int = METHOD.top_k
     last: tuple[torch.Tensor, list[int], int] | None = None
     kinds: dict[int, str] = field(default_factory=dict)
+    seen: list[int] = field(default_factory=list)
 
     def visible(self, text: Text, position: int, method: Method) -> tuple[str, list[int]]:
         """What became of a chunk of one at the position, and the tokens that it attends to."""
         query, end = text.queries[position].float(), position - method.n_local
-        if end - method.n_init <= self.top_k:
+        generated = position >= self.prompt_len
+        short = generated and position + 1 <= method.min_context
+        if short or end - method.n_init <= self.top_k:
             return "dense", [*range(position + 1)]
-        if self.last is not None and position >= self.prompt_len:
+        if self.last is not None and generated and method.reuses_selections:
             stored, selected, stored_end = self.last
             heads = (x.view(KV_HEADS, -1) for x in (query, stored))
             cosine = torch.cosine_similarity(*heads, dim=1).min()
@@ -74,7 +78,7 @@ class Running:
         votes = (torch.einsum("hd,nhd->hn", asking, keys) * SCALE).softmax(-1).sum(0)
         chosen = (method.n_init + index for index in best(votes, self.top_k))
         selected = [*range(method.n_init), *chosen]
-        if position >= self.prompt_len:
+        if generated:
             self.last = query, selected, end
         return "reselected", [*selected, *range(end, position + 1)]
 
@@ -84,6 +88,7 @@ class Server:
 
     Args:
         together: the processes that vote together, of which this one is the `rank`-th.
+        layer: another one has other keys, values and queries in the same KV slots.
     """
 
     def __init__(
@@ -93,6 +98,7 @@ class Server:
         workspace_bytes: int = 1 << 20,
         together: HeadGroup | None = None,
         rank: int = 0,
+        layer: int = 0,
     ) -> None:
         ranks = together.size if together else 1
         heads, kv_heads = HEADS // ranks, KV_HEADS // ranks
@@ -101,9 +107,12 @@ class Server:
             [(0, length, length) for length in lengths], HEADS, KV_HEADS, torch.float32
         )
         self.method = method
+        kv_cache = kv_cache.roll(layer, dims=-1)
         self.texts = [
             Text(*cached_tokens(kv_cache, line, length), correlated_queries(length, seed))
-            for seed, (line, length) in enumerate(zip(self.block_table, lengths, strict=True))
+            for seed, (line, length) in enumerate(
+                zip(self.block_table, lengths, strict=True), start=10 * layer
+            )
         ]
         device = torch.device(DEVICE)
         self.limits = StepLimits(
@@ -114,8 +123,9 @@ class Server:
             workspace_bytes,
             full_attention=not method.reassigns_positions,
             max_tokens=MAX_LEN,
+            graph_rows=8,
         )
-        self.counters = torch.zeros(5, dtype=torch.int64, device=device)
+        self.counters = torch.zeros(len(COUNTED), dtype=torch.int64, device=device)
         self.workspace = Workspace(self.limits, HEAD_SIZE, device, self.counters, heads=together)
         state = SelectionCacheState.allocate(
             CAPACITY, method.selection_size, HEADS, HEAD_SIZE, torch.float32, device
@@ -135,20 +145,31 @@ class Server:
         self.expected = Counter[str]()
 
     def groups(
-        self, parts: list[tuple[Running, int, int]], graph: Graph | None = None
+        self,
+        parts: list[tuple[Running, int, int]],
+        graph: Graph | None = None,
+        rejected: int = 0,
     ) -> list[RowGroup]:
-        padding = graph.num_tokens - len(parts) if graph else 0
+        """The host takes every context for so many tokens longer: it has not heard of rejected drafts."""
+        padding = graph.num_tokens // graph.queries - len(parts) if graph else 0
         lens = [end - first for _, first, end in parts] + [0] * padding
-        ends = np.array([end for _, _, end in parts] + [0] * padding, np.int32)
+        ends = np.array([end + rejected for _, _, end in parts] + [0] * padding, np.int32)
+        real = np.append(ends[: len(parts)] - rejected, ends[len(parts) :])
         batch = BatchRequests.without_seats(ends, self.method.top_k)
         for seq, (request, _, _) in enumerate(parts):
             batch.seats[seq], batch.owners[seq] = request.seat, request.owner
             batch.prompt_lens[seq], batch.top_k[seq] = request.prompt_len, request.top_k
         plan = SelectionPlan.build(np.cumsum([0, *lens]).astype(np.int32), ends, batch, self.method)
         if graph is None:
-            return step_rows(plan, ends, on_device(ends), self.limits)
+            return step_rows(plan, ends, on_device(real), self.limits)
         return graph_rows(
-            plan, ends, on_device(ends), self.limits, graph.buffers, graph.num_tokens, 1
+            plan,
+            ends,
+            on_device(real),
+            self.limits,
+            graph.buffers,
+            graph.num_tokens,
+            graph.queries,
         )
 
     def run(self, groups: list[RowGroup], parts: list[tuple[Running, int, int]], tokens: int):
@@ -180,15 +201,18 @@ class Server:
         torch.testing.assert_close(
             actual[: len(expected)], torch.stack(expected)[:, self.own_heads], rtol=2e-4, atol=2e-5
         )
-        assert self.counters.tolist() == [
-            self.expected[name] for name in (*KINDS, "attended", "context")
-        ]
+        assert self.counters.tolist() == [self.expected[name] for name in COUNTED]
 
     def defined(self, request: Running, position: int) -> torch.Tensor:
         text = self.texts[request.text]
         kind, visible = request.visible(text, position, self.method)
+        request.seen = visible
         request.kinds[position] = kind
         self.expected.update({kind: 1, "attended": len(visible), "context": position + 1})
+        return self.attended(text, position, visible)
+
+    def attended(self, text: Text, position: int, visible: list[int]) -> torch.Tensor:
+        """What the query at the position finds in the visible tokens."""
         keys, values = (
             x[visible].repeat_interleave(HEADS // KV_HEADS, dim=1) for x in (text.keys, text.values)
         )
@@ -203,10 +227,10 @@ class Server:
 class Graph:
     """A step of as many rows as it was captured for: its tensors are fixed, then only rewritten."""
 
-    def __init__(self, server: Server, num_tokens: int) -> None:
-        self.num_tokens = num_tokens
+    def __init__(self, server: Server, num_tokens: int, queries: int = 1) -> None:
+        self.num_tokens, self.queries = num_tokens, queries
         self.buffers = RowBuffers(num_tokens, torch.device(DEVICE))
-        nobody = [(Running(0, -1, 0, 1), 0, 1) for _ in range(num_tokens)]
+        nobody = [(Running(0, -1, 0, queries), 0, queries) for _ in range(num_tokens // queries)]
         self.captured = server.groups(nobody, self)
         server.run(self.captured, nobody, num_tokens)
         assert not server.counters.any()
@@ -349,9 +373,7 @@ def test_a_whole_prompt_with_selection_off_is_one_row_as_long_as_its_context():
     torch.testing.assert_close(actual, torch.stack(expected), rtol=2e-4, atol=2e-5)
     # A row counts once, its queries' tokens each.
     server.expected.update(dense=-200)
-    assert server.counters.tolist() == [
-        server.expected[name] for name in (*KINDS, "attended", "context")
-    ]
+    assert server.counters.tolist() == [server.expected[name] for name in COUNTED]
 
 
 def test_a_long_context_has_few_lines_of_the_table():

@@ -55,7 +55,9 @@ class Layer:
             rotation=rotation_of(method),
             sinks=None if sinks is None else sinks.to(DEVICE),
         )
-        self.limits = StepLimits(method, *heads, MAX_LEN, workspace_bytes, max_tokens=MAX_TOKENS)
+        self.limits = StepLimits(
+            method, *heads, MAX_LEN, workspace_bytes, max_tokens=MAX_TOKENS, graph_rows=8
+        )
         self.workspace = Workspace(self.limits, HEAD_SIZE, torch.device(DEVICE), dtype=dtype)
         self.attention = SdpaAttention(
             GatherBuffer(heads[1], HEAD_SIZE, dtype, CONFIG.max_attended, torch.device(DEVICE))
@@ -157,7 +159,7 @@ class Graph:
     def write(self, requests: list[Request], device_ends: np.ndarray):
         padding = self.num_tokens // self.queries - len(requests)
         return graph_rows(
-            plan_of(requests, padding),
+            plan_of(requests, padding, self.layer.method),
             np.append(ends_of(requests), [0] * padding).astype(np.int32),
             on_device(np.append(device_ends, [0] * padding)),
             self.layer.limits,

@@ -1,6 +1,7 @@
 """The metadata of a GPU's steps, built from what vLLM's model runners hand over."""
 
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import pytest
 pytest.importorskip("vllm")
 
 import torch
-from vllm.config import ModelConfig
+from vllm.config import CUDAGraphMode, ModelConfig
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
@@ -28,6 +29,9 @@ SPEC = FullAttentionSpec(block_size=BLOCK_SIZE, num_kv_heads=1, head_size=32, dt
 @pytest.fixture
 def builder(make_vllm_config):
     config = make_vllm_config()
+    config.additional_config["tokenselect"] |= {"anchor_layers": 2, "min_context": 2900}
+    anchor = SimpleNamespace(took_role=True, follows=False)
+    config.compilation_config.static_forward_context["layer"] = SimpleNamespace(impl=anchor)
     built = GpuTokenSelectMetadataBuilder(SPEC, ["layer"], config, torch.device(DEVICE))
     built.model_runner_v2 = True
     built.table = RequestTable(MAX_NUM_SEQS)
@@ -135,6 +139,7 @@ def test_full_attention_is_served_where_the_cache_is_read_in_place(
     library, version, cache_dtype, reason, make_vllm_config, monkeypatch
 ):
     config = make_vllm_config()
+    config.additional_config["tokenselect"]["min_context"] = 0
     config.cache_config.cache_dtype = cache_dtype
     monkeypatch.setattr(gpu_libraries, "choose_library", lambda *arguments: library)
     monkeypatch.setattr(gpu_libraries, "get_flash_attn_version", lambda head_size: version)
@@ -169,9 +174,28 @@ def test_requests_carry_their_top_k_seat_and_owner_to_the_rows(builder):
     table = builder.table
     table.add("first", 100, 300, seat=3)
     table.add("off", 100, FULL_ATTENTION, seat=1)
-    built = builder.build(0, metadata([1, 1], [6000, 6001], [3, 1], padding=2))
+    table.add("short", 100, 300, seat=2)
+    built = builder.build(0, metadata([1, 1, 1], [3000, 3001, 2900], [3, 1, 2], padding=1))
     (group,) = built.step.groups
-    assert group.top_k.tolist() == [300, FULL_ATTENTION, 0, 0]
-    assert group.seat.tolist() == [3, 1, -1, -1]
+    assert group.top_k.tolist()[:3] == [300, FULL_ATTENTION, FULL_ATTENTION]
+    assert group.seat.tolist() == [3, 1, 2, -1]
     assert group.chains.tolist() == [[0, 1, 3, table.owners[3]], *[[0] * 4] * 3]
-    assert group.scored_end.tolist()[1] == Method().n_init
+    assert group.scored_end.tolist()[1:3] == [Method().n_init] * 2
+
+
+@pytest.mark.parametrize("replays", [False, True], ids=["eager", "graphs"])
+def test_the_end_of_a_prompt_is_never_taken_for_generated_tokens(builder, replays):
+    mode = CUDAGraphMode.FULL_AND_PIECEWISE if replays else CUDAGraphMode.NONE
+    builder.vllm_config.compilation_config.cudagraph_mode = mode
+    builder.table.add("generates", 100, 300, seat=3)
+    builder.table.add("dense", 3200, 2900, seat=1)
+    built = builder.build(0, metadata([1, 1], [3000, 3200], [3, 1]))
+    assert [group.follows for group in built.step.groups] == [True]
+    builder.table.add("selects", 3200, 300, seat=2)
+    step = metadata([1, 1], [3000, 3200], [3, 2])
+    if replays:
+        with pytest.raises(RuntimeError, match="has position 3199 of a prompt"):
+            builder.build(0, step)
+    else:
+        groups = builder.build(0, step).step.groups
+        assert [(group.num_rows, group.follows) for group in groups] == [(1, True), (1, False)]

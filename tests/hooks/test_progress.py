@@ -13,7 +13,7 @@ pytest.importorskip("vllm")
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
-from tests.hooks.workload import Arrival, Engine, Workload, start_engine
+from tests.hooks.workload import SHORT, Arrival, Engine, Workload, start_engine
 from vllm_tokenselect.config import SettingsError, TokenSelectConfig
 from vllm_tokenselect.method.settings import Method
 
@@ -42,6 +42,8 @@ def check_whole_chunks(engine: Engine, workload: Workload) -> None:
         tail_start = method.tail_start(request.num_prompt_tokens)
         assert end % method.query_chunk == 0 or end >= tail_start, (start, end, tail_start)
         assert not starts_here or start % method.query_chunk == 0
+        if engine.shares and start < request.num_prompt_tokens > sum(SHORT.values()):
+            assert end - start > 1 + engine.drafts, "a CUDA graph may replay it"
         if engine.states and engine.prefix_caching and start < request.num_prompt_tokens:
             # What vLLM keeps for a block is the state behind its last token.
             block = engine.block_size
@@ -96,6 +98,7 @@ def engines(draw) -> Engine:
         drafts=drafts,
         max_loras=draw(st.sampled_from([0, 0, 1, 2])),
         encoder_limit=draw(st.sampled_from([0, 100, 200])),
+        shares=draw(st.booleans()),
     )
 
 
@@ -119,7 +122,8 @@ def arrivals(draw, engine: Engine) -> Arrival:
         images=images,
         lora=draw(st.integers(0, 4)) if engine.max_loras else 0,
         priority=draw(st.integers(0, 2)),
-        continuations=draw(st.sampled_from([0, 0, 0, 0, 2])),
+        # Where layers share selections, streams may be refused.
+        continuations=0 if engine.shares else draw(st.sampled_from([0, 0, 0, 0, 2])),
     )
 
 

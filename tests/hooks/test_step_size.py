@@ -35,6 +35,27 @@ def steps_of(workload: Workload, request_id: str) -> list[tuple[int, int]]:
     ]
 
 
+@pytest.mark.parametrize(
+    ("setting", "engine"),
+    [
+        ("tail_queries=4 .* at least 5", {"tail_queries": 4}),
+        ("query_chunk=8 .* at least 9", {"query_chunk": 8, "block_size": 8}),
+        ("n_local=12 .* at least 13", {"drafts": 12}),
+    ],
+)
+def test_prompts_that_could_not_stay_out_of_graphs_are_refused(serve, setting, engine):
+    with pytest.raises(SettingsError, match=f"tokenselect {setting}, or leave graphs out"):
+        serve(replace(LARGE, **{"drafts": 3, "shares": True} | engine), [])
+
+
+def test_a_step_leaves_enough_of_a_prompt_to_be_no_decoding_step(serve):
+    """Without, the first prompt's last token would come alone, as a generated one does."""
+    engine = Engine(budget=68, shares=True)
+    workload = serve(engine, [Arrival(0, [(1, 69)]), Arrival(0, [(2, 70)])])
+    assert steps_of(workload, "0") == [(0, 67), (67, 69)]
+    assert all(end - start > 1 for start, end in steps_of(workload, "1"))
+
+
 @pytest.mark.parametrize(("sequences", "drafts", "needed"), [(8, 3, 544), (31, 8, 791)])
 def test_a_prompt_does_not_wait_for_requests_that_draft(serve, sequences, drafts, needed):
     engine = replace(LARGE, block_size=16, max_num_seqs=sequences, drafts=drafts, budget=needed - 1)

@@ -12,7 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from vllm.config import LoRAConfig, ModelConfig, ParallelConfig, SchedulerConfig, SpeculativeConfig
+from vllm.config import (
+    CUDAGraphMode,
+    LoRAConfig,
+    ModelConfig,
+    ParallelConfig,
+    SchedulerConfig,
+    SpeculativeConfig,
+)
 from vllm.lora.request import LoRARequest
 from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from vllm.sampling_params import SamplingParams
@@ -32,6 +39,9 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from vllm_tokenselect.hooks.scheduler import TokenSelectAsyncScheduler, TokenSelectScheduler
+
+# With these, prompts of more than 20 tokens may select.
+SHORT = {"n_init": 4, "n_local": 12, "top_k": 3}
 
 
 @dataclass(frozen=True)
@@ -56,6 +66,7 @@ class Engine:
     drafts: int = 0
     max_loras: int = 0
     encoder_limit: int = 0  # tokens of images in the cache, and in a step
+    shares: bool = False  # layers share selections, and CUDA graphs replay decoding steps
 
     def configure(self, template: Any) -> Any:
         """A `VllmConfig` like `template`."""
@@ -78,6 +89,10 @@ class Engine:
         config.additional_config = {
             "tokenselect": {"query_chunk": self.query_chunk, "tail_queries": self.tail_queries}
         }
+        config.compilation_config = copy.copy(template.compilation_config)
+        if self.shares:
+            config.additional_config["tokenselect"] |= {"anchor_layers": 2} | SHORT
+            config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
         if self.drafts:
             config.speculative_config = SpeculativeConfig(
                 method="ngram",

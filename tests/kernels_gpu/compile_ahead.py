@@ -100,6 +100,7 @@ def compiling_for(architecture: int, compiled: list[Any]) -> Iterator[None]:
 
 def launches(architecture: int) -> Iterator[tuple[str, Callable[[], object]]]:
     """Every launcher, in the shapes of models that are served."""
+    from vllm_tokenselect.counters import Counter
     from vllm_tokenselect.kernels.block_table.gpu import TableScratch, build_sparse_block_table
     from vllm_tokenselect.kernels.block_table.table import SparseBlockTable
     from vllm_tokenselect.kernels.gather.gpu import gather_rows
@@ -181,7 +182,7 @@ def launches(architecture: int) -> Iterator[tuple[str, Callable[[], object]]]:
                     block_size=b,
                     state=s,
                     table=SparseBlockTable(t, ints(rows)),
-                    counters=torch.zeros(5, dtype=torch.int64),
+                    counters=torch.zeros(len(Counter), dtype=torch.int64),
                 ),
             )
     for heads, kv_heads, head_size in SHAPES:

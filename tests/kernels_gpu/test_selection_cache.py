@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.kernels_gpu.cases import DEVICE, DTYPES, int32
+from vllm_tokenselect.counters import Counter
 from vllm_tokenselect.kernels.block_table.table import SparseBlockTable
 from vllm_tokenselect.kernels.selection_cache import gpu, reference
 from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
@@ -16,6 +17,7 @@ from vllm_tokenselect.method.settings import FULL_ATTENTION
 BLOCK_SIZE, N_INIT, N_LOCAL, TOP_K = 16, 19, 40, 600  # a line of two pieces
 THRESHOLD, REFRESH = 0.9, 5
 KV_HEADS = 1
+FOLLOWERS = 2
 UNTOUCHED = -7
 
 
@@ -164,7 +166,7 @@ def step_of_reference(rows: Rows, state: SelectionCacheState, blocks, seed=0) ->
         slots=slots,
         lengths=lengths,
     )
-    counters = torch.arange(5, device=DEVICE)
+    counters = torch.arange(len(Counter), device=DEVICE)
     reference.count_rows(
         seat=rows.seat,
         query_len=rows.query_len,
@@ -173,6 +175,7 @@ def step_of_reference(rows: Rows, state: SelectionCacheState, blocks, seed=0) ->
         context_ends=rows.context_end,
         lengths=lengths,
         counters=counters,
+        followers=FOLLOWERS,
     )
     scored_end = torch.where(selects, rows.candidate_end, N_INIT)
     return Outcome(scored_end, table_end, reused_end, slots, lengths, counters, state)
@@ -195,7 +198,7 @@ def step_of_kernels(rows: Rows, state: SelectionCacheState, blocks, seed=0) -> O
         state=state,
     )
     slots, lengths = built_table(rows, table_end, seed)
-    counters = torch.arange(5, device=DEVICE)
+    counters = torch.arange(len(Counter), device=DEVICE)
     gpu.finish_rows(
         rows=arrays,
         block_table=blocks,
@@ -204,6 +207,7 @@ def step_of_kernels(rows: Rows, state: SelectionCacheState, blocks, seed=0) -> O
         state=state,
         table=SparseBlockTable(slots, lengths),
         counters=counters,
+        followers=FOLLOWERS,
     )
     return Outcome(scored_end, table_end, reused_end, slots, lengths, counters, state)
 
@@ -232,6 +236,11 @@ def queries(like: list[int], heads: int = 6, head_size: int = 32, dtype=torch.fl
     kinds = torch.randn(10, heads, head_size, generator=generator)
     noise = torch.randn(len(like), heads, head_size, generator=generator)
     return (kinds[like] + 0.1 * noise).to(dtype).to(DEVICE)
+
+
+def counted(counters: torch.Tensor) -> list[int]:
+    """What was added to counters that were not zero."""
+    return (counters - torch.arange(len(Counter), device=DEVICE)).tolist()
 
 
 def decisions(outcome: Outcome) -> list[bool]:
@@ -336,13 +345,18 @@ def test_padded_rows_and_chains_without_rows_touch_nothing():
     query = queries([0, 1])
     rows = rows_of([(0, 1, [700]), (3, 2, [900])], query, padding=3, empty_chains=3)
     outcome = assert_same_step(rows, new_state(query))
-    assert (outcome.counters - torch.arange(5, device=DEVICE)).tolist()[:3] == [2, 0, 0]
+    assert counted(outcome.counters)[:4] == [
+        2,
+        0,
+        2 * FOLLOWERS,
+        0,
+    ]
     nobody = rows_of([(0, 1, [700])], query)
     nobody.seat.fill_(-1)
     nobody.caches.fill_(False)
     nobody.chains.zero_()
     outcome = assert_same_step(nobody, outcome.state)
-    assert torch.equal(outcome.counters, torch.arange(5, device=DEVICE))
+    assert not any(counted(outcome.counters))
 
 
 def test_a_row_that_the_device_finds_dense_neither_reuses_nor_is_remembered():
@@ -351,7 +365,22 @@ def test_a_row_that_the_device_finds_dense_neither_reuses_nor_is_remembered():
     outcome = assert_same_step(rows_of([(0, 1, ends)], query), new_state(query))
     assert decisions(outcome) == [False, False, True]
     assert outcome.scored_end.tolist() == [N_INIT, ends[1], N_INIT]
-    assert (outcome.counters - torch.arange(5, device=DEVICE)).tolist()[:3] == [1, 1, 1]
+    assert counted(outcome.counters)[:4] == [
+        1,
+        1,
+        2 * FOLLOWERS,
+        1 + FOLLOWERS,
+    ]
+
+
+def test_the_first_rows_of_a_chain_may_be_too_short_to_select():
+    query = queries([0, 0, 0])
+    rows = rows_of([(0, 1, [700, 701, 702])], query)
+    rows.top_k[0] = FULL_ATTENTION
+    outcome = assert_same_step(rows, new_state(query))
+    assert outcome.scored_end.tolist() == [N_INIT, 701, N_INIT]
+    rows.top_k[:] = FULL_ATTENTION
+    assert decisions(assert_same_step(rows, outcome.state)) == [False] * 3
 
 
 @pytest.mark.parametrize("top_k", [1, 493, 494])
@@ -397,7 +426,7 @@ def test_counts_are_those_of_the_definition_without_a_cache():
         row_seq=int32(*[0] * 6),
         chains=int32().view(0, 4),
     )
-    counters = torch.arange(5, device=DEVICE)
+    counters = torch.arange(len(Counter), device=DEVICE)
     scored_end = torch.where(rows.sparse, rows.candidate_end, N_INIT)
     gpu.finish_rows(
         rows=rows.arrays(scored_end, rows.context_end, torch.full_like(scored_end, -1)),
@@ -414,5 +443,4 @@ def test_counts_are_those_of_the_definition_without_a_cache():
     full = sum(range(start + 1, start + 8193))  # more than 32 bits hold
     context = sum(range(1541, 1541 + 512)) + 1941 + full + 11 + 12 + 13
     attended += full + 11 + 12 + 13
-    counted = (counters - torch.arange(5, device=DEVICE)).tolist()
-    assert counted == [2, 0, 2, attended, context]
+    assert counted(counters) == [2, 0, 0, 2, attended, context]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -22,8 +23,9 @@ from vllm_tokenselect.engine.graph_sizes import step_limits
 from vllm_tokenselect.engine.log import get_logger
 from vllm_tokenselect.gpu.attention import FP8_DTYPES, RowAttention
 from vllm_tokenselect.gpu.flash_attention import PagedFlashAttention
+from vllm_tokenselect.gpu.limits import StepLimits
 from vllm_tokenselect.gpu.warmup import compile_gpu_kernels
-from vllm_tokenselect.gpu.workspace import Workspace
+from vllm_tokenselect.gpu.workspace import KeptLines, Workspace
 from vllm_tokenselect.kernels.head_group import num_voting_heads
 from vllm_tokenselect.kernels.layer_cache import LayerCache
 from vllm_tokenselect.kernels.rotate.rotation import Rotation
@@ -158,15 +160,28 @@ def _shared(shape: LayerShape) -> tuple[Workspace, RowAttention]:
         counters=worker_counters(shape.device),
         dtype=shape.dtype,
         heads=shape.heads,
+        kept=_kept_lines(_of_any_heads(limits), shape.device),
     )
+    shared = f", {workspace.kept.num_bytes >> 20} of them for selections that layers share"
     logger.info(
-        "TOKENSELECT: %d MiB of workspace, scores of %d queries at a time over %d tokens, "
+        "TOKENSELECT: %d MiB of workspace%s, scores of %d queries at a time over %d tokens, "
         "top-k by the own radix selection",
         workspace.num_bytes >> 20,
+        shared if limits.kept_rows else "",
         limits.scored_rows,
         limits.max_model_len,
     )
     return workspace, make_attention(shape)
+
+
+@cache
+def _kept_lines(limits: StepLimits, device: torch.device) -> KeptLines:
+    """An anchor and its followers may have other shapes, and share these all the same."""
+    return KeptLines(limits, device)
+
+
+def _of_any_heads(limits: StepLimits) -> StepLimits:
+    return replace(limits, num_heads=1, num_kv_heads=1)
 
 
 @cache

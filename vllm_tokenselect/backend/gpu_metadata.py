@@ -13,17 +13,17 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 
 from vllm_tokenselect.backend.metadata import TokenSelectMetadataBuilder
 from vllm_tokenselect.config import TokenSelectConfig
+from vllm_tokenselect.engine.anchors import count_anchors
 from vllm_tokenselect.engine.gpu_libraries import choose_library
-from vllm_tokenselect.engine.graph_sizes import (
-    captured_steps,
-    queries_per_request,
-    step_limits,
-)
+from vllm_tokenselect.engine.graph_sizes import captured_steps, step_limits
 from vllm_tokenselect.engine.log import get_logger
+from vllm_tokenselect.engine.replayed_steps import queries_per_request, replays_steps
 from vllm_tokenselect.gpu.graph_size import count_launches, num_passes
 from vllm_tokenselect.gpu.rows import graph_rows, step_rows
 from vllm_tokenselect.gpu.sending import RowBuffers
 from vllm_tokenselect.gpu.step import GpuStep
+from vllm_tokenselect.method.plan import SelectionPlan
+from vllm_tokenselect.method.requests import NO_SEAT
 
 # Of FlashAttention for a group of rows: it prepares, attends and combines.
 ATTENTION_LAUNCHES = 3
@@ -62,27 +62,37 @@ class GpuTokenSelectMetadataBuilder(TokenSelectMetadataBuilder[GpuTokenSelectMet
             vllm_config.compilation_config.max_cudagraph_capture_size or 0,
         )
         self.buffers = RowBuffers(capacity, device)
-        self._log_graphs(vllm_config, len(layer_names))
+        # Where layers share selections, the lines that are kept for a step bound it.
+        shares = self.method.shares_selections
+        self.graph_rows = self.limits.graph_rows if shares else capacity
+        num_anchors = count_anchors(layer_names, vllm_config)
+        self._log_graphs(vllm_config, num_anchors, len(layer_names))
 
-    def _log_graphs(self, vllm_config: VllmConfig, num_layers: int) -> None:
+    def _log_graphs(self, vllm_config: VllmConfig, num_anchors: int, num_layers: int) -> None:
         sizes = captured_steps(vllm_config)
         if not sizes:
             return
-        launches = count_launches(
-            self.limits,
-            sizes[-1],
-            self.queries_per_request,
-            attention=lambda rows: ATTENTION_LAUNCHES,
-            together=self.heads is not None,
+        selecting, following = (
+            count_launches(
+                self.limits,
+                sizes[-1],
+                self.queries_per_request,
+                attention=lambda rows: ATTENTION_LAUNCHES,
+                together=self.heads is not None,
+                follows=follows,
+            )
+            for follows in (False, True)
         )
+        followers = num_layers - num_anchors
         logger.info(
             "TOKENSELECT: CUDA graphs of %d step sizes, the largest of %d tokens: scored in %d passes, "
-            "about %d kernels a layer, %d in %d layers",
+            "about %d kernels a layer that selects%s, %d in %d layers",
             len(sizes),
             sizes[-1],
             num_passes(self.limits, sizes[-1], self.queries_per_request),
-            launches,
-            launches * num_layers,
+            selecting,
+            f", {following} a layer that follows one" if followers else "",
+            num_anchors * selecting + followers * following,
             num_layers,
         )
 
@@ -107,10 +117,7 @@ class GpuTokenSelectMetadataBuilder(TokenSelectMetadataBuilder[GpuTokenSelectMet
         seq_lens = np.zeros(common.num_reqs, np.int32)  # padded requests have no bound
         seq_lens[: len(bound)] = bound
         plan = self.plan(common, seq_lens)
-        if (
-            common.max_query_len <= self.queries_per_request
-            and common.num_actual_tokens <= self.buffers.capacity
-        ):
+        if self._may_be_replayed(common, plan):
             groups = graph_rows(
                 plan,
                 seq_lens,
@@ -123,3 +130,26 @@ class GpuTokenSelectMetadataBuilder(TokenSelectMetadataBuilder[GpuTokenSelectMet
         else:
             groups = step_rows(plan, seq_lens, common.seq_lens, self.limits)
         return GpuTokenSelectMetadata(GpuStep(groups, common.block_table_tensor))
+
+    def _may_be_replayed(self, common: Any, plan: SelectionPlan) -> bool:
+        """Whether the step is written where a CUDA graph reads it.
+
+        Raises:
+            RuntimeError: for a prompt that selects in such a step, which takes it for generated tokens.
+        """
+        if (
+            common.max_query_len > self.queries_per_request
+            or common.num_actual_tokens > self.graph_rows
+        ):
+            return False
+        prompts = ~plan.dense & ~plan.follows & (plan.seat != NO_SEAT)
+        if not self.method.shares_selections or not prompts.any():
+            return True
+        if replays_steps(self.vllm_config):
+            raise RuntimeError(
+                f"a step of up to {common.max_query_len} tokens a request has position "
+                f"{plan.chunk_start[prompts][0]} of a prompt, which selects in every layer. A CUDA graph "
+                "that may replay the step would take it for a generated token; the scheduler should have "
+                "kept it out. Please report this with the server's options. --enforce-eager serves it."
+            )
+        return False

@@ -11,21 +11,15 @@ from typing import Any
 
 from vllm_tokenselect.config import TokenSelectConfig
 from vllm_tokenselect.engine.log import get_logger
+from vllm_tokenselect.engine.replayed_steps import queries_per_request, replays_steps
 from vllm_tokenselect.gpu.graph_size import fits_a_graph, workspace_for
 from vllm_tokenselect.gpu.limits import StepLimits
-
-
-def queries_per_request(vllm_config: Any) -> int:
-    """Most tokens of a request in a decoding step."""
-    speculative = vllm_config.speculative_config
-    return 1 + ((speculative.num_speculative_tokens or 0) if speculative is not None else 0)
 
 
 def captured_steps(vllm_config: Any) -> list[int]:
     """Tokens of each decoding step that vLLM captures as a whole; none without full graphs."""
     compilation = vllm_config.compilation_config
-    mode = compilation.cudagraph_mode
-    if mode is None or not mode.has_full_cudagraphs():
+    if not replays_steps(vllm_config):
         return []
     most = vllm_config.scheduler_config.max_num_seqs * queries_per_request(vllm_config)
     return [size for size in compilation.cudagraph_capture_sizes or () if size <= most]
@@ -48,6 +42,7 @@ def step_limits(vllm_config: Any, num_heads: int, num_kv_heads: int) -> StepLimi
         workspace_bytes=config.workspace_bytes("cuda"),
         full_attention=serves_full_attention(vllm_config) is None,
         max_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
+        graph_rows=vllm_config.scheduler_config.max_num_seqs * queries_per_request(vllm_config),
     )
 
 

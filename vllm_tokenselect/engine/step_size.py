@@ -9,6 +9,7 @@ import copy
 from typing import TYPE_CHECKING
 
 from vllm_tokenselect.config import TokenSelectConfig
+from vllm_tokenselect.engine.replayed_steps import prompt_steps
 from vllm_tokenselect.method.settings import SettingsError
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def check_steps(
         SettingsError: by the option's name, with what is allowed.
     """
     scheduler = vllm_config.scheduler_config
+    prompt_steps(vllm_config, config.method.for_blocks(block_size)).check()
     config.check_engine(
         block_size=block_size,
         max_num_batched_tokens=scheduler.max_num_batched_tokens,

@@ -53,6 +53,7 @@ class GroupCut:
 
     first: int
     last: int
+    follows: bool
     queries: slice
     query_start_loc: Int32
     chains: Int32
@@ -60,13 +61,17 @@ class GroupCut:
     width: int
     max_query_len: int
     max_length: int
+    table_width: int
 
 
 def cut_step(plan: SelectionPlan, limits: StepLimits) -> list[GroupCut]:
-    """Groups that are as large as the contexts of their rows allow."""
+    """Groups that are as large as the contexts of their rows allow.
+
+    Where layers share selections, a group follows as a whole or not at all.
+    """
     most_rows = tile_rows(limits.num_heads, limits.num_kv_heads)
     groups = []
-    for first, last in _cut_groups(plan, limits):
+    for first, last, follows in _cut_groups(plan, limits):
         width = _width(plan, first, last, limits)
         passes = []
         for start, end in _cut_passes(first, last, limits.pass_rows(last - first, width)):
@@ -85,6 +90,7 @@ def cut_step(plan: SelectionPlan, limits: StepLimits) -> list[GroupCut]:
             GroupCut(
                 first=first,
                 last=last,
+                follows=follows,
                 queries=queries,
                 query_start_loc=_query_start_loc(plan, first, last, queries),
                 chains=_chain_runs(plan, first, last),
@@ -92,6 +98,7 @@ def cut_step(plan: SelectionPlan, limits: StepLimits) -> list[GroupCut]:
                 width=width,
                 max_query_len=int(plan.query_len[first:last].max()),
                 max_length=_max_length(plan, first, last, limits),
+                table_width=limits.kept_width if follows else limits.line_width,
             )
         )
     return groups
@@ -103,7 +110,7 @@ def cut_graph_step(
     """Groups whose shapes depend on `num_tokens` and `queries_per_request` alone.
 
     There is a row for every token, padded ones behind those of the plan, with a tile and a chain each:
-    those behind the plan's are without rows.
+    those behind the plan's are without rows. All of them follow where layers share selections.
     """
     most_rows = min(queries_per_request, tile_rows(limits.num_heads, limits.num_kv_heads))
     groups = []
@@ -120,6 +127,7 @@ def cut_graph_step(
             GroupCut(
                 first=first,
                 last=last,
+                follows=limits.method.shares_selections,
                 queries=queries,
                 query_start_loc=_query_start_loc(plan, first, last, queries),
                 chains=_padded(chains, last - first if limits.method.reuses_selections else 0),
@@ -127,6 +135,7 @@ def cut_graph_step(
                 width=limits.max_width,
                 max_query_len=queries_per_request,
                 max_length=limits.table_width,
+                table_width=limits.line_width,
             )
         )
     return groups
@@ -156,18 +165,49 @@ def _cut_passes(first: int, last: int, rows: int) -> list[tuple[int, int]]:
     return [(start, min(start + rows, last)) for start in range(first, last, rows)]
 
 
-def _cut_groups(plan: SelectionPlan, limits: StepLimits) -> list[tuple[int, int]]:
-    if plan.num_rows <= limits.group_rows(_width(plan, 0, plan.num_rows, limits)):
-        return [(0, plan.num_rows)] if plan.num_rows else []
+def _cut_groups(plan: SelectionPlan, limits: StepLimits) -> list[tuple[int, int, bool]]:
+    """First and last row of each group, and whether it follows."""
+    return [
+        (*rows, follows)
+        for first, last, follows in _cut_kinds(plan, limits)
+        for rows in _cut_rows(plan, first, last, limits)
+    ]
+
+
+def _cut_kinds(plan: SelectionPlan, limits: StepLimits) -> list[tuple[int, int, bool]]:
+    """Runs of rows that may be in one group, and whether they follow.
+
+    A dense token may stand among both kinds, if its line is one that is kept: every layer would write the
+    same into it.
+    """
+    if not plan.num_rows:
+        return []
+    if not limits.method.shares_selections:
+        return [(0, plan.num_rows, False)]
+    either = plan.dense & (plan.query_len == 1) & (plan.chunk_end <= limits.kept_width)
+    decided = np.flatnonzero(~either)
+    follows = plan.follows[decided]
+    changes = np.flatnonzero(np.diff(follows)) + 1
+    firsts = [0, *decided[changes].tolist()]
+    kinds = [bool(follows[place]) for place in (0, *changes)] if len(decided) else [True]
+    return list(zip(firsts, [*firsts[1:], plan.num_rows], kinds, strict=True))
+
+
+def _cut_rows(
+    plan: SelectionPlan, first: int, last: int, limits: StepLimits
+) -> list[tuple[int, int]]:
+    """The rows [first, last) in groups that fit."""
+    if last - first <= limits.group_rows(_width(plan, first, last, limits)):
+        return [(first, last)]
     groups = []
-    first, widest = 0, 0
-    for row in range(plan.num_rows):
+    widest = 0
+    for row in range(first, last):
         width = 0 if plan.dense[row] else limits.width_of(int(plan.candidate_end[row]))
         widest = max(widest, width)
         if row > first and row - first + 1 > limits.group_rows(widest):
             groups.append((first, row))
             first, widest = row, width
-    return [*groups, (first, plan.num_rows)]
+    return [*groups, (first, last)]
 
 
 def _width(plan: SelectionPlan, first: int, last: int, limits: StepLimits) -> int:
@@ -178,8 +218,10 @@ def _width(plan: SelectionPlan, first: int, last: int, limits: StepLimits) -> in
 def _max_length(plan: SelectionPlan, first: int, last: int, limits: StepLimits) -> int:
     """Most tokens that a row of [first, last) attends to."""
     dense = plan.chunk_end[first:last][plan.dense[first:last]]
-    sparse = 0 if len(dense) == last - first else limits.method.max_attended
-    return max(int(dense.max(initial=0)), sparse)
+    longest = int(dense.max(initial=0))
+    if plan.follows[first:last].any():  # any of them may be shorter than the host knows, and dense
+        return max(longest, limits.generated_width)
+    return longest if len(dense) == last - first else max(longest, limits.method.max_attended)
 
 
 def _query_start_loc(plan: SelectionPlan, first: int, last: int, queries: slice) -> Int32:

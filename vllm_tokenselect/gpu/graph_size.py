@@ -35,6 +35,7 @@ def count_launches(
     queries_per_request: int,
     attention: Callable[[int], int],
     together: bool = False,
+    follows: bool = False,
 ) -> int:
     """Launches of a layer in a captured step: those of each verb of `GpuStep.run_layer`.
 
@@ -44,18 +45,22 @@ def count_launches(
         queries_per_request: most tokens of a request.
         attention: launches of the library that attends, for a number of rows.
         together: whether the heads of several processes vote together; an exchange counts as one.
+        follows: whether the layer attends to what another one has selected.
     """
     method, width = limits.method, limits.max_width or limits.table_width
     launches = 0
     for first, last, passes in graph_spans(limits, num_tokens, queries_per_request):
         rows, selects = last - first, bool(passes)
         rotates = method.reassigns_positions
+        attend = rotates + attention(rows)
+        if follows:
+            launches += attend
+            continue
         # Heads in several processes: clamp, gather and exchange their queries.
         decide = method.reuses_selections * (1 + 3 * together)
         score = selects * (1 + rotates) + len(passes)  # average, and rotate what is averaged
         vote = len(passes)
         build_table = selects * together + num_launches(rows, width, selects)  # exchange votes
         finish = 1
-        attend = rotates + attention(rows)
         launches += decide + score + vote + build_table + finish + attend
     return launches

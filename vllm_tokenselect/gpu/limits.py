@@ -17,6 +17,8 @@ GROUP_PASSES = 8
 GRAPH_PASSES = 16
 # Widths of the scores are multiples of it, so that one compiled kernel fits all of them.
 WIDTH_STEP = 64
+# So are lines of the sparse block table.
+LINE_STEP = 16
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class StepLimits:
         full_attention: whether requests may ask for full attention; their rows are as long as their
             context.
         max_tokens: most tokens of a step. Needed where positions are reassigned: a buffer holds the
-            rotated queries of all of them.
+            rotated queries of all of them; and where layers share selections, which are kept for a step.
+        graph_rows: most rows of a step that a CUDA graph may replay. Needed where layers share selections.
 
     Raises:
         SettingsError: when the workspace cannot hold one query's scores over the longest context.
@@ -46,6 +49,7 @@ class StepLimits:
     workspace_bytes: int
     full_attention: bool = False
     max_tokens: int = 0
+    graph_rows: int = 0
 
     def __post_init__(self) -> None:
         if self.workspace_bytes < self.row_bytes(self.max_width):
@@ -68,19 +72,51 @@ class StepLimits:
     @property
     def table_width(self) -> int:
         """Most tokens that one row attends to: the width of the sparse block table."""
-        longest = self.max_model_len if self.full_attention else 0
-        return max(self.method.max_attended, longest)
+        return max(self.generated_width, self.max_model_len if self.full_attention else 0)
+
+    @property
+    def generated_width(self) -> int:
+        """Most tokens that a generated token of a request with selection attends to."""
+        return max(self.method.max_attended, min(self.method.min_context, self.max_model_len))
+
+    @property
+    def line_width(self) -> int:
+        """Entries of a line of the sparse block table."""
+        return _whole_lines(self.table_width)
 
     @property
     def table_rows(self) -> int:
         """Lines of the sparse block table."""
-        return min(max(TABLE_BYTES // (4 * self.table_width), 1), MAX_GROUP_ROWS)
+        return min(max(TABLE_BYTES // (4 * self.line_width), 1), MAX_GROUP_ROWS)
 
     @property
     def table_entries(self) -> int:
         """Entries of the sparse block table's buffer; shorter contexts have more lines."""
-        line = self.table_width
+        line = self.line_width
         return max(min(TABLE_BYTES // 4, MAX_GROUP_ROWS * line), line)
+
+    @property
+    def kept_width(self) -> int:
+        """Entries of a line that is kept for a step that no CUDA graph replays.
+
+        Longer rows, of requests without selection, are not kept: all layers write the same into them.
+        """
+        return _whole_lines(self.generated_width)
+
+    @property
+    def kept_rows(self) -> int:
+        """Rows whose lines are kept for a step: all that may follow. A row has a token at least."""
+        rows = max(self.max_tokens, self.graph_rows)
+        return rows if self.method.shares_selections else 0
+
+    @property
+    def kept_entries(self) -> int:
+        """Entries of the lines that are kept for a step.
+
+        Every row of a captured step has one, and any of them may see its whole context.
+        """
+        entries = max(self.max_tokens * self.kept_width, self.graph_rows * self.line_width)
+        return entries if self.method.shares_selections else 0
 
     def group_rows(self, width: int) -> int:
         """Most rows of a group whose rows have up to `width` candidates."""
@@ -111,3 +147,7 @@ class StepLimits:
         """Lines of `width` scores or votes that the workspace holds."""
         # Without candidates there is nothing to hold.
         return self.score_bytes // (4 * width) if width else MAX_GROUP_ROWS * (self.num_heads + 1)
+
+
+def _whole_lines(width: int) -> int:
+    return -(-width // LINE_STEP) * LINE_STEP

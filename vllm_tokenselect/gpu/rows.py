@@ -26,6 +26,9 @@ class RowGroup(RowArrays):
     """Consecutive rows of a step that are selected and attended together.
 
     Attributes:
+        first: the first of them in the step.
+        follows: whether its rows attend to what an anchor selects in every layer that follows it; their
+            lines of the sparse block table are kept for the step.
         queries: which of the step's queries are the group's, on the host; fixed for a captured step. Where
             every row has one query, query `r` of the group is row `r`'s.
         query_start_loc: int32 [R + 1], where the queries of each row start among the group's.
@@ -37,6 +40,8 @@ class RowGroup(RowArrays):
         table_width: of the sparse block table.
     """
 
+    first: int
+    follows: bool
     queries: slice
     query_start_loc: torch.Tensor
     passes: tuple[ScorePass[torch.Tensor], ...]
@@ -68,7 +73,7 @@ def step_rows(
     """
     groups, num_rows = cut_step(plan, limits), plan.num_rows
     buffers = RowBuffers(num_rows, device_seq_lens.device)
-    packed = pack_rows(plan, seq_lens, groups, num_rows)
+    packed = pack_rows(plan, seq_lens, groups, num_rows, limits.method)
     rows = send_rows(packed, num_rows, buffers, device_seq_lens, limits.method)
     return _groups(groups, rows, limits)
 
@@ -94,7 +99,7 @@ def graph_rows(
         queries_per_request: most tokens of a request.
     """
     groups = cut_graph_step(plan, limits, num_tokens, queries_per_request)
-    packed = pack_rows(plan, seq_lens, groups, num_tokens)
+    packed = pack_rows(plan, seq_lens, groups, num_tokens, limits.method)
     rows = send_rows(packed, num_tokens, buffers, device_seq_lens, limits.method)
     return _groups(groups, rows, limits)
 
@@ -107,6 +112,8 @@ def _groups(cuts: list[GroupCut], rows: DeviceRows, limits: StepLimits) -> list[
         candidate_end, context_end, scored_end, table_end, reused_end = rows.ends[:, first:last]
         groups.append(
             RowGroup(
+                first=first,
+                follows=cut.follows,
                 queries=cut.queries,
                 row_seq=rows.row_seq[first:last],
                 query_start_loc=rows.query_start_loc[first + number :][: last - first + 1],
@@ -125,7 +132,7 @@ def _groups(cuts: list[GroupCut], rows: DeviceRows, limits: StepLimits) -> list[
                 query_lens=np.diff(cut.query_start_loc),
                 max_query_len=cut.max_query_len,
                 max_length=cut.max_length,
-                table_width=limits.table_width,
+                table_width=cut.table_width,
             )
         )
     return groups

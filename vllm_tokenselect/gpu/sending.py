@@ -15,11 +15,11 @@ from vllm_tokenselect.gpu.cutting import GroupCut
 from vllm_tokenselect.kernels.selection_cache.state import SELECTS
 from vllm_tokenselect.method.plan import SelectionPlan
 from vllm_tokenselect.method.requests import NO_SEAT, Int32
-from vllm_tokenselect.method.settings import Method
+from vllm_tokenselect.method.settings import FULL_ATTENTION, Method
 
-# Entries of what the host sends of a row: five numbers, a tile, a chain and where its queries start (one
+# Entries of what the host sends of a row: six numbers, a tile, a chain and where its queries start (one
 # more for each group, of which there are no more than rows); and of what the device computes of it.
-FIELDS, SENT_FIELDS, ENDS = 5, 5 + 3 + 4 + 2, 5
+FIELDS, SENT_FIELDS, COMPUTED = 6, 6 + 3 + 4 + 2, 6
 
 
 class RowBuffers:
@@ -34,7 +34,7 @@ class RowBuffers:
         self.capacity = capacity
         size = _field_size(capacity)
         self.sent = torch.zeros(SENT_FIELDS * size, dtype=torch.int32, device=device)
-        self.ends = torch.zeros(ENDS * size, dtype=torch.int32, device=device)
+        self.computed = torch.zeros(COMPUTED * size, dtype=torch.int32, device=device)
 
 
 class DeviceRows(NamedTuple):
@@ -55,22 +55,28 @@ class DeviceRows(NamedTuple):
 
 
 def pack_rows(
-    plan: SelectionPlan, seq_lens: Int32, groups: Sequence[GroupCut], num_rows: int
+    plan: SelectionPlan,
+    seq_lens: Int32,
+    groups: Sequence[GroupCut],
+    num_rows: int,
+    method: Method,
 ) -> Int32:
     """Everything that the host sends of a step.
 
     Args:
         seq_lens: int32 [S], an upper bound of every context; what the plan was built from.
         num_rows: of the groups; those that the plan lacks are padded rows.
+        method: the settings.
     """
     packed = np.zeros(SENT_FIELDS * _field_size(num_rows), np.int32)
     fields, tiles, chains, starts = _split(packed, num_rows)
-    row_seq, query_len, after, top_k, seat = fields
+    row_seq, query_len, after, top_k, dense_end, seat = fields
     rows = slice(plan.num_rows)
     row_seq[rows] = plan.row_seq
     query_len[rows] = plan.query_len
     after[rows] = seq_lens[plan.row_seq] - plan.chunk_end
     top_k[rows] = plan.top_k
+    dense_end[rows] = plan.generated * method.min_context
     seat[:] = NO_SEAT
     seat[rows] = plan.seat
     for number, group in enumerate(groups):
@@ -97,16 +103,19 @@ def send_rows(
     sent = buffers.sent[: len(source)]
     sent.copy_(source, non_blocking=True)
     fields, tiles, chains, starts = _split(sent, num_rows)
-    row_seq, query_len, after, top_k, seat = fields
+    row_seq, query_len, after, top_k, dense_end, seat = fields
     # As `SelectionPlan.build`, of the real lengths: `after` is how far a row ends before its request does.
     context_end = (seq_lens[row_seq.long()] - after) * (query_len > 0)
+    if method.min_context:
+        top_k = torch.where(context_end <= dense_end, FULL_ATTENTION, top_k)
     candidate_end = context_end - query_len - method.n_local
     selects = candidate_end - method.n_init > top_k
     scored_end = torch.where(selects, candidate_end, method.n_init)
     reused_end = torch.full_like(context_end, SELECTS)
-    ends = buffers.ends[: ENDS * len(row_seq)].view(ENDS, -1)
-    torch.stack([candidate_end, context_end, scored_end, context_end, reused_end], out=ends)
-    return DeviceRows(row_seq, query_len, top_k, seat, ends, tiles, chains, starts)
+    computed = buffers.computed[: COMPUTED * len(row_seq)].view(COMPUTED, -1)
+    ends = candidate_end, context_end, scored_end, context_end, reused_end
+    torch.stack([*ends, top_k], out=computed)
+    return DeviceRows(row_seq, query_len, computed[5], seat, computed[:5], tiles, chains, starts)
 
 
 def _field_size(num_rows: int) -> int:

@@ -47,6 +47,8 @@ class GpuStep:
     ) -> None:
         """Select, or reuse selections, and attend.
 
+        In a layer that follows an anchor, groups that follow only attend, to what the anchor has left.
+
         Args:
             query: fp32, bf16 or fp16 [T, Hq, D], the layer's queries of this step.
             cache: of the layer, this step's keys and values written. Its selections follow the step.
@@ -58,13 +60,25 @@ class GpuStep:
         for group in self.groups:
             # A group is handed its own queries: what libraries allocate grows with how many they get.
             own, own_out = query[group.queries], out[group.queries]
-            self.decide(group, own, cache, workspace)
-            for part in group.passes:
-                self.score(group, part, own, cache, scale, workspace)
-                self.vote(group, part, workspace)
-            self.build_table(group, cache, workspace)
-            self.finish(group, cache, workspace)
+            if not (cache.follows and group.follows):
+                self.select(group, own, cache, scale, workspace)
             self.attend(group, own, cache, scale, workspace, attention, own_out)
+
+    def select(
+        self,
+        group: RowGroup,
+        query: torch.Tensor,
+        cache: LayerCache,
+        scale: float,
+        workspace: Workspace,
+    ) -> None:
+        """Fill the group's lines of the sparse block table."""
+        self.decide(group, query, cache, workspace)
+        for part in group.passes:
+            self.score(group, part, query, cache, scale, workspace)
+            self.vote(group, part, workspace)
+        self.build_table(group, cache, workspace)
+        self.finish(group, cache, workspace)
 
     def decide(
         self, group: RowGroup, query: torch.Tensor, cache: LayerCache, workspace: Workspace
@@ -147,7 +161,10 @@ class GpuStep:
         )
 
     def finish(self, group: RowGroup, cache: LayerCache, workspace: Workspace) -> None:
-        """Fill in the rows that reuse a selection, remember the others', and count all."""
+        """Fill in the rows that reuse a selection, remember the others', and count all.
+
+        An anchor also counts what its followers do for groups that follow: they launch nothing that could.
+        """
         finish_rows(
             group,
             self.block_table,
@@ -156,6 +173,7 @@ class GpuStep:
             cache.selections,
             workspace.table_of(group),
             workspace.counters,
+            cache.followers if group.follows else 0,
         )
 
     def attend(

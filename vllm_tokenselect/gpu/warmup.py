@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
@@ -42,6 +44,9 @@ def compile_gpu_kernels(
         (max(longest - method.query_chunk, 0), longest),  # a chunk and a tail
         (longest - 1, longest),  # decoding
     }
+    roles = [cache]
+    if method.shares_selections:
+        roles.append(replace(cache, selections=None, follows=True))
     block_table = torch.zeros((1, block_table_width), dtype=torch.int32, device=device)
     for first, end in prompts:
         length = end - first
@@ -63,4 +68,5 @@ def compile_gpu_kernels(
         head_size = cache.pages.shape[-1]
         query = torch.zeros((length, limits.num_heads, head_size), dtype=dtype, device=device)
         step = GpuStep(groups, block_table)
-        step.run_layer(query, cache, 1.0, workspace, attention, torch.empty_like(query))
+        for each in roles:
+            step.run_layer(query, each, 1.0, workspace, attention, torch.empty_like(query))

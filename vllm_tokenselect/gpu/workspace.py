@@ -16,6 +16,10 @@ from vllm_tokenselect.kernels.block_table.table import SparseBlockTable
 from vllm_tokenselect.kernels.head_group import HeadGroup
 from vllm_tokenselect.kernels.score.gpu import NUM_PARTS, Scores
 
+# Entries between the lengths of kept lines: those of a group begin at a multiple of 16 bytes, whichever
+# row is its first, so that one compiled kernel fits all of them.
+LENGTH_STEP = 4
+
 
 @dataclass(frozen=True)
 class ScoreBuffers:
@@ -24,6 +28,29 @@ class ScoreBuffers:
     mean_queries: torch.Tensor
     scores: Scores
     votes: torch.Tensor
+
+
+class KeptLines:
+    """Lines of the sparse block table that anchors leave to the layers that follow them in a step.
+
+    Args:
+        limits: of the steps; without lines where no layer follows another.
+        device: where they lie.
+    """
+
+    def __init__(self, limits: StepLimits, device: torch.device) -> None:
+        self.slots = torch.empty(limits.kept_entries, dtype=torch.int32, device=device)
+        self.lengths = torch.empty(LENGTH_STEP * limits.kept_rows, dtype=torch.int32, device=device)
+
+    @property
+    def num_bytes(self) -> int:
+        return int(self.slots.nbytes + self.lengths.nbytes)
+
+    def of(self, group: RowGroup) -> SparseBlockTable:
+        """The lines of a group that follows, which are those of its rows in the step."""
+        first, rows, width = group.first, group.num_rows, group.table_width
+        slots = self.slots[first * width :][: rows * width].view(rows, width)
+        return SparseBlockTable(slots, self.lengths[LENGTH_STEP * first :][:rows])
 
 
 class Workspace:
@@ -36,6 +63,7 @@ class Workspace:
         counters: int64 [len(Counter)] on the device, added to by every layer. Zeros of its own when None.
         dtype: of the queries; only needed where positions are reassigned.
         heads: the processes whose heads vote together; None where a process votes for itself.
+        kept: what layers share between them; lines of its own when None.
 
     Attributes:
         slots, lengths: of the sparse block table, see `table_of`.
@@ -51,6 +79,7 @@ class Workspace:
         counters: torch.Tensor | None = None,
         dtype: torch.dtype = torch.float32,
         heads: HeadGroup | None = None,
+        kept: KeptLines | None = None,
     ) -> None:
         def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
@@ -60,6 +89,7 @@ class Workspace:
         rows, num_heads = MAX_GROUP_ROWS, limits.num_heads
         self.slots = empty(limits.table_entries, dtype=torch.int32)
         self.lengths = empty(rows, dtype=torch.int32)
+        self.kept = kept or KeptLines(limits, device)
         self.mean_queries = empty(rows, num_heads, head_size)
         self.parts = empty(2, rows, num_heads, NUM_PARTS)
         self.scores = empty(limits.score_bytes // 4)
@@ -81,10 +111,13 @@ class Workspace:
     @property
     def table_bytes(self) -> int:
         """What the sparse block table takes, and what builds it."""
-        return int(self.slots.nbytes + self.lengths.nbytes) + self.table_scratch.num_bytes
+        own = int(self.slots.nbytes + self.lengths.nbytes) + self.table_scratch.num_bytes
+        return own + self.kept.num_bytes
 
     def table_of(self, group: RowGroup) -> SparseBlockTable:
-        """The group's lines of the sparse block table."""
+        """The group's lines of the sparse block table: kept for the step, or for the layer alone."""
+        if group.follows:
+            return self.kept.of(group)
         rows, width = group.num_rows, group.table_width
         return SparseBlockTable(self.slots[: rows * width].view(rows, width), self.lengths[:rows])
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.multimodal.utils import get_mm_features_in_window
 
+from vllm_tokenselect.method.prompt_steps import PromptSteps
 from vllm_tokenselect.method.settings import Method
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class EncodeWholeChunks(_Scheduler):
     """Room in the encoder cache for one request, to be put before vLLM's scheduler."""
 
     chunks: Method
+    prompt_steps: PromptSteps
 
     def _make_encoder_room(self) -> None:
         cache = self.encoder_cache_manager
@@ -70,12 +72,12 @@ class EncodeWholeChunks(_Scheduler):
             encoder_compute_budget,
             shift_computed_tokens,
         )
-        method, prompt_len = self.chunks, request.num_prompt_tokens
-        if method.whole_chunks(
-            prompt_len, num_computed_tokens, inputs[1]
-        ) or not method.whole_chunks(prompt_len, num_computed_tokens, num_new_tokens):
+        steps, prompt_len = self.prompt_steps, request.num_prompt_tokens
+        if steps.fit(prompt_len, num_computed_tokens, inputs[1]) or not steps.fit(
+            prompt_len, num_computed_tokens, num_new_tokens
+        ):
             return inputs
-        one_chunk = method.next_chunk(prompt_len, num_computed_tokens)
+        one_chunk = steps.shortest(prompt_len, num_computed_tokens)
         if not self._may_pass_limits(request, num_computed_tokens, one_chunk):
             return inputs
         self._past_limits = request

@@ -17,6 +17,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from vllm_tokenselect.config import TokenSelectConfig
+from vllm_tokenselect.engine.replayed_steps import prompt_steps
 from vllm_tokenselect.hooks.registration import is_selected
 from vllm_tokenselect.hooks.seam import Seam
 from vllm_tokenselect.method.misplaced import looks_like_ours
@@ -113,15 +114,26 @@ def engine_of(processor: InputProcessor) -> Engine | None:
     return engine
 
 
-def validate(processor: InputProcessor, params: Any) -> None:
+def validate(processor: InputProcessor, params: Any, continued: bool = False) -> None:
     """Check vLLM's sampling or pooling parameters, before `InputProcessor.process_inputs` does.
 
+    Args:
+        continued: whether more input may follow (vLLM's streaming input).
+
     Raises:
-        VLLMValidationError: see `Engine.check`.
+        VLLMValidationError: see `Engine.check`; for streaming input where it could be too short for a step.
     """
     engine = engine_of(processor)
-    if engine is not None:
-        engine.check(getattr(params, "extra_args", None))
+    if engine is None:
+        return
+    engine.check(getattr(params, "extra_args", None))
+    if continued and prompt_steps(engine.vllm_config, engine.method).replayed:
+        _refuse(
+            f"streaming input cannot be served with the tokenselect setting anchor_layers="
+            f"{engine.method.anchor_layers!r} and CUDA graphs: a graph would take a few tokens that are "
+            "added for generated ones. Send whole prompts; the server serves it with --enforce-eager, or "
+            'with anchor_layers "all"'
+        )
 
 
 def check_request(serving: Any, request: Any) -> None:
@@ -191,7 +203,7 @@ def _validate_and_process(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    validate(processor, params)
+    validate(processor, params, continued=bool(kwargs.get("resumable")))
     return process_inputs(processor, request_id, prompt, params, *args, **kwargs)
 
 

@@ -4,7 +4,8 @@ Subclasses `Scheduler` and `AsyncScheduler`; overrides where a prefill step ends
 prefix-cache hit is cut, and limits what a request puts into the prefix cache. Nothing is copied.
 
 1. A prefill step of a request ends at a multiple of `query_chunk`, at the start of its tail, or past
-   it: a chunk is never split between steps, whose mean query would then be another.
+   it: a chunk is never split between steps, whose mean query would then be another. Where layers share
+   selections, it is never so short that a CUDA graph of decoding steps might replay it (`PromptSteps`).
 2. Blocks enter the prefix cache only below the request's own limit, the last multiple of
    `query_chunk` before its tail, and a hit is cut at the reader's limit, at a multiple of
    `query_chunk`. What is shared was computed as whole chunks, and what follows starts with one.
@@ -28,6 +29,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from vllm_tokenselect.config import TokenSelectConfig
 from vllm_tokenselect.engine.log import get_logger
+from vllm_tokenselect.engine.replayed_steps import prompt_steps
 from vllm_tokenselect.engine.step_size import check_steps
 from vllm_tokenselect.hooks import block_hashes
 from vllm_tokenselect.hooks.encoder_inputs import EncodeWholeChunks
@@ -52,6 +54,7 @@ class WholeChunks(EndStuckRequests, EncodeWholeChunks, EndStepsWithStates):
             self.vllm_config.additional_config
         )
         self.chunks = self.tokenselect.method.for_blocks(self.cache_config.block_size)
+        self.prompt_steps = prompt_steps(self.vllm_config, self.chunks)
         self._check_steps()
         self._hit_limit: int | None = None
         # Where both a chunk and a block of every group end.
@@ -149,9 +152,7 @@ class WholeChunks(EndStuckRequests, EncodeWholeChunks, EndStepsWithStates):
         num_new_tokens = super()._reserve_prefill_lookahead(
             request, num_computed_tokens, num_new_tokens
         )
-        return self.chunks.whole_chunks(
-            request.num_prompt_tokens, num_computed_tokens, num_new_tokens
-        )
+        return self.prompt_steps.fit(request.num_prompt_tokens, num_computed_tokens, num_new_tokens)
 
     def _handle_blocked_waiting_request(self, request: Request) -> bool:
         """Keep adapters to the limit: vLLM does not count those of running requests without a step."""

@@ -34,6 +34,7 @@ def stored_bytes(*holders: object) -> int:
 SETTINGS = {
     "native": {},
     "reassigned": {"positions": "reassigned"},
+    "shared": {"anchor_layers": 2},
     "few scores": {"workspace_mb": 1, "top_k": 64},
 }
 
@@ -48,7 +49,7 @@ def test_predicted_bytes_are_those_of_buffers_on_a_real_device(tmp_path, monkeyp
     limits, method = step_limits(asked, rank), asked.config.method
     workspace = Workspace(limits, rank.head_size, CPU, torch.zeros(0), dtype=asked.dtype)
     buffers = memory.buffers
-    allocated = stored_bytes(workspace, workspace.table_scratch)
+    allocated = stored_bytes(workspace, workspace.table_scratch, workspace.kept)
     assert buffers.workspace + buffers.sparse_block_table == allocated
     layers = [
         SelectionCacheState.allocate(

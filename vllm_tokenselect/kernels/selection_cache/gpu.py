@@ -28,11 +28,12 @@ ROWS_PER_STEP = 512
 SELECTS = tl.constexpr(cache_state.SELECTS)
 RESELECTED = tl.constexpr(Counter.RESELECTED.value)
 REUSED = tl.constexpr(Counter.REUSED.value)
+SHARED = tl.constexpr(Counter.SHARED.value)
 DENSE = tl.constexpr(Counter.DENSE.value)
 ATTENDED = tl.constexpr(Counter.ATTENDED.value)
 CONTEXT = tl.constexpr(Counter.CONTEXT.value)
 # A kernel is compiled once, not again for every number that 16 happens to divide.
-NUMBERS = ["n_init", "refresh_interval", "num_rows"]
+NUMBERS = ["n_init", "refresh_interval", "num_rows", "followers"]
 ROW_ARRAYS = ["query_start", "chains", "row_seq", "row_seats", "query_len", "top_k"]
 END_ARRAYS = ["candidate_ends", "context_ends", "scored_ends", "table_ends", "reused_ends"]
 
@@ -45,7 +46,7 @@ class RowArrays:
         row_seq: int32 [R], the row's request.
         query_len: int32 [R]; 0 for a padded row.
         top_k: int32 [R], candidates that the row selects; one with no more candidates neither reuses a
-            selection nor becomes the last.
+            selection nor becomes the last. Where rows of a chain select, its last one does.
         seat: int32 [R], of the row's request; -1 for a padded row and where there is no request: it does
             not count.
         candidate_end: int32 [R], `a - n_local`.
@@ -130,6 +131,7 @@ def finish_rows(
     state: SelectionCacheState | None,
     table: SparseBlockTable,
     counters: torch.Tensor,
+    followers: int = 0,
 ) -> None:
     """As `reference.finish` and `reference.count_rows`.
 
@@ -138,6 +140,7 @@ def finish_rows(
         state: `selected` is read and written. None where there is no Selection Cache: rows are counted.
         table: completed.
         counters: int64 [len(Counter)], added to.
+        followers: as `reference.count_rows` takes it.
     """
     num_rows, slots = len(rows.row_seq), table.slots
     if not num_rows:
@@ -162,6 +165,7 @@ def finish_rows(
         table.lengths,
         num_rows,
         n_init,
+        followers,
         block_table.stride(0),
         selected.stride(0),
         slots.stride(0),
@@ -261,9 +265,11 @@ def _add_counts(
     counters,
     num_rows,
     n_init,
+    followers,
     ROWS: tl.constexpr,
 ):
     """Count all rows of a group: `reference.count_rows`, with lengths as they follow from the rows."""
+    layers = 1 + followers.to(tl.int64)
     for first in range(0, num_rows, ROWS):
         row = first + tl.arange(0, ROWS)
         # [ROWS], and so is all that is loaded below
@@ -284,9 +290,11 @@ def _add_counts(
         context = tl.where(counts, queries * context_end - hidden, 0)
         tl.atomic_add(counters + RESELECTED, tl.sum(selects.to(tl.int64), 0))
         tl.atomic_add(counters + REUSED, tl.sum(reuses.to(tl.int64), 0))
-        tl.atomic_add(counters + DENSE, tl.sum(dense.to(tl.int64), 0))
-        tl.atomic_add(counters + ATTENDED, tl.sum(attended, 0))
-        tl.atomic_add(counters + CONTEXT, tl.sum(context, 0))
+        shared = (selects | reuses).to(tl.int64) * followers
+        tl.atomic_add(counters + SHARED, tl.sum(shared, 0))
+        tl.atomic_add(counters + DENSE, tl.sum(dense.to(tl.int64), 0) * layers)
+        tl.atomic_add(counters + ATTENDED, tl.sum(attended, 0) * layers)
+        tl.atomic_add(counters + CONTEXT, tl.sum(context, 0) * layers)
 
 
 @triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=ROW_ARRAYS + END_ARRAYS)
@@ -307,6 +315,7 @@ def _finish(
     lengths,
     num_rows,
     n_init,
+    followers,
     table_stride,
     selected_stride,
     slots_stride,
@@ -332,6 +341,7 @@ def _finish(
                 counters,
                 num_rows,
                 n_init,
+                followers,
                 ROWS,
             )
         return
@@ -339,7 +349,10 @@ def _finish(
     chain_rows = tl.load(chains + which * 4 + 1)
     if chain_rows == 0:
         return
-    size = n_init + tl.load(top_k + first)
+    # The first rows of a chain may be too short to select. Where all are, nothing is kept or read.
+    size = n_init + tl.load(top_k + first + chain_rows - 1)
+    if size > selected_stride:
+        return
     entry = piece * ENTRIES + tl.arange(0, ENTRIES)
     in_line = entry < size
     stored = state_selected + tl.load(chains + which * 4 + 2).to(tl.int64) * selected_stride + entry

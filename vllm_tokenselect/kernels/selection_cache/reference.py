@@ -117,6 +117,7 @@ def count_rows(
     context_ends: torch.Tensor,
     lengths: torch.Tensor,
     counters: torch.Tensor,
+    followers: int = 0,
 ) -> None:
     """Add the rows of requests, and what their queries attend to, to counters.
 
@@ -128,16 +129,20 @@ def count_rows(
         context_ends: int32 [R], end of the row's own tokens (exclusive).
         lengths: int32 [R], entries of each row of the sparse block table.
         counters: int64 [len(Counter)], added to.
+        followers: how many layers attend to the same entries, and are counted here too: rows that select or
+            reuse a selection share it there.
     """
+    layers = 1 + followers
     counts = seat >= 0
     reuses = reused_ends != SELECTS
     counters[Counter.RESELECTED] += (selects & counts).sum()
     counters[Counter.REUSED] += (reuses & counts).sum()
-    counters[Counter.DENSE] += (~selects & ~reuses & counts).sum()
+    counters[Counter.SHARED] += followers * ((selects | reuses) & counts).sum()
+    counters[Counter.DENSE] += layers * (~selects & ~reuses & counts).sum()
     queries = query_len.long()
     for counter, ends in ((Counter.ATTENDED, lengths), (Counter.CONTEXT, context_ends)):
         seen = queries * (ends.long() - queries) + queries * (queries + 1) // 2
-        counters[counter] += seen[counts].sum()
+        counters[counter] += layers * seen[counts].sum()
 
 
 def _similar(

@@ -105,6 +105,7 @@ def step_limits(server: PlannedServer, rank: RankShape) -> StepLimits:
         # If attention reads the cache itself, a request may ask for full attention over its whole context.
         full_attention=server.attends_in_place,
         max_tokens=server.max_num_batched_tokens,
+        graph_rows=server.max_num_seqs,
     )
 
 
