@@ -5,9 +5,10 @@
 Eight numbers stand in one long real text (the Python documentation, which comes with Python), and each is
 asked for. The model reads a text once for all of its questions, in a plain PyTorch forward of the
 method's definition (the tests show that servers compute the same); every generated token selects for
-itself. An answer is right if the model says all digits and no more. Its loss, the negative log-likelihood
-of its digits given those before them, tells more than right and wrong do. Both are compared with full
-attention's on the same questions, with 95 % intervals over texts (Student's t).
+itself, or an anchor selects for it. An answer is right if the model says all digits and no more. Its
+loss, the negative log-likelihood of its digits given those before them, tells more than right and wrong
+do. Both are compared with full attention's on the same questions, with 95 % intervals over texts
+(Student's t).
 
 A budget of 1,024 means: a chunk of queries attends to 1,024 tokens before it (32 sink, 256 local and 736
 selected). Every result is in the JSON file at once. With --resume a run goes on where it was stopped,
@@ -31,7 +32,7 @@ from transformers import AutoTokenizer
 
 from benchmarks.accuracy.figures import draw, summarize, table
 from benchmarks.accuracy.questions import QUESTIONS, digits_only
-from benchmarks.accuracy.ways import FULL, Way, ways
+from benchmarks.accuracy.ways import FULL, Way, find_way, ways
 from benchmarks.report import SMOLLM2, open_cells
 from vllm_tokenselect.tools.common.hidden import HiddenPrompt, needle_prompts
 from vllm_tokenselect.tools.common.smollm2 import ensure_smollm2
@@ -66,7 +67,11 @@ def arguments(command: list[str] | None = None) -> argparse.Namespace:
         help="tokens attended before a chunk",
     )
     parser.add_argument(
-        "--ways", nargs="+", default=list(MAIN), choices=names(), help="how to attend"
+        "--ways",
+        nargs="+",
+        default=list(MAIN),
+        help=f"how to attend: {', '.join(names())}; or by layers, as 'dense 2', 'anchors 4' (every "
+        "fourth), 'anchors 2 6 14 17 21' (these), 'dense 2 anchors 4'",
     )
     parser.add_argument(
         "--samples", type=int, default=104, help="questions for each length and way, at least"
@@ -78,7 +83,13 @@ def arguments(command: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="write every result to this file as it comes")
     parser.add_argument("--resume", action="store_true", help="go on with what the file has")
     parser.add_argument("--plots", type=Path, help="draw pictures into this folder")
-    return parser.parse_args(command)
+    args = parser.parse_args(command)
+    for name in args.ways:
+        try:
+            find_way(name, K)
+        except KeyError:
+            parser.error(f"--ways: there is no way {name!r}; see --help")
+    return args
 
 
 def names() -> list[str]:
@@ -89,10 +100,9 @@ def names() -> list[str]:
 def asked_ways(args: argparse.Namespace, length: int) -> list[Way]:
     """The ways at all budgets that leave something of so long a prompt out."""
     budgets = [budget for budget in args.budgets if budget < length]
-    found = ways(budgets)
-    wanted = [FULL] if FULL in args.ways else []
-    wanted += [f"{budget} {name}" for budget in budgets for name in args.ways if name != FULL]
-    return [found[name] for name in wanted]
+    wanted = [find_way(FULL, K)] if FULL in args.ways else []
+    wanted += [find_way(name, budget) for budget in budgets for name in args.ways if name != FULL]
+    return wanted
 
 
 class Reader:

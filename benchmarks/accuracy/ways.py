@@ -7,6 +7,7 @@ question is what other ways of selecting would do, so some score and vote here; 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
@@ -29,6 +30,8 @@ from vllm_tokenselect.tools.inspect.selections import (
 from vllm_tokenselect.tools.inspect.selective import SelectiveAttention
 
 FULL = "full"
+# Dense layers, and anchors: every so many layers, or these.
+_LAYERS = re.compile(r"(?:dense (?P<dense>\d+))?(?:^| |$)(?:anchors (?P<anchors>\d+(?: \d+)*))?")
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,29 @@ def ways(budgets: Iterable[int]) -> dict[str, Way]:
     return {way.name: way for way in found}
 
 
+def find_way(name: str, budget: int) -> Way:
+    """A way by its name without the budget, also one that is named by its layers.
+
+    `dense 2` lets the first two layers attend to everything; with `anchors 4` one layer in four selects
+    for generated tokens, with `anchors 2 6 14 17 21` these do; `dense 2 anchors 4` is both.
+
+    Raises:
+        KeyError: when there is none.
+    """
+    full_name, ours = f"{budget} {name}", split(budget)
+    if name == FULL:
+        return Way(FULL)
+    if name and (layers := _LAYERS.fullmatch(name)):
+        anchors = [int(number) for number in (layers["anchors"] or "1").split()]
+        settings = replace(
+            ours,
+            dense_layers=int(layers["dense"] or 0),
+            anchor_layers=anchors[0] if len(anchors) == 1 else tuple(anchors),
+        )
+        return Way(full_name, settings)
+    return ways([budget])[full_name]
+
+
 def _at(ours: Method) -> list[Way]:
     # The paper lets the end of a prompt vote by a mean query, as the chunks before it do.
     found = [
@@ -83,7 +109,6 @@ def _at(ours: Method) -> list[Way]:
         Way("dense 1 oracle", replace(ours, dense_layers=1), _always(by_attention)),
     ]
     found += [Way(f"tail {n}", replace(ours, tail_queries=n)) for n in (32, 128, 384)]
-    found += [Way(f"dense {n}", replace(ours, dense_layers=n)) for n in (1, 2, 4)]
     return found
 
 

@@ -54,7 +54,7 @@ def served_ways(settings: dict[str, Any]) -> dict[str, ServedWay]:
     reassigned = {**settings, "positions": "reassigned"}
     found = (
         ServedWay(REASSIGNED, reassigned),
-        ServedWay(NATIVE, {**settings, "positions": "native"}),
+        ServedWay(NATIVE, {"min_context": 0, **settings, "positions": "native"}),
         ServedWay(SINK_LOCAL, {**reassigned, **unselected}),
         ServedWay(
             WINDOW,

@@ -8,7 +8,7 @@ import torch
 from benchmarks.accuracy import __main__ as accuracy
 from benchmarks.accuracy.figures import summarize, table
 from benchmarks.accuracy.questions import QUESTIONS, digits_only
-from benchmarks.accuracy.ways import FULL, split, ways
+from benchmarks.accuracy.ways import FULL, find_way, split, ways
 from vllm_tokenselect.tools.common.hidden import needle_prompts
 from vllm_tokenselect.tools.evaluate.cells import Cell
 from vllm_tokenselect.tools.inspect.model import DiagnosedModel
@@ -60,13 +60,53 @@ def test_random_draws_anew_for_every_layer_and_alike_for_every_run():
 
 
 def test_dense_layers_are_left_to_the_model():
-    attention = ways([BUDGET])[f"{BUDGET} dense 2"].attention(1024, 0, 0)
+    attention = find_way("dense 2", BUDGET).attention(1024, 0, 0)
     query, key = torch.randn(HEADS, 1024, HEAD_SIZE), torch.randn(KV_HEADS, 1024, HEAD_SIZE)
     assert [attention(layer, query, key, key, 1.0) is None for layer in (0, 1, 2)] == [
         True,
         True,
         False,
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "dense", "anchors"),
+    [
+        ("dense 2", 2, 1),
+        ("anchors 4", 0, 4),
+        ("anchors 2 6 14", 0, (2, 6, 14)),
+        ("dense 2 anchors 4", 2, 4),
+    ],
+)
+def test_a_way_is_named_by_its_layers(name, dense, anchors):
+    way = find_way(name, BUDGET)
+    assert way.name == f"{BUDGET} {name}"
+    assert way.method == replace(split(BUDGET), dense_layers=dense, anchor_layers=anchors)
+
+
+@pytest.mark.parametrize("name", ["", "anchors", "dense", "anchors 4 dense 2", "anchors x", "our"])
+def test_a_way_that_does_not_exist_is_refused(name, capsys):
+    with pytest.raises(SystemExit):
+        accuracy.arguments(["--ways", name])
+    assert f"there is no way {name!r}" in capsys.readouterr().err
+
+
+def test_digits_attend_to_what_the_anchor_selected_and_prompts_select_in_every_layer():
+    length, digits, layers = 1024, 3, 4
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(HEADS, length, HEAD_SIZE, generator=generator)
+    keys = torch.randn(layers, KV_HEADS, length, HEAD_SIZE, generator=generator)
+
+    def attend(name: str) -> list[torch.Tensor]:
+        attention = find_way(name, BUDGET).attention(length, digits, 0)
+        return [attention(layer, query, key, key, 1.0) for layer, key in enumerate(keys)]
+
+    every, shared = attend("ours"), attend("anchors 0 2")
+    prompt = slice(0, length - digits)
+    for layer in range(layers):
+        assert torch.equal(every[layer][:, prompt], shared[layer][:, prompt])
+        same = torch.equal(every[layer][:, -digits:], shared[layer][:, -digits:])
+        assert same == (layer in (0, 2))
 
 
 def test_questions_keep_the_length_and_tell_the_fact_where_they_say(tokenizer):

@@ -187,7 +187,7 @@ def test_every_method_attends_to_as_much():
     )
     assert ours.max_attended == alone.max_attended
     assert (alone.top_k, alone.reassigns_positions) == (1, True)
-    assert found[NATIVE].settings == {**settings, "positions": "native"}
+    assert found[NATIVE].settings == {"min_context": 0, **settings, "positions": "native"}
     assert found["window"].overrides == {"sliding_window": 620}
     assert [way.name for way in found.values() if way.stays_in_range] == [REASSIGNED, SINK_LOCAL]
 

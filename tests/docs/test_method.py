@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 import torch
 
 from tests.docs.pages import rows
-from tests.oracle.model import Selection, attended_positions, query_chunks
+from tests.oracle.model import OracleModel, Selection, attended_positions, query_chunks
+from vllm_tokenselect.config import TokenSelectConfig
 from vllm_tokenselect.kernels.block_table.reference import build_sparse_block_table, order_keys
 from vllm_tokenselect.kernels.score.reference import score_paged_keys
 from vllm_tokenselect.kernels.vote.reference import soft_vote
+from vllm_tokenselect.method.anchors import choose_anchors, give_roles
 from vllm_tokenselect.method.plan import SelectionPlan
 from vllm_tokenselect.method.requests import BatchRequests
 from vllm_tokenselect.method.settings import Method
@@ -26,7 +28,7 @@ PROMPT = 12
 
 def test_the_defaults_are_those_of_the_code():
     written = {setting: default for setting, default, _ in rows(PAGE, "setting", "default")}
-    assert written == {name: str(value) for name, value in asdict(Method()).items()}
+    assert written == {f.name: str(getattr(TokenSelectConfig(), f.name)) for f in fields(Method)}
 
 
 @pytest.mark.parametrize(("block_size", "chunk"), [(128, 512), (80, 480), (528, 264), (16, 512)])
@@ -42,36 +44,39 @@ def test_votes_are_compared_in_16_bits():
 @pytest.fixture
 def keys() -> torch.Tensor:
     """Of the example, fp32 [positions]."""
-    [[name, *numbers]] = rows(PAGE, "position", "0")
+    return keys_by("position")
+
+
+def keys_by(heading: str) -> torch.Tensor:
+    [[name, *numbers]] = rows(PAGE, heading, "0")
     assert name == "key"
     return torch.tensor([float(number) for number in numbers])
+
+
+def positions(text: str) -> list[int]:
+    return [int(word) for word in text.split() if word.isdigit()]
+
+
+def chunk_of(text: str) -> range:
+    return range(*map(int, text.strip("[)").split(",")))
 
 
 @pytest.fixture
 def example() -> list[tuple[range, list[int], str, list[int]]]:
     """Chunk, candidates, selected, attended."""
-
-    def positions(text: str) -> list[int]:
-        return [int(word) for word in text.split() if word.isdigit()]
-
     lines = rows(PAGE, "chunk", "candidates")
-    chunks = [range(*map(int, chunk.strip("[)").split(","))) for chunk, *_ in lines]
     return [
-        (chunk, positions(candidates), selected, positions(attended))
-        for chunk, (_, candidates, selected, attended) in zip(chunks, lines, strict=True)
+        (chunk_of(chunk), positions(candidates), selected, positions(attended))
+        for chunk, candidates, selected, attended in lines
     ]
 
 
+def oracle_settings(method: Method) -> Selection:
+    return Selection(**{f.name: getattr(method, f.name) for f in fields(Selection)})
+
+
 def test_the_oracle_attends_to_what_the_example_says(keys, example):
-    settings = Selection(
-        METHOD.top_k,
-        METHOD.n_init,
-        METHOD.n_local,
-        METHOD.query_chunk,
-        METHOD.tail_queries,
-        METHOD.similarity_threshold,
-        METHOD.refresh_interval,
-    )
+    settings = oracle_settings(METHOD)
     chunks = [chunk for chunk, *_ in example]
     assert query_chunks(0, len(keys), PROMPT, settings) == chunks
     last = None
@@ -91,20 +96,26 @@ def test_the_oracle_attends_to_what_the_example_says(keys, example):
 
 
 def test_the_package_attends_to_what_the_example_says(keys, example):
-    plan = SelectionPlan.build(
-        np.array([0, len(keys)], np.int32),
-        np.array([len(keys)], np.int32),
-        BatchRequests.without_seats(np.array([PROMPT], np.int32), METHOD.top_k),
-        METHOD,
-    )
+    plan, seen = attend_by_the_package(keys, METHOD)
     # Dense chunks are joined.
     assert plan.chunk_end.tolist() == [chunk.stop for chunk, *_ in example][1:]
+    for row, (_, _, selected, attended) in enumerate(example[1:]):
+        if not selected.endswith("reused"):  # what is selected is not kept here
+            assert seen[row] == attended
+
+
+def attend_by_the_package(keys: torch.Tensor, method: Method) -> tuple[SelectionPlan, list]:
+    """The plan of the example, and what each of its rows attends to if it selects for itself."""
+    end = np.array([len(keys)], np.int32)
+    requests = BatchRequests.without_seats(np.array([PROMPT], np.int32), method.top_k)
+    requests = replace(requests, seats=np.zeros(1, np.int32), owners=np.ones(1, np.int32))
+    plan = SelectionPlan.build(np.array([0, len(keys)], np.int32), end, requests, method)
     row_seq, ends = torch.from_numpy(plan.row_seq), torch.from_numpy(plan.candidate_end)
     pages, table = torch.zeros(1, 1, 2, 16, 1), torch.zeros(1, 1, dtype=torch.int32)
     pages[0, 0, 0, : len(keys), 0] = keys
     votes = soft_vote(
         score_paged_keys(
-            torch.ones(plan.num_rows, 1, 1), pages, table, row_seq, METHOD.n_init, ends, 1.0
+            torch.ones(plan.num_rows, 1, 1), pages, table, row_seq, method.n_init, ends, 1.0
         )
     )
     slots = torch.zeros(plan.num_rows, 16, dtype=torch.int32)
@@ -113,7 +124,7 @@ def test_the_package_attends_to_what_the_example_says(keys, example):
         votes,
         table,
         row_seq,
-        METHOD.n_init,
+        method.n_init,
         torch.from_numpy(plan.top_k),
         ends,
         torch.from_numpy(plan.chunk_end),
@@ -121,6 +132,52 @@ def test_the_package_attends_to_what_the_example_says(keys, example):
         slots,
         lengths,
     )
-    for row, (_, _, selected, attended) in enumerate(example[1:]):
-        if not selected.endswith("reused"):  # nothing of these rows is cached
-            assert slots[row, : lengths[row]].tolist() == attended
+    seen = [
+        list(range(plan.chunk_end[row])) if plan.dense[row] else slots[row, : lengths[row]].tolist()
+        for row in range(plan.num_rows)
+    ]
+    return plan, seen
+
+
+SHARING = replace(METHOD, anchor_layers=(0,), min_context=13)
+
+
+@pytest.fixture
+def keys_of_layers(keys) -> list[torch.Tensor]:
+    return [keys, keys_by("layer 1, position")]
+
+
+@pytest.fixture
+def shared() -> list[tuple[range, list[list[int]]]]:
+    """Chunks of the example with two layers, and what is attended to in each."""
+    lines = rows(PAGE, "chunk", "attended in layer 0, an anchor")
+    return [(chunk_of(chunk), [*map(positions, attended)]) for chunk, *attended in lines]
+
+
+def test_the_oracle_shares_what_the_example_says(keys_of_layers, shared):
+    model = object.__new__(OracleModel)
+    model.settings, model.prompt_len = oracle_settings(SHARING), PROMPT
+    model.last, model.anchored, model.num_reused, model.margin = [None, None], {}, 0, 1.0
+    for chunk, attended in shared:
+        found = [
+            model.attend_to(
+                layer, torch.ones(len(chunk), 1, 1), keys[None, : chunk.stop, None], chunk, 1.0
+            )
+            for layer, keys in enumerate(keys_of_layers)
+        ]
+        assert [seen.tolist() for seen in found] == attended
+    assert model.num_reused == 1
+
+
+def test_the_package_shares_what_the_example_says(keys_of_layers, shared):
+    layers = [attend_by_the_package(keys, SHARING) for keys in keys_of_layers]
+    roles = give_roles(choose_anchors(SHARING.anchor_layers, range(2)), range(2))
+    (plan, _), *_ = layers
+    for chunk, attended in shared:
+        row = plan.chunk_end.tolist().index(chunk.stop)
+        if chunk.start > PROMPT + 1:
+            continue  # what is selected is not kept here
+        # A row that follows takes what the anchor below has.
+        sources = [0 if role.follows and plan.follows[row] else i for i, role in enumerate(roles)]
+        assert [layers[source][1][row] for source in sources] == attended
+        assert plan.follows[row] == (chunk.stop > SHARING.min_context)

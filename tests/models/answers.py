@@ -15,7 +15,7 @@ from tests.models.serve import ENVIRONMENT
 from tests.models.zoo import COMMON
 
 LENGTHS = (40, 300, 420, 700, 1100)
-SETTINGS = {"top_k": 256, "n_init": 32, "n_local": 128, "query_chunk": 256}
+SETTINGS = {"top_k": 256, "n_init": 32, "n_local": 128, "query_chunk": 256, "min_context": 0}
 BLOCK_SIZE, LONGEST = 32, 1600
 
 

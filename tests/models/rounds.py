@@ -10,7 +10,7 @@ TOGETHER, AT_ONCE = (1100, 40, 600), (700, 701, 900)
 LONGEST = 4096  # tokens that the models are made for
 NUM_GENERATED = 5
 # With budgets that cover every prompt, so that selecting is full attention.
-COVERS = {"n_init": 16, "n_local": 64, "top_k": 1152}
+COVERS = {"n_init": 16, "n_local": 64, "top_k": 1152, "min_context": 0}
 SMALL = {"tokenselect_top_k": 48}
 OFF = {"tokenselect": "off"}
 

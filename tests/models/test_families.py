@@ -31,7 +31,13 @@ TOO_SMALL_FOR_BLOCKS = {
 COVERED = {
     "attention_backend": "TOKENSELECT",
     "additional_config": {
-        "tokenselect": {"top_k": 316, "n_init": 4, "n_local": 16, "query_chunk": 32}
+        "tokenselect": {
+            "top_k": 316,
+            "n_init": 4,
+            "n_local": 16,
+            "query_chunk": 32,
+            "min_context": 0,
+        }
     },
 }
 SELECTING = {

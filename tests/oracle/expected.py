@@ -10,15 +10,20 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from tests.oracle.cases import (
+    ANCHOR_SETTINGS,
     CACHED_SETTINGS,
+    DENSE_LAYERS_ANCHOR_SETTINGS,
     DENSE_LAYERS_SETTINGS,
     REASSIGNED_SETTINGS,
     SETTINGS,
     Case,
+    make_anchor_cases,
     make_cached_cases,
     make_cases,
     make_dense_layers_cases,
@@ -26,11 +31,13 @@ from tests.oracle.cases import (
 )
 from tests.oracle.model import OracleModel, Selection
 
-FILES = {
-    SETTINGS: Path(__file__).with_name("expected.json"),
-    CACHED_SETTINGS: Path(__file__).with_name("expected_cached.json"),
-    DENSE_LAYERS_SETTINGS: Path(__file__).with_name("expected_dense_layers.json"),
-    REASSIGNED_SETTINGS: Path(__file__).with_name("expected_reassigned.json"),
+SETS: dict[Selection, tuple[str, Callable[[Any], list[Case]]]] = {
+    SETTINGS: ("expected.json", make_cases),
+    CACHED_SETTINGS: ("expected_cached.json", make_cached_cases),
+    DENSE_LAYERS_SETTINGS: ("expected_dense_layers.json", make_dense_layers_cases),
+    ANCHOR_SETTINGS: ("expected_anchors.json", make_anchor_cases),
+    DENSE_LAYERS_ANCHOR_SETTINGS: ("expected_dense_layers_anchors.json", make_dense_layers_cases),
+    REASSIGNED_SETTINGS: ("expected_reassigned.json", make_reassigned_cases),
 }
 # Where the oracle itself cannot tell two tokens apart, rounding may decide between them.
 UNDECIDED_NATS = 1e-4
@@ -55,6 +62,14 @@ class Expected:
     margins: list[float] | None = None
 
 
+def file_of(settings: Selection) -> Path:
+    return Path(__file__).with_name(SETS[settings][0])
+
+
+def as_json(settings: Selection) -> dict[str, Any]:
+    return json.loads(json.dumps(asdict(settings)))
+
+
 def sha256(prompt: list[int]) -> str:
     return hashlib.sha256(json.dumps(prompt).encode()).hexdigest()
 
@@ -67,11 +82,11 @@ def ask(oracle: OracleModel, case: Case) -> Expected:
 
 def load(cases: list[Case], settings: Selection = SETTINGS) -> dict[str, Expected]:
     """A file's content by name of the case; fails when it was made for other cases."""
-    file = FILES[settings]
+    file = file_of(settings)
     content = json.loads(file.read_text())
     expected = {name: Expected(**values) for name, values in content["cases"].items()}
     stale = f"{file.name} is stale: run python -m tests.oracle.expected"
-    assert content["settings"] == asdict(settings), stale
+    assert content["settings"] == as_json(settings), stale
     assert {c.name: (sha256(c.prompt), c.max_tokens) for c in cases} == {
         name: (e.prompt_sha256, len(e.tokens)) for name, e in expected.items()
     }, stale
@@ -119,21 +134,16 @@ def main() -> None:
 
     model = ensure_smollm2()
     tokenizer = AutoTokenizer.from_pretrained(model)
-    sets = {
-        SETTINGS: make_cases(tokenizer),
-        CACHED_SETTINGS: make_cached_cases(tokenizer),
-        DENSE_LAYERS_SETTINGS: make_dense_layers_cases(tokenizer),
-        REASSIGNED_SETTINGS: make_reassigned_cases(tokenizer),
-    }
-    chosen = [s for s in sets if not sys.argv[1:] or FILES[s].name in sys.argv[1:]]
-    for settings in chosen:
+    for settings, (file, make) in SETS.items():
+        if sys.argv[1:] and file not in sys.argv[1:]:
+            continue
         oracle = OracleModel(model, settings)
-        asked = track(sets[settings], f"asking the oracle for {FILES[settings].name}")
+        asked = track(make(tokenizer), f"asking the oracle for {file}")
         answers = {case.name: _known(ask(oracle, case)) for case in asked}
         # One case a line: short enough to read, and a change shows where it is.
         lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(a)}" for name, a in answers.items())
-        content = f'{{"settings": {json.dumps(asdict(settings))},\n "cases": {{\n{lines}\n}}}}\n'
-        FILES[settings].write_text(content)
+        content = f'{{"settings": {json.dumps(as_json(settings))},\n "cases": {{\n{lines}\n}}}}\n'
+        file_of(settings).write_text(content)
 
 
 def _known(expected: Expected) -> dict[str, object]:

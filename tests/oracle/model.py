@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,22 @@ class Selection:
     refresh_interval: int
     positions: str = "native"
     dense_layers: int = 0
+    anchor_layers: tuple[int, ...] | Literal["all"] = "all"
+    min_context: int = 0
+
+    def sees_everything(self, layer: int, chunk: range, prompt_len: int) -> bool:
+        """Whether a layer is dense, or a generated token's context, itself included, is short."""
+        generated = chunk.start >= prompt_len
+        return layer < self.dense_layers or (generated and chunk.stop <= self.min_context)
+
+    def follows(self, layer: int, chunk: range, prompt_len: int) -> bool:
+        """Whether a generated token attends to what the last anchor below this layer made it attend to.
+
+        The first layer that selects is always an anchor.
+        """
+        if self.anchor_layers == "all" or chunk.start < prompt_len:
+            return False
+        return layer > self.dense_layers and layer not in self.anchor_layers
 
 
 @dataclass(frozen=True)
@@ -137,6 +154,8 @@ class OracleModel:
         self.cos, self.sin = (torch.cat([f(angles)] * 2, dim=-1) for f in (torch.cos, torch.sin))
         self.cache: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.last: list[LastSelection | None] = []
+        # What each generated token of this step attends to in the last anchor so far.
+        self.anchored: dict[range, torch.Tensor] = {}
         self.prompt_len = 0
         self.num_reused = 0  # selections, over layers and generated tokens
         self.margin = 1.0  # the narrowest decision so far
@@ -184,6 +203,7 @@ class OracleModel:
     def next_logprobs(self, tokens: list[int], first: int) -> torch.Tensor:
         """Log-probabilities [vocabulary] after `tokens`, which stand at positions `first` and on."""
         hidden = self.weights["embed_tokens.weight"][tokens]
+        self.anchored = {}
         for layer in range(self.num_layers):
             w = self._layer_weights(layer)
             attended = self._attention(layer, self._norm(hidden, w["input_layernorm"]), first, w)
@@ -207,20 +227,9 @@ class OracleModel:
         self.cache[layer] = keys, values
         scale = self.head_size**-0.5
         outputs = []
-        settings = self.settings
-        if layer < settings.dense_layers:
-            settings = replace(settings, top_k=10**9)
-        for chunk in query_chunks(first, end, self.prompt_len, settings):
+        for chunk in query_chunks(first, end, self.prompt_len, self.settings):
             queries = q[chunk.start - first : chunk.stop - first]
-            # Only generated tokens reuse a selection and leave one.
-            generated = chunk.start >= self.prompt_len
-            before = self.last[layer] if generated else None
-            seen, last, margin = attended_positions(
-                queries, keys[:, : chunk.stop], chunk, scale, settings, before, self._asking
-            )
-            self.margin = min(self.margin, margin)
-            self.num_reused += last is not None and last is before
-            self.last[layer] = last if generated else None
+            seen = self.attend_to(layer, queries, keys[:, : chunk.stop], chunk, scale)
             seen_keys = keys[:, seen]
             if reassigned:
                 # What is seen is numbered from 0 in its order, and the chunk's own queries last.
@@ -238,6 +247,27 @@ class OracleModel:
                 ).transpose(0, 1)
             )
         return torch.cat(outputs).reshape(n, -1)
+
+    def attend_to(
+        self, layer: int, queries: torch.Tensor, keys: torch.Tensor, chunk: range, scale: float
+    ) -> torch.Tensor:
+        """Positions that a chunk attends to in a layer, ascending."""
+        settings, prompt_len = self.settings, self.prompt_len
+        if settings.follows(layer, chunk, prompt_len):
+            return self.anchored[chunk]
+        if settings.sees_everything(layer, chunk, prompt_len):
+            settings = replace(settings, top_k=10**9)
+        # Only generated tokens reuse a selection and leave one.
+        generated = chunk.start >= prompt_len
+        before = self.last[layer] if generated else None
+        seen, last, margin = attended_positions(
+            queries, keys, chunk, scale, settings, before, self._asking
+        )
+        self.margin = min(self.margin, margin)
+        self.num_reused += last is not None and last is before
+        self.last[layer] = last if generated else None
+        self.anchored[chunk] = seen
+        return seen
 
     def _asking(self, mean: torch.Tensor) -> torch.Tensor:
         """The mean query [Hq, D] as it votes: reassigned, all keys stand `n_local` tokens before it."""

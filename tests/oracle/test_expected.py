@@ -3,10 +3,13 @@
 import pytest
 
 from tests.oracle.cases import (
+    ANCHOR_SETTINGS,
     CACHED_SETTINGS,
+    DENSE_LAYERS_ANCHOR_SETTINGS,
     DENSE_LAYERS_SETTINGS,
     REASSIGNED_SETTINGS,
     SETTINGS,
+    make_anchor_cases,
     make_cached_cases,
     make_cases,
     make_dense_layers_cases,
@@ -43,12 +46,32 @@ def test_the_file_for_the_selection_cache_does_too(smollm2, tokenizer):
     assert 0 < oracle.num_reused < 2 * 24 * oracle.num_layers
 
 
-def test_the_file_for_dense_layers_does_too(smollm2, tokenizer):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        DENSE_LAYERS_SETTINGS,
+        pytest.param(DENSE_LAYERS_ANCHOR_SETTINGS, marks=pytest.mark.endurance),
+    ],
+    ids=["all select", "anchors"],
+)
+def test_the_file_for_dense_layers_does_too(smollm2, tokenizer, settings):
     cases = {case.name: case for case in make_dense_layers_cases(tokenizer)}
-    expected = load(list(cases.values()), DENSE_LAYERS_SETTINGS)
+    expected = load(list(cases.values()), settings)
     name = next(iter(cases))
-    again = ask(OracleModel(smollm2, DENSE_LAYERS_SETTINGS), cases[name])
+    again = ask(OracleModel(smollm2, settings), cases[name])
     assert difference(again.tokens, again.logprobs, expected[name]) == (None, False)
+
+
+def test_the_file_for_anchors_does_too(smollm2, tokenizer):
+    cases = {case.name: case for case in make_anchor_cases(tokenizer)}
+    expected = load(list(cases.values()), ANCHOR_SETTINGS)
+    name = "anchors-1144"
+    prompt, generated = len(cases[name].prompt), cases[name].max_tokens
+    assert prompt < ANCHOR_SETTINGS.min_context < prompt + generated - 1, "it begins to select"
+    oracle = OracleModel(smollm2, ANCHOR_SETTINGS)
+    again = ask(oracle, cases[name])
+    assert difference(again.tokens, again.logprobs, expected[name]) == (None, False)
+    assert oracle.num_reused > 0
 
 
 def test_the_file_for_reassigned_positions_does_too(smollm2, tokenizer):

@@ -93,3 +93,52 @@ def test_only_reassigned_positions_turn_the_query_that_votes():
     torch.testing.assert_close(model._asking(mean), model._rotate(mean[None], 2)[0])
     model.settings = SMALL
     assert model._asking(mean) is mean
+
+
+LAYERS = 5
+
+
+def attended_by_layers(settings: Selection, chunk: range, prompt_len: int) -> list[list[int]]:
+    """What a chunk attends to in five layers, each with keys of its own."""
+    model = object.__new__(OracleModel)
+    model.settings, model.prompt_len = settings, prompt_len
+    model.last, model.anchored = [None] * LAYERS, {}
+    model.num_reused, model.margin = 0, 1.0
+    queries = torch.ones(len(chunk), 1, 4)
+    keys = torch.randn(LAYERS, 1, chunk.stop, 4, generator=torch.Generator().manual_seed(0))
+    return [
+        model.attend_to(layer, queries, keys[layer], chunk, 1.0).tolist() for layer in range(LAYERS)
+    ]
+
+
+def test_a_generated_token_attends_to_what_the_anchor_below_selected():
+    chunk = range(40, 41)
+    every = attended_by_layers(SMALL, chunk, prompt_len=40)
+    assert len(set(map(tuple, every))) == LAYERS, "the layers are to be told apart"
+    shared = attended_by_layers(replace(SMALL, anchor_layers=(0, 3)), chunk, prompt_len=40)
+    assert shared == [every[0], every[0], every[0], every[3], every[3]]
+
+
+@pytest.mark.parametrize("chunk", [range(36, 40), range(41, 42)], ids=["chunk", "tail"])
+def test_a_prompt_selects_in_every_layer_whatever_its_length(chunk):
+    shared = replace(SMALL, anchor_layers=(0, 3), min_context=100)
+    every = attended_by_layers(SMALL, chunk, prompt_len=42)
+    assert len(set(map(tuple, every))) == LAYERS
+    assert attended_by_layers(shared, chunk, prompt_len=42) == every
+
+
+def test_the_first_layer_that_selects_is_an_anchor_and_dense_ones_are_none():
+    settings = replace(SMALL, anchor_layers=(1, 4), dense_layers=2)
+    every = attended_by_layers(SMALL, range(40, 41), prompt_len=40)
+    found = attended_by_layers(settings, range(40, 41), prompt_len=40)
+    assert found == [list(range(41)), list(range(41)), every[2], every[2], every[4]]
+
+
+@pytest.mark.parametrize("anchors", ["all", (0, 3)], ids=str)
+def test_up_to_min_context_a_generated_token_attends_to_everything(anchors):
+    settings = replace(SMALL, anchor_layers=anchors, min_context=41)
+    everything = [list(range(41))] * LAYERS
+    assert attended_by_layers(settings, range(40, 41), prompt_len=40) == everything
+    found = attended_by_layers(settings, range(41, 42), prompt_len=40)
+    assert found == attended_by_layers(replace(settings, min_context=0), range(41, 42), 40)
+    assert all(len(seen) == 7 for seen in found)

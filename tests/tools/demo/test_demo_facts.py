@@ -68,7 +68,7 @@ def test_full_attention_decides_every_token_by_a_nat(smollm2, prompts, said, goi
 
 @pytest.mark.endurance  # minutes: the definition is not fast
 def test_the_method_decides_every_token_by_a_nat(smollm2, prompts, said, going_on):
-    settings = DEFAULTS.model_copy(update=SETTINGS)
+    settings = DEFAULTS.model_copy(update=SETTINGS).method
     names = Selection.__dataclass_fields__
     model = OracleModel(smollm2, Selection(**{name: getattr(settings, name) for name in names}))
     # Whole chunks of the document, none of which is the end of a prompt.
