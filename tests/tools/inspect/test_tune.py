@@ -158,6 +158,9 @@ def test_the_matrix_is_the_attention_that_falls_on_what_a_layer_below_selected(l
                 shares.append(float(logits.softmax(-1)[:, positions].sum(-1).mean()))
             expected = np.mean(shares) if below <= layer else 0.0
             assert kept[below, layer] == pytest.approx(expected, abs=1e-5)
+    worst = mass.worst()
+    assert np.all(worst <= kept)
+    assert worst[1, 3] < kept[1, 3]
     of_inspect = compare_layers(llama, tokens, CONFIG, num_tokens=len(singles))
     own = [report.mass[TOKENS][TOKENSELECT] for report in of_inspect]
     assert kept.diagonal() == pytest.approx(own, abs=1e-5)
@@ -197,7 +200,7 @@ def test_what_is_read_once_for_several_passages_and_settings_is_what_each_reads_
 
 def candidate(top_k: int, share: int = 1, dense: int = 0) -> Candidate:
     method = replace(CONFIG, top_k=top_k, dense_layers=dense)
-    return Candidate(method, share, top_k / share + 1000 * dense)
+    return Candidate(method, f"1 in {share}", top_k / share + 1000 * dense)
 
 
 def cost(tried: Candidate, added: float, kind: str = "text") -> SettingsCost:
@@ -215,21 +218,25 @@ def test_the_cheapest_settings_keep_the_loss_on_every_kind_and_so_do_their_large
 
 
 def test_candidates_are_named_by_the_layers_of_the_model_and_those_with_more_anchors_read_more():
-    kept = np.triu(np.ones((12, 12)))
+    kept = np.triu(np.ones((24, 24)))
     methods = [replace(CONFIG, dense_layers=dense) for dense in (1, 3)]
-    candidates = make_candidates(methods, range(1, 13), kept, context=1000)
-    for dense, selecting in ((1, 12), (3, 10)):
+    candidates = make_candidates(methods, range(1, 25), {"mean": kept, "same": kept}, context=1000)
+    for dense, selecting in ((1, 24), (3, 22)):
         own = [c for c in candidates if c.method.dense_layers == dense]
-        assert [c.share for c in own] == [1, 2, 3, 4, 6]
+        assert [c.choice for c in own] == ["all", *(f"1 in {n}, mean" for n in (2, 3, 4, 6))]
         assert own[0].method.anchor_layers == "all"
-        for tried in own[1:]:
+        for tried, share in zip(own[1:], (2, 3, 4, 6), strict=True):
             anchors = tried.method.anchor_layers
             assert anchors[0] == dense
-            assert len(anchors) == round(selecting / tried.share)
+            assert len(anchors) == round(selecting / share)
         reads = [c.reads for c in own]
         assert reads == sorted(reads, reverse=True)
-    # One dense layer reads all; twelve attend to 44 each, and score 1,000 keys.
-    assert candidates[0].reads == pytest.approx((1000 + 12 * (44 + 500)) / 13)
+    given = replace(CONFIG, dense_layers=1, anchor_layers=(1, 7))
+    candidates_of_given = make_candidates([given], range(1, 25), {"mean": kept}, context=1000)
+    assert candidates_of_given[1].choice == "as given"
+    assert candidates_of_given[1].method == given
+    # One dense layer reads all; 24 attend to 44 each, and score 1,000 keys.
+    assert candidates[0].reads == pytest.approx((1000 + 24 * (44 + 500)) / 25)
     assert tokens_read(replace(CONFIG, min_context=1000), range(1, 13), 1, 1000) == 1000
 
 

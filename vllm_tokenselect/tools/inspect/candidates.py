@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -14,6 +14,7 @@ from vllm_tokenselect.tools.inspect.reading import Passage, read_selecting
 from vllm_tokenselect.tools.inspect.sharing import Float64, propose_anchors
 
 SHARES = (2, 3, 4, 6)  # one layer in so many is an anchor
+ALL, GIVEN = "all", "as given"
 
 
 @dataclass(frozen=True)
@@ -21,12 +22,12 @@ class Candidate:
     """Settings to try.
 
     Attributes:
-        share: one layer in so many is an anchor; 1 if all select.
+        choice: where the anchors come from; the same for all budgets.
         reads: tokens that a generated token reads per layer, keys and values; see `tokens_read`.
     """
 
     method: Method
-    share: int
+    choice: str
     reads: float
 
 
@@ -55,14 +56,17 @@ class SettingsCost:
 
 
 def make_candidates(
-    methods: Sequence[Method], layers: Sequence[int], kept: Float64, context: int
+    methods: Sequence[Method],
+    layers: Sequence[int],
+    matrices: Mapping[str, Float64],
+    context: int,
 ) -> list[Candidate]:
-    """Each of `methods` with all layers selecting, and with the proposed anchors.
+    """Each of `methods` with all layers selecting, with its own anchors, and with the proposed ones.
 
     Args:
         methods: settings of budget and dense layers.
         layers: those that select with the fewest dense layers of `methods`.
-        kept: their matrix, as `SharedMass` gives it.
+        matrices: what these layers keep for each other, by name, as `SharedMass` gives it.
         context: tokens of the context to be fast at.
     """
     found = []
@@ -70,17 +74,22 @@ def make_candidates(
     for method in methods:
         dense = sum(layer < method.dense_layers for layer in layers)
         selecting = layers[dense:]
-        own = kept[dense:, dense:]
         if not selecting:
             continue
-        choices: dict[int, AnchorLayers] = {1: "all"}
+        choices: dict[str, AnchorLayers] = {ALL: "all"}
+        if method.anchor_layers != "all":
+            choices[GIVEN] = method.anchor_layers
         for share in SHARES:
             count = max(round(len(selecting) / share), 1)
-            choices[share] = tuple(selecting[index] for index in propose_anchors(own, count))
-        for share, anchors in choices.items():
+            for name, kept in matrices.items():
+                proposed = propose_anchors(kept[dense:, dense:], count)
+                layers_proposed = tuple(selecting[index] for index in proposed)
+                if layers_proposed not in choices.values():
+                    choices[f"1 in {share}, {name}"] = layers_proposed
+        for choice, anchors in choices.items():
             tried = replace(method, anchor_layers=anchors)
             reads = tokens_read(tried, selecting, fewest + dense, context)
-            found.append(Candidate(tried, share, reads))
+            found.append(Candidate(tried, choice, reads))
     return found
 
 
@@ -150,7 +159,7 @@ def choose(costs: Sequence[SettingsCost], max_added: float) -> Candidate | None:
         larger = [
             added
             for other, added in worst.items()
-            if other.share == candidate.share
+            if other.choice == candidate.choice
             and other.method.dense_layers == candidate.method.dense_layers
             and other.method.top_k >= candidate.method.top_k
         ]

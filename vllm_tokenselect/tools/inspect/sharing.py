@@ -6,7 +6,7 @@ would attend to for some single tokens, and of each layer above the attention is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -34,14 +34,12 @@ class SharedMass:
         self._method = method
         self._singles: list[Chunk] = []
         self._attended: dict[int, torch.Tensor] = {}  # by layer, int64 [n, m]
-        self._sums: dict[tuple[int, int], float] = {}
-        self._tokens = 0
+        self._kept: dict[tuple[int, int], list[torch.Tensor]] = {}  # by layers i and j, fp32 [n]
 
     def measure(self, singles: Sequence[Chunk]) -> None:
         """Measure these single tokens, which select, in the forward that comes next."""
         self._singles = list(singles)
         self._attended = {}
-        self._tokens += len(singles)
 
     def __call__(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
@@ -59,25 +57,35 @@ class SharedMass:
         )
         shares = causal_scores(asking, positions, key, scale).softmax(dim=-1).mean(dim=0)  # [n, T]
         for below, attended in self._attended.items():
-            kept = float(shares.gather(1, attended).sum())
-            self._sums[below, layer] = self._sums.get((below, layer), 0.0) + kept
+            self._kept.setdefault((below, layer), []).append(
+                shares.gather(1, attended).sum(1).cpu()
+            )
 
     @property
     def layers(self) -> list[int]:
         """The layers that select, ascending."""
-        return sorted({layer for _, layer in self._sums})
+        return sorted({layer for _, layer in self._kept})
 
     def matrix(self) -> Float64:
         """Share of attention, 0 to 1, that the selection in layer i keeps in layer j: [layers, layers].
 
         The mean over tokens and heads. 0 where j lies below i.
         """
+        return self._over_tokens(lambda kept: float(kept.mean()))
+
+    def worst(self) -> Float64:
+        """The same for the tenth of the tokens that lose most: what nine of ten tokens keep at least.
+
+        A token that finds something far back needs its layers' own selections, and there are few of them.
+        """
+        return self._over_tokens(lambda kept: float(kept.quantile(0.1)))
+
+    def _over_tokens(self, measure: Callable[[torch.Tensor], float]) -> Float64:
         layers = self.layers
-        kept = np.zeros((len(layers), len(layers)))
-        for row, below in enumerate(layers):
-            for column in range(row, len(layers)):
-                kept[row, column] = self._sums[below, layers[column]] / self._tokens
-        return kept
+        found = np.zeros((len(layers), len(layers)))
+        for (below, layer), parts in self._kept.items():
+            found[layers.index(below), layers.index(layer)] = measure(torch.cat(parts))
+        return found
 
 
 def propose_anchors(kept: Float64, count: int) -> tuple[int, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -12,7 +12,7 @@ from rich.table import Table
 from vllm_tokenselect.method.anchors import choose_anchors
 from vllm_tokenselect.method.settings import Method
 from vllm_tokenselect.tools.common.plots import short_length
-from vllm_tokenselect.tools.inspect.candidates import Candidate, SettingsCost
+from vllm_tokenselect.tools.inspect.candidates import ALL, Candidate, SettingsCost
 from vllm_tokenselect.tools.inspect.layers import LayerReport
 from vllm_tokenselect.tools.inspect.selections import WAYS
 from vllm_tokenselect.tools.inspect.sharing import Float64, kept_by
@@ -38,30 +38,36 @@ def layer_table(layers: Sequence[LayerReport], kind: str) -> Table:
     return table
 
 
-def anchor_table(candidates: Sequence[Candidate], layers: Sequence[int], kept: Float64) -> Table:
-    """The proposed anchors, and the attention that their selections keep in all layers that select."""
+def anchor_table(
+    candidates: Sequence[Candidate], layers: Sequence[int], matrices: Mapping[str, Float64]
+) -> Table:
+    """The anchors to try, and the attention that their selections keep in all layers that select."""
     table = Table(title="anchors, and the share of attention kept; mean over layers")
-    for column in ("dense layers", "anchors", "kept"):
-        table.add_column(column, justify="right")
+    table.add_column("dense layers", justify="right")
+    table.add_column("anchors")
+    for name in matrices:
+        table.add_column(name, justify="right")
     table.add_column("layers that select", overflow="fold")
-    shown: dict[tuple[int, int], Method] = {}
+    shown: dict[tuple[int, str], Method] = {}
     for candidate in candidates:
-        shown.setdefault((candidate.method.dense_layers, candidate.share), candidate.method)
-    for (dense, share), method in shown.items():
+        shown.setdefault((candidate.method.dense_layers, candidate.choice), candidate.method)
+    for (dense, choice), method in shown.items():
         first = sum(layer < dense for layer in layers)
         own = list(layers[first:])
         anchors = choose_anchors(method.anchor_layers, own)
-        share_kept = kept_by(kept[first:, first:], [own.index(anchor) for anchor in anchors])
-        listed = "all" if share == 1 else " ".join(map(str, anchors))
-        table.add_row(str(dense), f"{len(anchors)} of {len(own)}", f"{share_kept:.3f}", listed)
+        places = [own.index(anchor) for anchor in anchors]
+        shares = [f"{kept_by(kept[first:, first:], places):.3f}" for kept in matrices.values()]
+        listed = "all" if choice == ALL else " ".join(map(str, anchors))
+        table.add_row(str(dense), choice, *shares, listed)
     return table
 
 
 def cost_table(costs: Sequence[SettingsCost], context: int) -> Table:
     """What the settings read, and what they add to the loss; the cheapest first."""
     table = Table(title="added to the loss, nats a token (95 % interval); lower is better")
-    for column in ("dense layers", "top_k", "anchors"):
+    for column in ("dense layers", "top_k"):
         table.add_column(column, justify="right")
+    table.add_column("anchors")
     table.add_column(f"read of {short_length(context)}", justify="right")
     kinds = {cost.kind: cost for cost in reversed(costs)}
     for kind, first in reversed(kinds.items()):
@@ -74,7 +80,7 @@ def cost_table(costs: Sequence[SettingsCost], context: int) -> Table:
         table.add_row(
             str(candidate.method.dense_layers),
             f"{candidate.method.top_k:,}",
-            "all" if candidate.share == 1 else f"1 in {candidate.share}",
+            candidate.choice,
             f"{100 * candidate.reads / context:.1f} %",
             *(_added(found[candidate][kind]) for kind in reversed(kinds)),
         )

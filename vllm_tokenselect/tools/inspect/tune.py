@@ -103,12 +103,13 @@ def run_tune(
             "No layer of this model selects: all have a sliding window, or are among the first "
             f"{methods[0].dense_layers} that the setting dense_layers leaves dense."
         )
-    kept = mass.matrix()
+    kept, worst = mass.matrix(), mass.worst()
+    matrices = {"mean": kept, "worst tenth": worst}
     if files.plot is not None:
         draw_matrix(kept, mass.layers, files.plot)
         console.print(f"Drawn into {files.plot}", highlight=False)
-    candidates = make_candidates(methods, mass.layers, kept, search.context)
-    console.print(anchor_table(candidates, mass.layers, kept))
+    candidates = make_candidates(methods, mass.layers, matrices, search.context)
+    console.print(anchor_table(candidates, mass.layers, matrices))
     kinds = len({passage.kind for passage in passages})
     costs = list(
         track(
@@ -125,6 +126,7 @@ def run_tune(
         "context": search.context,
         "layers": mass.layers,
         "kept": kept.round(5).tolist(),
+        "kept_by_worst_tenth": worst.round(5).tolist(),
         "costs": [asdict(cost) for cost in costs],
         "chosen": None if chosen is None else asdict(chosen),
     }
