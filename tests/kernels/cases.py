@@ -125,6 +125,7 @@ def make_group(
         slots=slots.numpy(),
         lengths=lengths.numpy(),
         selects=selects,
+        follows=False,
         max_query_len=1,
     )
 

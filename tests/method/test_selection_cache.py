@@ -92,7 +92,7 @@ def test_the_counters_are_those_of_counting_tokens_one_by_one(server):
     server.step(*((request, request.prompt) for request in requests))
     for _ in range(30):
         server.step(*((request, 1) for request in requests))
-    expected = dict.fromkeys(("reselected", "reused", "dense"), 0)
+    expected = dict.fromkeys(("reselected", "reused", "shared", "dense"), 0)
     attended = context = 0
     for request in requests:
         tail = METHOD.tail_start(request.prompt)

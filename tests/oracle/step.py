@@ -36,9 +36,10 @@ class ReferenceStep(CpuStep):
         attention: RowAttention,
         out: torch.Tensor,
     ) -> None:
-        torch.from_numpy(self.counters).add_(torch.as_tensor(self.fixed_counts))
+        if self.fixed_counts is not None:
+            self.counters += self.fixed_counts[1 if cache.follows else 0]
         for group in self.groups:
-            if group.selects:
+            if group.selects and not (cache.follows and group.follows):
                 reused_end = self.decide(group, query, cache)
                 selecting = (reused_end == SELECTS).nonzero()[:, 0]
                 if len(selecting):
@@ -145,6 +146,7 @@ class ReferenceStep(CpuStep):
             context_end,
             lengths,
             torch.from_numpy(self.counters),
+            cache.followers,
         )
 
     def attend(

@@ -12,12 +12,13 @@ from vllm_tokenselect.backend.cpu_attention import CpuAttention
 from vllm_tokenselect.backend.cpu_metadata import CpuTokenSelectMetadata
 from vllm_tokenselect.backend.impl import TokenSelectImpl
 from vllm_tokenselect.cpu.attention import GatheredAttention
+from vllm_tokenselect.cpu.layer import CpuLayer
 from vllm_tokenselect.cpu.warmup import compile_cpu_kernels
 from vllm_tokenselect.engine.log import get_logger
 from vllm_tokenselect.kernels.cpu_cache import is_temporary, kept_in
 from vllm_tokenselect.kernels.head_group import HeadGroup
 from vllm_tokenselect.kernels.layer_cache import LayerCache
-from vllm_tokenselect.kernels.write.cpu import write_tokens
+from vllm_tokenselect.method.anchors import Role
 
 logger = get_logger(__name__)
 
@@ -42,6 +43,7 @@ class CpuTokenSelectImpl(TokenSelectImpl[CpuTokenSelectMetadata]):
             longest = max(longest, vllm_config.model_config.max_model_len)
         self.attention = _shared_attention(self.num_kv_heads, self.head_size, self.dtype, longest)
         self.selections = self.selection_cache(vllm_config, torch.device("cpu"))
+        self._kept: tuple[torch.Tensor, int, CpuLayer] | None = None
 
     def do_kv_cache_update(
         self,
@@ -52,7 +54,7 @@ class CpuTokenSelectImpl(TokenSelectImpl[CpuTokenSelectMetadata]):
         slot_mapping: torch.Tensor,
     ) -> None:
         """Write `key`, `value` [T, Hkv, D] to the slots int64 [T]."""
-        write_tokens(key, value, self._pages(kv_cache), slot_mapping)
+        self._layer(kv_cache).write_tokens(key, value, slot_mapping)
 
     def forward(
         self,
@@ -67,28 +69,43 @@ class CpuTokenSelectImpl(TokenSelectImpl[CpuTokenSelectMetadata]):
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attend `query` [T, Hq, D] to the cached tokens; writes and returns `output` [T, Hq, D]."""
-        rotation = self.layer_rotation()
         if attn_metadata is None:  # profiling run
+            self.layer_rotation()
             return output.zero_()
-        num_tokens = attn_metadata.num_actual_tokens
+        layer = self._layer(kv_cache)
+        attn_metadata.step.run_kept_layer(query, layer, self.attention, output)
+        return output
+
+    def take_rotation(self, table: torch.Tensor | None) -> None:
+        super().take_rotation(table)
+        self._kept = None
+
+    def take_role(self, role: Role) -> None:
+        super().take_role(role)
+        self._kept = None
+
+    def _layer(self, kv_cache: torch.Tensor) -> CpuLayer:
+        """The layer with this cache [num_blocks, Hkv, block_size, 2 * D], another one after a sleep.
+
+        A block holds a head's keys, then its values.
+        """
+        if self._kept is not None:
+            kept, address, layer = self._kept
+            if kept is kv_cache and address == kv_cache.data_ptr():
+                return layer
+        num_blocks, num_kv_heads, block_size, _ = kv_cache.shape
         cache = LayerCache(
-            pages=self._pages(kv_cache),
+            pages=kv_cache.view(num_blocks, num_kv_heads, 2, block_size, self.head_size),
             selections=self.selections,
             follows=self.follows,
             followers=self.followers,
-            rotation=rotation,
+            rotation=self.layer_rotation(),
             sinks=self.sinks,
             soft_cap=self.logits_soft_cap,
         )
-        attn_metadata.step.run_layer(
-            query[:num_tokens], cache, self.scale, self.attention, output[:num_tokens]
-        )
-        return output
-
-    def _pages(self, kv_cache: torch.Tensor) -> torch.Tensor:
-        """[num_blocks, Hkv, 2, block_size, D]: a head's keys of a block, then its values."""
-        num_blocks, num_kv_heads, block_size, _ = kv_cache.shape
-        return kv_cache.view(num_blocks, num_kv_heads, 2, block_size, self.head_size)
+        layer = CpuLayer(cache, self.scale, self.dtype)
+        self._kept = kv_cache, kv_cache.data_ptr(), layer
+        return layer
 
 
 @cache

@@ -16,7 +16,6 @@ from vllm_tokenselect.cpu.step import CpuStep
 class CpuTokenSelectMetadata(AttentionMetadata):
     """What the layers of one step share."""
 
-    num_actual_tokens: int
     step: CpuStep
 
 
@@ -45,4 +44,4 @@ class CpuTokenSelectMetadataBuilder(TokenSelectMetadataBuilder[CpuTokenSelectMet
             self.config.workspace_bytes("cpu"),
             self.heads,
         )
-        return CpuTokenSelectMetadata(common_attn_metadata.num_actual_tokens, step)
+        return CpuTokenSelectMetadata(step)

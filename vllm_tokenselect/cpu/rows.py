@@ -13,16 +13,19 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from vllm_tokenselect.kernels.block_table.cpu import build_sparse_block_table
+from vllm_tokenselect.kernels.block_table.cpu import build_rows
+from vllm_tokenselect.kernels.cpu_arrays import int32_array
 from vllm_tokenselect.method.plan import SelectionPlan
 from vllm_tokenselect.method.requests import Int32
 from vllm_tokenselect.method.settings import Method
+
+_NO_VOTES = np.empty((0, 0), np.float32)
 
 
 class RowGroup(NamedTuple):
     """Consecutive rows of a step that are selected and attended together.
 
-    All of them select or none does; all have one query or all have several.
+    All of them select or none does; all follow or none does; all have one query or all have several.
 
     Attributes:
         row_seq: int32 [R], the row's request.
@@ -36,8 +39,10 @@ class RowGroup(NamedTuple):
         context_end: int32 [R], `b`.
         slots: int32 [R, width], sparse block table of page size 1, ascending by position.
         lengths: int32 [R], entries of each row.
-        selects: whether the rows have more than `top_k` candidates. Every layer fills `slots` and `lengths`
-            of such rows anew; those of the others are filled once a step.
+        selects: whether the rows have more than `top_k` candidates. Layers fill `slots` and `lengths` of
+            such rows anew; those of the others are filled once a step.
+        follows: whether the rows are generated tokens that select. A layer that follows an anchor leaves
+            their `slots` and `lengths` as the anchor has filled them.
         max_query_len: most queries of a row.
     """
 
@@ -53,6 +58,7 @@ class RowGroup(NamedTuple):
     slots: Int32
     lengths: Int32
     selects: bool
+    follows: bool
     max_query_len: int
 
     @property
@@ -60,20 +66,28 @@ class RowGroup(NamedTuple):
         return len(self.row_seq)
 
     def build_table(
-        self, votes: torch.Tensor | None, block_table: torch.Tensor, block_size: int, n_init: int
+        self, votes: np.ndarray, block_table: np.ndarray, block_size: int, n_init: int
     ) -> None:
-        """Fill `slots` and `lengths`; arguments as of `build_sparse_block_table`."""
-        build_sparse_block_table(
+        """Fill `slots` and `lengths`.
+
+        Args:
+            votes: fp32 [R, N], contiguous; of no element for rows that select nothing.
+            block_table: int32 [S, W], KV blocks of each request.
+            block_size: tokens of a KV block.
+            n_init: length of the sink.
+        """
+        build_rows(
+            np.arange(self.num_rows),
             votes,
             block_table,
-            torch.from_numpy(self.row_seq),
+            self.row_seq,
             n_init,
-            torch.from_numpy(self.top_k),
-            torch.from_numpy(self.candidate_end),
-            torch.from_numpy(self.context_end),
+            self.top_k,
+            self.candidate_end,
+            self.context_end,
             block_size,
-            torch.from_numpy(self.slots),
-            torch.from_numpy(self.lengths),
+            self.slots,
+            self.lengths,
         )
 
 
@@ -96,11 +110,13 @@ def step_rows(
         workspace_bytes: for the scores of a group; one row's are computed however large they are.
 
     Returns:
-        rows that see their whole context first, and in both kinds those of one query before the others.
+        in the order of `SelectionPlan.by_kind`.
     """
     plan = plan.by_kind()
-    slots = np.empty((plan.num_rows, plan.max_length(method)), np.int32)
-    lengths = plan.lengths(method)
+    lengths, blocks = plan.lengths(method), int32_array(block_table)
+    # A reused selection sees what has left the local window since.
+    longest = int(lengths.max(initial=0)) + method.refresh_interval
+    slots = np.empty((plan.num_rows, longest), np.int32)
     groups = []
     for first, last in _cut_groups(plan, num_heads, method.n_init, workspace_bytes):
         rows = slice(first, last)
@@ -117,10 +133,11 @@ def step_rows(
             slots=slots[rows],
             lengths=lengths[rows],
             selects=not plan.dense[first],
-            max_query_len=int(plan.query_len[rows].max()),
+            follows=bool(plan.follows[first]),
+            max_query_len=int(plan.query_len[rows].max()) if plan.kinds[first] % 2 else 1,
         )
         if not group.selects:
-            group.build_table(None, block_table, block_size, method.n_init)
+            group.build_table(_NO_VOTES, blocks, block_size, method.n_init)
         groups.append(group)
     return groups
 
@@ -129,14 +146,14 @@ def _cut_groups(
     plan: SelectionPlan, num_heads: int, n_init: int, workspace_bytes: int
 ) -> list[tuple[int, int]]:
     """First and last row of each group."""
-    candidates = np.where(plan.dense, 0, plan.candidate_end - n_init)
-    kinds = 2 * plan.dense + (plan.query_len > 1)
+    candidates = np.where(plan.dense, 0, plan.candidate_end - n_init).tolist()
+    kinds = plan.kinds
     groups = []
     first, most = 0, 0
     for row in range(plan.num_rows):
-        most = max(most, int(candidates[row]))
+        most = max(most, candidates[row])
         too_large = 4 * num_heads * most * (row - first + 1) > workspace_bytes
         if row > first and (too_large or kinds[row] != kinds[first]):
             groups.append((first, row))
-            first, most = row, int(candidates[row])
+            first, most = row, candidates[row]
     return [*groups, (first, plan.num_rows)] if plan.num_rows else []

@@ -25,11 +25,19 @@ import numpy as np
 import torch
 from numba import get_num_threads
 
+from vllm_tokenselect.counters import Counter
 from vllm_tokenselect.cpu import verbs
 from vllm_tokenselect.cpu.attention import RowAttention
+from vllm_tokenselect.cpu.layer import CpuLayer
 from vllm_tokenselect.cpu.rows import RowGroup, step_rows
 from vllm_tokenselect.cpu.verbs import StepArrays
-from vllm_tokenselect.kernels.cpu_arrays import LayerArrays, Queries, cache_elements, int32_array
+from vllm_tokenselect.kernels.cpu_arrays import (
+    LayerArrays,
+    Queries,
+    int32_array,
+    locate_tokens,
+    with_whole_tokens,
+)
 from vllm_tokenselect.kernels.cpu_cache import compile_once
 from vllm_tokenselect.kernels.head_group import HeadGroup
 from vllm_tokenselect.kernels.layer_cache import LayerCache
@@ -45,7 +53,7 @@ from vllm_tokenselect.method.settings import Method
 def _run_rows(asking, layer, rows, shared, out):
     """Rows of one query that select, from their queries to their outputs."""
     reused_end, selecting, votes = _find_votes(asking, asking, layer, rows, shared)
-    _fill_table(reused_end, selecting, votes, LayerArrays(*layer).selected, rows, shared)
+    _fill_table(reused_end, selecting, votes, layer, rows, shared)
     verbs.attend(asking, layer, rows, shared, out)
 
 
@@ -67,12 +75,12 @@ def _find_votes(asking, deciding, layer, rows, shared):
 
 
 @compile_once()
-def _fill_table(reused_end, selecting, votes, selected, rows, shared):
+def _fill_table(reused_end, selecting, votes, layer, rows, shared):
     """Build the table of the rows that select, and finish it by those that reuse a selection."""
-    group, shared = RowGroup(*rows), StepArrays(*shared)
+    layer, group, shared = LayerArrays(*layer), RowGroup(*rows), StepArrays(*shared)
     if len(selecting) > 0:
         verbs.build_table(selecting, votes, group, shared)
-    verbs.finish(reused_end, selected, group, shared)
+    verbs.finish(reused_end, layer, group, shared)
 
 
 class CpuStep:
@@ -84,7 +92,8 @@ class CpuStep:
         block_size: tokens of a KV block.
         method: the settings.
         counters: int64 [len(Counter)], which every layer adds to.
-        fixed_counts: int64 [len(Counter)], what a layer adds for rows outside the Selection Cache.
+        fixed_counts: int64 [2, len(Counter)], what a layer adds for rows outside the Selection Cache: one
+            that selects, and one that follows. None for nothing.
         heads: the processes whose heads vote together; None where a process votes for itself.
     """
 
@@ -95,7 +104,7 @@ class CpuStep:
         block_size: int,
         method: Method,
         counters: torch.Tensor,
-        fixed_counts: np.ndarray | int = 0,
+        fixed_counts: np.ndarray | None = None,
         heads: HeadGroup | None = None,
     ) -> None:
         # Starts numba's threads where nothing has yet: a kernel that calls parallel ones and comes from
@@ -108,10 +117,12 @@ class CpuStep:
         self.heads = heads
         self.fixed_counts = fixed_counts
         self.counters = counters.numpy()
-        # Plain, as compiled code gets it in every layer.
+        self._blocks = int32_array(block_table)
+        # Plain, as compiled code gets them in every layer.
+        self._plain_groups = [tuple(group) for group in groups]
         self.shared = tuple(
             StepArrays(
-                block_table=int32_array(block_table),
+                block_table=self._blocks,
                 block_size=block_size,
                 n_init=method.n_init,
                 similarity_threshold=np.float32(method.similarity_threshold),
@@ -134,7 +145,10 @@ class CpuStep:
     ) -> CpuStep:
         """The step of a plan; `num_heads` and `workspace_bytes` as in `step_rows`."""
         groups = step_rows(plan, block_table, block_size, num_heads, method, workspace_bytes)
-        fixed_counts = plan.fixed_counts(method)
+        fixed_counts = np.empty((2, len(Counter)), np.int64)
+        fixed_counts[:] = plan.fixed_counts(method)
+        if method.shares_selections:
+            fixed_counts[1] = plan.fixed_counts(method, follows=True)
         return cls(groups, block_table, block_size, method, counters, fixed_counts, heads)
 
     def run_layer(
@@ -147,37 +161,50 @@ class CpuStep:
     ) -> None:
         """Select, or reuse selections, and attend.
 
+        In a layer that follows an anchor, generated tokens attend to what the anchor has left in the table.
+
         Args:
             query: fp32, bf16 or fp16 [T, Hq, D], the layer's queries of this step.
             cache: of the layer, this step's keys and values written. Its selections follow the step.
             scale: scale of q . k.
             attention: attends rows of several queries.
-            out: [T, Hq, D], written for every query of a row.
+            out: as `query`, written for every query of a row.
+
+        Raises:
+            TypeError: `out` is of another dtype than `query`.
         """
-        self.counters += self.fixed_counts
-        layer = tuple(LayerArrays.of(cache, scale, query.dtype))
-        num_kv_heads = cache.pages.shape[1]
+        self.run_kept_layer(query, CpuLayer(cache, scale, query.dtype), attention, out)
+
+    def run_kept_layer(
+        self, query: torch.Tensor, layer: CpuLayer, attention: RowAttention, out: torch.Tensor
+    ) -> None:
+        """`run_layer` of a layer that is kept from step to step."""
+        follows = layer.cache.follows
+        if self.fixed_counts is not None:
+            self.counters += self.fixed_counts[int(follows)]
+        query = with_whole_tokens(query)
+        num_heads = query.shape[1]
         attended = out.contiguous()
-        written = cache_elements(attended)
-        for group in self.groups:
+        asking, written = locate_tokens(query, layer.dtype), locate_tokens(attended, layer.dtype)
+        arrays = layer.arrays()
+        for group, rows in zip(self.groups, self._plain_groups, strict=True):
+            selects = group.selects and not (follows and group.follows)
             if group.max_query_len > 1:
-                if group.selects:
-                    self._select_by_means(group, query, cache, scale)
-                attention(query, cache, group, scale, attended)
+                if selects:
+                    self._select_by_means(group, query, layer)
+                attention(query, layer.cache, group, layer.scale, attended)
                 continue
-            asking = Queries.of(query, group.query_start, num_kv_heads)
-            if group.selects and self.heads is None:
-                _run_rows(tuple(asking), layer, tuple(group), self.shared, written)
+            queries = (*asking, group.query_start, num_heads, layer.num_kv_heads)
+            if selects and self.heads is None:
+                _run_rows(queries, arrays, rows, self.shared, written)
                 continue
-            if group.selects and self.heads is not None:
-                self._select_together(self.heads, group, query, asking, layer)
-            verbs.attend(tuple(asking), layer, tuple(group), self.shared, written)
+            if selects and self.heads is not None:
+                self._select_together(self.heads, group, query, queries, layer)
+            verbs.attend(queries, arrays, rows, self.shared, written)
         if attended is not out:
             out.copy_(attended)
 
-    def _select_by_means(
-        self, group: RowGroup, query: torch.Tensor, cache: LayerCache, scale: float
-    ) -> None:
+    def _select_by_means(self, group: RowGroup, query: torch.Tensor, layer: CpuLayer) -> None:
         """Fill the table of rows of several queries, which ask with their mean query."""
         means = torch.stack(  # fp32 [R, Hq, D]
             [
@@ -185,40 +212,42 @@ class CpuStep:
                 for start, length in zip(group.query_start, group.query_len, strict=True)
             ]
         )
-        if cache.rotation is not None:
-            means = rotate(means, cache.rotation.vote[None])
+        rotation = layer.cache.rotation
+        if rotation is not None:
+            means = rotate(means, rotation.vote[None])
         scores = score_paged_keys(
             means,
-            cache.pages,
+            layer.cache.pages,
             self.block_table,
             torch.from_numpy(group.row_seq),
             self.method.n_init,
             torch.from_numpy(group.candidate_end),
-            scale,
+            layer.scale,
         )
         votes = soft_vote(scores)
         if self.heads is not None:
             votes = self.heads.sum_votes(votes)
-        group.build_table(votes, self.block_table, self.block_size, self.method.n_init)
+        group.build_table(
+            votes.contiguous().numpy(), self._blocks, self.block_size, self.method.n_init
+        )
 
     def _select_together(
         self,
         heads: HeadGroup,
         group: RowGroup,
         query: torch.Tensor,
-        asking: Queries,
-        layer: tuple[Any, ...],
+        asking: tuple[Any, ...],
+        layer: CpuLayer,
     ) -> None:
         """Fill the table of rows of one query whose votes are those of several processes."""
         deciding = asking
         if group.caches.any():  # nothing is compared where no row takes part
             tokens = np.arange(group.num_rows, dtype=np.int32)
-            gathered = heads.gather_heads(query[torch.from_numpy(group.query_start).long()])
-            deciding = Queries.of(gathered, tokens, heads.num_kv_heads)
-        rows = tuple(group)
-        reused_end, selecting, votes = _find_votes(
-            tuple(asking), tuple(deciding), layer, rows, self.shared
-        )
+            query = heads.gather_heads(query[torch.from_numpy(group.query_start).long()])
+            located = locate_tokens(query, layer.dtype)
+            deciding = (*located, tokens, query.shape[1], heads.num_kv_heads)
+        rows, arrays = tuple(group), layer.arrays()
+        reused_end, selecting, votes = _find_votes(asking, deciding, arrays, rows, self.shared)
         if len(selecting):
             votes = heads.sum_votes(torch.from_numpy(votes)).numpy()
-        _fill_table(reused_end, selecting, votes, LayerArrays(*layer).selected, rows, self.shared)
+        _fill_table(reused_end, selecting, votes, arrays, rows, self.shared)

@@ -12,7 +12,7 @@ from numba import njit
 from vllm_tokenselect.cpu.rows import RowGroup
 from vllm_tokenselect.kernels.attend.cpu import attend_rows
 from vllm_tokenselect.kernels.block_table.cpu import build_rows
-from vllm_tokenselect.kernels.cpu_arrays import LayerArrays, Queries
+from vllm_tokenselect.kernels.cpu_arrays import LayerArrays, Queries, elements_at
 from vllm_tokenselect.kernels.cpu_cache import compile_once
 from vllm_tokenselect.kernels.cpu_numbers import rotate_run
 from vllm_tokenselect.kernels.cpu_tiles import widen
@@ -45,7 +45,7 @@ class StepArrays(NamedTuple):
 def decide(queries, layer, group, shared):
     reused_end = np.empty(len(group.row_seq), np.int32)
     decide_rows(
-        queries.elements,
+        elements_at(queries.address, queries.size, layer.last_query),
         queries.distance,
         queries.tokens,
         queries.num_heads * layer.head_size,
@@ -71,10 +71,11 @@ def score(selecting, queries, layer, group, shared):
     stride = (head_size + LANES - 1) // LANES * LANES
     padded = np.zeros((len(selecting), num_heads, stride), np.float32)
     flat = padded.reshape(-1)
+    elements = elements_at(queries.address, queries.size, layer.last_query)
     for line in range(len(selecting) * num_heads):
         source = queries.tokens[selecting[line // num_heads]] * queries.distance
         source += line % num_heads * head_size
-        widen(queries.elements, source, head_size, flat, line * stride)  # [D]
+        widen(elements, source, head_size, flat, line * stride)  # [D]
         if layer.vote.shape[1] > 0:
             rotate_run(flat, line * stride, layer.vote, 0)
     ends = group.candidate_end[selecting]
@@ -121,7 +122,7 @@ def build_table(selecting, votes, group, shared):
 
 
 @njit
-def finish(reused_end, selected, group, shared):
+def finish(reused_end, layer, group, shared):
     finish_rows(
         group.caches,
         reused_end,
@@ -134,18 +135,20 @@ def finish(reused_end, selected, group, shared):
         shared.block_size,
         group.slots,
         group.lengths,
-        selected,
+        layer.selected,
+        layer.followers,
         shared.counters,
     )
 
 
 @compile_once()
 def attend(asking, layer, rows, shared, out):
-    """Attend rows of one query to what their table names."""
+    """Attend rows of one query to what their table names; `out` is where [T, Hq, D] is written."""
     queries, layer = Queries(*asking), LayerArrays(*layer)
     group, shared = RowGroup(*rows), StepArrays(*shared)
+    address, size, _ = out
     attend_rows(
-        queries.elements,
+        elements_at(queries.address, queries.size, layer.last_query),
         queries.distance,
         queries.tokens,
         layer.pages,
@@ -159,5 +162,5 @@ def attend(asking, layer, rows, shared, out):
         layer.cos_sin,
         layer.sinks,
         layer.soft_cap,
-        out,
+        elements_at(address, size, layer.last_query),
     )

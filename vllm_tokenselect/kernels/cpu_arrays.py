@@ -4,6 +4,8 @@ The kernels are compiled for contiguous arrays of these dtypes only: another lay
 again in the middle of serving.
 """
 
+# mypy: allow-untyped-defs, allow-untyped-calls
+
 from __future__ import annotations
 
 from functools import cache
@@ -11,6 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numba import types
+from numba.extending import intrinsic
+from numba.np.arrayobj import populate_array
 
 from vllm_tokenselect.kernels.layer_cache import LayerCache
 from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
@@ -43,17 +48,53 @@ def padded_queries(query: torch.Tensor, lanes: int) -> np.ndarray:
     return query.contiguous().numpy()
 
 
-def token_elements(tokens: torch.Tensor) -> tuple[np.ndarray, int]:
-    """Elements of `tokens` [T, H, D] as `cache_elements` gives them, and how far two tokens are apart.
+def with_whole_tokens(tokens: torch.Tensor) -> torch.Tensor:
+    """[T, H, D], contiguous within a token; a slice of a wider projection is taken as it lies."""
+    _, head_distance, distance = tokens.stride()
+    if distance == 1 and head_distance == tokens.shape[2]:
+        return tokens
+    return tokens.contiguous()
 
-    A slice of a wider projection is taken as it lies; what is not contiguous within a token is copied.
+
+def locate_tokens(tokens: torch.Tensor, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Where the elements of a tensor [T, H, D] `with_whole_tokens` lie, for compiled code.
+
+    To make an array of a tensor takes PyTorch and numpy two microseconds, a layer has five such tensors,
+    and a token thirty layers. So `elements_at` makes it; the caller keeps the tensor.
+
+    Returns:
+        the address of the first element, how many there are to the last, and from one token to the next.
+
+    Raises:
+        TypeError: they are not of the dtype that compiled code reads them as.
     """
+    if tokens.dtype is not dtype:
+        raise TypeError(f"{tokens.dtype} where {dtype} is expected")
     num_tokens, num_heads, head_size = tokens.shape
-    if tokens.stride(2) != 1 or tokens.stride(1) != head_size:
-        tokens = tokens.contiguous()
     distance = tokens.stride(0)
-    span = (num_tokens - 1) * distance + num_heads * head_size if num_tokens else 0
-    return tokens.as_strided((span,), (1,)).view(_BITS[tokens.dtype]).numpy(), distance
+    size = (num_tokens - 1) * distance + num_heads * head_size if num_tokens else 0
+    return tokens.data_ptr(), size, distance
+
+
+@intrinsic
+def elements_at(typingctx, address, size, like):
+    """So many elements at an address as an array like another, in compiled code; nothing keeps them."""
+
+    def codegen(context, builder, sig, args):
+        address, size, _ = args
+        array = context.make_array(sig.return_type)(context, builder)
+        itemsize = context.get_constant(types.intp, sig.return_type.dtype.bitwidth // 8)
+        populate_array(
+            array,
+            data=builder.inttoptr(address, array.data.type),
+            shape=[size],
+            strides=[itemsize],
+            itemsize=itemsize,
+            meminfo=None,
+        )
+        return array._getvalue()
+
+    return like(types.intp, types.intp, like), codegen
 
 
 def sink_logits(sinks: torch.Tensor | None) -> np.ndarray:
@@ -72,22 +113,17 @@ class Queries(NamedTuple):
     """Queries of a layer, one for each row.
 
     Attributes:
-        elements: of [T, num_heads, D], as `token_elements` gives them.
-        distance: elements from one token to the next.
+        address, size, distance: of [T, num_heads, D], as `locate_tokens` gives them.
         tokens: int32 [R], which of the T each row asks with.
         num_heads, num_kv_heads: of the queries.
     """
 
-    elements: np.ndarray
+    address: int
+    size: int
     distance: int
     tokens: np.ndarray
     num_heads: int
     num_kv_heads: int
-
-    @classmethod
-    def of(cls, query: torch.Tensor, tokens: np.ndarray, num_kv_heads: int) -> Queries:
-        """Those of `query` [T, Hq, D]."""
-        return cls(*token_elements(query), tokens, query.shape[1], num_kv_heads)
 
 
 class LayerArrays(NamedTuple):
@@ -97,11 +133,13 @@ class LayerArrays(NamedTuple):
         pages: elements of [num_blocks, Hkv, 2, block_size, D], as `cache_elements` gives them.
         head_size: D.
         scale: fp32, of q . k.
-        last_query, selected, last_end, owner: of the Selection Cache, as in `SelectionCacheState`.
+        last_query, selected, last_end, owner: of the Selection Cache, as in `SelectionCacheState`. The
+            layer's queries and outputs are elements of the kind of `last_query`.
         vote: fp32 [1, rotated], `Rotation.vote`.
         cos_sin: fp32 [positions, rotated], `Rotation.cos_sin`.
         sinks: fp32 [Hq].
         soft_cap: fp32.
+        followers: layers that attend to what this one selects.
     """
 
     pages: np.ndarray
@@ -115,6 +153,7 @@ class LayerArrays(NamedTuple):
     cos_sin: np.ndarray
     sinks: np.ndarray
     soft_cap: np.float32
+    followers: int
 
     @classmethod
     def of(cls, layer: LayerCache, scale: float, dtype: torch.dtype) -> LayerArrays:
@@ -132,6 +171,7 @@ class LayerArrays(NamedTuple):
             cos_sin=rotation_table(None if rotation is None else rotation.cos_sin),
             sinks=sink_logits(layer.sinks),
             soft_cap=np.float32(layer.soft_cap),
+            followers=layer.followers,
         )
 
 

@@ -8,6 +8,7 @@ rows of the same plan; they differ in their number of queries only.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -59,9 +60,17 @@ class SelectionPlan:
     def num_rows(self) -> int:
         return len(self.row_seq)
 
+    @cached_property
+    def kinds(self) -> list[int]:
+        """Of each row, ascending in the order of `by_kind`; an odd one has several queries."""
+        kinds: list[int] = (4 * ~self.dense + 2 * ~self.follows + (self.query_len > 1)).tolist()
+        return kinds
+
     def by_kind(self) -> SelectionPlan:
         """The same rows: dense ones, then those that follow, then others; of one query before several."""
-        order = np.lexsort((self.query_len > 1, ~self.follows, ~self.dense))
+        if self.kinds == sorted(self.kinds):  # as in most steps that decode
+            return self
+        order = np.argsort(self.kinds, kind="stable")
         return SelectionPlan(**{f.name: getattr(self, f.name)[order] for f in fields(self)})
 
     @classmethod
@@ -81,11 +90,12 @@ class SelectionPlan:
             requests: of the batch.
             method: the settings, but for `top_k`, which is each request's own.
         """
-        query_lens = np.diff(query_start_loc)
+        query_lens = query_start_loc[1:] - query_start_loc[:-1]
         if (query_lens <= 1).all():
             # A decoding step; no loop over requests.
             seqs = np.flatnonzero(query_lens).astype(np.int32)
-            edges = np.stack([seq_lens[seqs] - 1, seq_lens[seqs]], axis=1)
+            end = seq_lens[seqs]
+            start, query_start = end - np.int32(1), query_start_loc[seqs]
         else:
             parts = [
                 _chunk_edges(
@@ -100,10 +110,10 @@ class SelectionPlan:
             ]
             seqs = np.repeat(np.arange(len(parts), dtype=np.int32), [len(p) for p in parts])
             edges = np.concatenate(parts)
-        start, end = edges[:, 0].astype(np.int32), edges[:, 1].astype(np.int32)
+            start, end = edges[:, 0].astype(np.int32), edges[:, 1].astype(np.int32)
+            first_position = seq_lens - query_lens
+            query_start = query_start_loc[:-1][seqs] + start - first_position[seqs]
         candidate_end = start - np.int32(method.n_local)
-        first_position = seq_lens - query_lens
-        query_start = query_start_loc[:-1][seqs] + start - first_position[seqs]
         seat = requests.seats[seqs]
         generated = (start >= requests.prompt_lens[seqs]) & (seat != NO_SEAT)
         short = generated & (end <= method.min_context)
@@ -112,7 +122,7 @@ class SelectionPlan:
         follows = generated & ~dense
         return cls(
             row_seq=seqs,
-            query_start=query_start.astype(np.int32),
+            query_start=query_start.astype(np.int32, copy=False),
             query_len=end - start,
             chunk_start=start,
             chunk_end=end,
@@ -128,14 +138,8 @@ class SelectionPlan:
 
     def lengths(self, method: Method) -> Int32:
         """Tokens that the last query of each row attends to if the row selects anew, int32 [R]."""
-        attended_before = replace(method, top_k=0).attended_before + self.top_k
-        return np.where(self.dense, self.chunk_end, attended_before + self.query_len).astype(
-            np.int32
-        )
-
-    def max_length(self, method: Method) -> int:
-        """Most tokens that a row attends to: a reused selection sees what left the local window since."""
-        return int((self.lengths(method) + method.refresh_interval * self.caches).max(initial=0))
+        selecting = self.top_k + self.query_len + np.int32(method.n_init + method.n_local)
+        return np.where(self.dense, self.chunk_end, selecting)
 
     def num_attended(self, method: Method) -> Int64:
         """Keys read by each row if it selects anew, summed over its queries, int64 [R]."""
@@ -148,7 +152,7 @@ class SelectionPlan:
     def _sum_over_queries(self, lengths: Int32) -> Int64:
         """Of rows whose last query sees so many tokens, the one before it one less, and so on."""
         queries = self.query_len.astype(np.int64)
-        total: Int64 = queries * (lengths - queries) + queries * (queries + 1) // 2
+        total: Int64 = queries * lengths - (queries * (queries - 1) >> 1)
         return total
 
     def fixed_counts(self, method: Method, follows: bool = False) -> Int64:
@@ -161,13 +165,16 @@ class SelectionPlan:
             int64 [len(Counter)].
         """
         counted = (self.seat != NO_SEAT) & ~self.caches
-        shared = counted & self.follows & follows
+        if not counted.any():
+            return np.zeros(len(Counter), np.int64)
+        shared = np.count_nonzero(counted & self.follows) if follows else 0
+        dense = np.count_nonzero(counted & self.dense)
         counts = np.zeros(len(Counter), np.int64)
-        counts[Counter.RESELECTED] = (counted & ~self.dense & ~shared).sum()
-        counts[Counter.SHARED] = shared.sum()
-        counts[Counter.DENSE] = (counted & self.dense).sum()
-        counts[Counter.ATTENDED] = self.num_attended(method)[counted].sum()
-        counts[Counter.CONTEXT] = self.num_in_context()[counted].sum()
+        counts[Counter.RESELECTED] = np.count_nonzero(counted) - dense - shared
+        counts[Counter.SHARED] = shared
+        counts[Counter.DENSE] = dense
+        counts[Counter.ATTENDED] = self.num_attended(method) @ counted
+        counts[Counter.CONTEXT] = self.num_in_context() @ counted
         return counts
 
 

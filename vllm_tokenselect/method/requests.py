@@ -138,6 +138,11 @@ class BatchRequests:
             default_top_k: of dummy requests.
         """
         size = len(seq_lens)
+        if requests is not None and len(requests.seats) >= size:
+            seats, table = requests.seats[:size].astype(np.int32, copy=False), requests.table
+            owners = table.owners[seats]
+            if owners.all():  # neither padding nor dummies
+                return cls(seats, owners, table.prompt_lens[seats], table.top_k[seats])
         batch = cls.without_seats(seq_lens, default_top_k)
         if requests is not None:
             seats, table = requests.seats[:size], requests.table

@@ -86,9 +86,10 @@ def finish_rows(
     slots,
     lengths,
     selected,
+    followers,
     counts,
 ):
-    """As `reference.finish`; also counts the rows that take part."""
+    """As `reference.finish`; also counts the rows that take part, for the layers that follow too."""
     for row in range(len(seat)):
         if not caches[row]:
             continue
@@ -101,5 +102,6 @@ def finish_rows(
             write_range(block_table, row_seq[row], end, context_end, block_size, slots, row, size)
             lengths[row] = size + context_end - end
         counts[Counter.RESELECTED.value if end == SELECTS else Counter.REUSED.value] += 1
-        counts[Counter.ATTENDED.value] += lengths[row]
-        counts[Counter.CONTEXT.value] += context_end
+        counts[Counter.SHARED.value] += followers
+        counts[Counter.ATTENDED.value] += (1 + followers) * lengths[row]
+        counts[Counter.CONTEXT.value] += (1 + followers) * context_end
