@@ -132,3 +132,19 @@ def test_a_model_that_is_nowhere_is_refused_in_words(tmp_path):
     result = plan(tmp_path / "nothing")
     assert result.exit_code == 2
     assert "nothing" in words(result)
+
+
+def test_a_profile_is_planned_by_its_settings_and_one_of_another_model_is_refused(tmp_path):
+    model = tiny_folder(tmp_path)
+    shape = {"layers": 6, "heads": 8, "kv_heads": 2, "head_size": 16, "hidden_size": 128}
+    content = {"format": 1, "settings": {"top_k": 300}, "lost": [], "versions": {}}
+    content |= {"model": {"name": "tiny", **shape}, "date": "2026-11-29"}
+    profile, file = tmp_path / "profile.json", tmp_path / "plan.json"
+    profile.write_text(json.dumps(content))
+    asked = ("--context", "2K", "--settings", json.dumps({"profile": str(profile)}))
+    assert plan(model, *asked, "--json", file).exit_code == 0
+    assert json.loads(file.read_text())["server"]["config"]["top_k"] == 300
+    profile.write_text(json.dumps({**content, "model": {"name": "big", **shape, "layers": 7}}))
+    refused = plan(model, *asked)
+    assert refused.exit_code == 2
+    assert "is for big (7 layers" in words(refused)

@@ -11,6 +11,7 @@ from vllm_tokenselect.tools.plan.traffic import AttendedTokens, traffic
 
 SELECTING = {"top_k": 256, "n_init": 16, "n_local": 64, "query_chunk": 128}
 TP = 4
+ALONE = Layout(tp=1, pp=1, replicas=1)
 
 
 @pytest.fixture
@@ -135,3 +136,21 @@ def test_stages_hand_on_hidden_states_and_residual(model):
     assert [one.pipeline for one in wide] == [hidden, 2 * hidden, hidden]
     assert [one.activations for one in wide] == [5 * hidden, 4 * hidden, 4 * hidden]
     assert [one.logits > 0 for one in wide] == [False, False, True]
+
+
+def test_generated_tokens_score_keys_in_anchors_alone(model):
+    first, second = cut_stages(model.layers, 2, dense_layers=1, anchor_layers=3)
+    assert (first.selecting, second.selecting) == (2, 3)
+    assert (first.anchors, second.anchors) == (1, 2)  # 1; 4, and 3 since no anchor is below it
+    asked = server(8192, SELECTING)
+    attended = AttendedTokens.of(asked)
+    reads, caches = [], []
+    for anchors in ("all", (0,)):
+        (stage,) = cut_stages(model.layers, 1, anchor_layers=anchors)
+        memory = gpu_memory(model, asked, ALONE, stage)
+        caches.append(memory.buffers.selection_cache)
+        reads.append(traffic(model, asked, ALONE, stage, memory, attended).reads)
+    assert caches[0] == 6 * caches[1] > 0
+    assert reads[0].reusing == reads[1].reusing
+    keys = attended.candidates * model.num_kv_heads * model.head_size * 2
+    assert reads[0].selecting - reads[1].selecting > 5 * keys

@@ -72,7 +72,9 @@ def plan_layout(model: ModelShape, server: PlannedServer, layout: Layout) -> Lay
     together = server.with_settings(vote="global")
     stages = [
         (stage, gpu_memory(model, server, layout, stage))
-        for stage in cut_stages(model.layers, layout.pp, server.config.dense_layers)
+        for stage in cut_stages(
+            model.layers, layout.pp, server.config.dense_layers, server.config.anchor_layers
+        )
     ]
     sent, joint = (
         [traffic(model, side, layout, stage, memory, attended) for stage, memory in stages]

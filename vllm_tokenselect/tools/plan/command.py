@@ -10,6 +10,7 @@ from rich.console import Console
 
 from vllm_tokenselect.config import TokenSelectConfig
 from vllm_tokenselect.gpu.attention import FP8_DTYPES
+from vllm_tokenselect.profiles import resolve_profile
 from vllm_tokenselect.tools.common.files import write_json
 from vllm_tokenselect.tools.common.options import SUCH_AS, json_object, one_of, positive_numbers
 from vllm_tokenselect.tools.plan.choice import LayoutComparison, LayoutPlan, compare_layouts
@@ -66,7 +67,9 @@ class PlanOptions:
         batched_tokens, seqs = gpu.batch
         dtype = one_of(self.dtype, {"auto": model.dtype, **DTYPES}, "--dtype")
         kv_dtype = one_of(self.kv_cache_dtype, {"auto": dtype, **FP8_DTYPES}, "--kv-cache-dtype")
-        config = TokenSelectConfig.from_mapping(json_object(self.settings, "--settings", SUCH_AS))
+        given = json_object(self.settings, "--settings", SUCH_AS)
+        TokenSelectConfig.from_mapping(given)
+        config = TokenSelectConfig.from_mapping(resolve_profile(given, model.of_profile).settings)
         return PlannedServer(
             gpu=gpu,
             context=parse_tokens(self.context),

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
+from vllm_tokenselect.method.anchors import choose_anchors
+from vllm_tokenselect.method.settings import AnchorLayers
 from vllm_tokenselect.tools.plan.models import LayerShape, ModelShape
 
 
@@ -36,12 +39,14 @@ class Stage:
 
     Attributes:
         dense_layers: number of the stage's first layers that the setting `dense_layers` leaves dense.
+        anchors: number of the stage's layers in which a generated token selects.
     """
 
     layers: tuple[LayerShape, ...]
     first: bool
     last: bool
     dense_layers: int = 0
+    anchors: int = 0
 
     @property
     def full_attention(self) -> int:
@@ -54,21 +59,40 @@ class Stage:
         return sum(layer.window is None for layer in self.layers[self.dense_layers :])
 
 
-def cut_stages(layers: tuple[LayerShape, ...], pp: int, dense_layers: int = 0) -> list[Stage]:
+def cut_stages(
+    layers: tuple[LayerShape, ...],
+    pp: int,
+    dense_layers: int = 0,
+    anchor_layers: AnchorLayers = "all",
+) -> list[Stage]:
     """Cut layers into stages as vLLM does: surplus layers go to stages from the last but one backwards.
 
     Args:
-        dense_layers: the setting.
+        dense_layers, anchor_layers: the settings.
     """
     sizes = [len(layers) // pp] * pp
     for i in range(len(layers) % pp):
         sizes[-2 - i] += 1
-    stages, start = [], 0
-    for i, size in enumerate(sizes):
-        dense = min(max(dense_layers - start, 0), size)
-        stages.append(Stage(layers[start : start + size], i == 0, i == pp - 1, dense))
-        start += size
-    return stages
+    starts = [0, *accumulate(sizes)]
+    selecting = [
+        number
+        for number, layer in enumerate(layers)
+        if number >= dense_layers and layer.window is None
+    ]
+    firsts = [
+        next((n for n in selecting if start <= n < end), -1) for start, end in pairwise(starts)
+    ]
+    anchors = choose_anchors(anchor_layers, selecting, set(firsts) - {-1})
+    return [
+        Stage(
+            layers[start:end],
+            first=start == 0,
+            last=end == len(layers),
+            dense_layers=min(max(dense_layers - start, 0), end - start),
+            anchors=sum(start <= anchor < end for anchor in anchors),
+        )
+        for start, end in pairwise(starts)
+    ]
 
 
 def why_impossible(model: ModelShape, layout: Layout) -> str:

@@ -184,7 +184,7 @@ def _selection_cache(server: PlannedServer, layout: Layout, stage: Stage, rank: 
         server.dtype,
         META,
     )
-    return stage.selecting * layer.num_bytes
+    return stage.anchors * layer.num_bytes
 
 
 def _gather_buffer(server: PlannedServer, rank: RankShape, limits: StepLimits) -> int:

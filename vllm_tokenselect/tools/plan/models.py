@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from vllm_tokenselect.profiles import ProfileModel
+
 # Public configurations, to plan for without a network: the type that transformers knows, and what differs
 # from its defaults.
 _PRESETS = Path(__file__).with_name("presets.json")
@@ -68,6 +70,18 @@ class ModelShape:
     def num_weights(self) -> int:
         layers = sum(layer.matrices + layer.vectors for layer in self.layers)
         return layers + self.embedding + self.head + self.final
+
+    @property
+    def of_profile(self) -> ProfileModel:
+        """The model as a profile names it."""
+        return ProfileModel(
+            name=Path(self.name).name,
+            layers=len(self.layers),
+            heads=self.num_heads,
+            kv_heads=self.num_kv_heads,
+            head_size=self.head_size,
+            hidden_size=self.hidden_size,
+        )
 
     @property
     def kv_matrices(self) -> int:

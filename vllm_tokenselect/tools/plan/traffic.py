@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vllm_tokenselect.method.plan import SelectionPlan
-from vllm_tokenselect.method.requests import BatchRequests
+from vllm_tokenselect.method.requests import BatchRequests, Int32
 from vllm_tokenselect.tools.plan.layouts import Layout, Stage
 from vllm_tokenselect.tools.plan.memory import GpuMemory, RankShape, step_limits
 from vllm_tokenselect.tools.plan.models import ModelShape
@@ -70,8 +70,8 @@ class Reads:
 
     Attributes:
         full: with full attention.
-        selecting: for a token that selects: all keys, the scores (written and read), the selected tokens,
-            and what dense layers read.
+        selecting: for a token that selects: all keys and the scores (written and read) in anchors, the
+            selected tokens, and what dense layers read.
         reusing: the most for a token that reuses a selection.
     """
 
@@ -88,7 +88,7 @@ class Network:
         activations: all-reduces of tensor parallelism, two a layer, and one of the embedding.
         logits: their all-gather.
         pipeline: hidden states for the next stage.
-        votes, queries: of `vote: "global"`, in every layer that selects.
+        votes, queries: of `vote: "global"`, in every layer that selects; of a generated token in anchors.
         collectives: how often GPUs wait for each other.
     """
 
@@ -149,13 +149,12 @@ def traffic(
 
 
 def _plan(server: PlannedServer, start: int, end: int, prompt: int) -> SelectionPlan:
-    lens = np.array([end - start, end, prompt], np.int32)
-    return SelectionPlan.build(
-        np.array([0, lens[0]], np.int32),
-        lens[1:2],
-        BatchRequests.without_seats(lens[2:], server.config.top_k),
-        server.config.method,
-    )
+    def one(number: int) -> Int32:
+        return np.array([number], np.int32)
+
+    request = BatchRequests(one(0), one(1), one(prompt), one(server.config.top_k))
+    starts = np.array([0, end - start], np.int32)
+    return SelectionPlan.build(starts, one(end), request, server.config.method)
 
 
 def _reads(
@@ -168,8 +167,9 @@ def _reads(
     times = 1 if server.attends_in_place else GATHERED_TIMES
     # A stage may have no layer with full attention.
     selecting = memory.kv_token * stage.selecting // max(stage.full_attention, 1)
-    keys = attended.candidates * selecting // 2
-    scores = 2 * score_bytes * stage.selecting
+    # Only anchors score keys.
+    keys = attended.candidates * selecting * stage.anchors // max(stage.selecting, 1) // 2
+    scores = 2 * score_bytes * stage.anchors
     dense = attended.context * (memory.kv_token - selecting)
     return Reads(
         full=attended.context * memory.kv_token,
@@ -191,7 +191,7 @@ def _network(
 
     Args:
         vote_widths: votes of each row that selects.
-        decoding: whether the rows take part in the Selection Cache.
+        decoding: whether the rows are generated tokens, which select in anchors alone and may reuse.
     """
     tp, itemsize = layout.tp, server.dtype.itemsize
     hidden = tokens * model.hidden_size * itemsize
@@ -199,7 +199,7 @@ def _network(
     reduced = 2 * gathered  # sent in an all-reduce
     all_reduces = 2 * len(stage.layers) + stage.first
     votes_together = server.config.vote == "global" and tp > 1 and bool(vote_widths)
-    layers = stage.selecting if votes_together else 0
+    layers = (stage.anchors if decoding else stage.selecting) if votes_together else 0
     compares = layers if decoding and server.config.method.reuses_selections else 0
     query = model.num_heads * model.head_size * itemsize
     # A stage's GPUs send their parts, and put them together in the next.
