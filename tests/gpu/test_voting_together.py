@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import pytest
 
+from tests.gpu.test_anchors import Layers
+from tests.gpu.test_anchors import decode as decode_layers
 from tests.gpu.test_selection_cache import KINDS, KV_HEADS, Graph, Running, Server, decode
 from tests.method.ranks import GlooHeads, on_ranks
 
 FIRST, SECOND = slice(0, 3), slice(3, 6)
+EXCHANGES = ["gather", "sum"]
 
 
 def serve(rank: int, workspace_bytes: int) -> None:
     """Decode three requests on one rank, eagerly and replayed."""
     for captured in (False, True):
         decode_three(rank, captured, workspace_bytes)
+    follow(rank, workspace_bytes)
 
 
 def decode_three(rank: int, captured: bool, workspace_bytes: int) -> None:
@@ -30,7 +34,20 @@ def decode_three(rank: int, captured: bool, workspace_bytes: int) -> None:
     assert all(server.expected[kind] >= 5 for kind in KINDS)
     if captured:
         groups = len(graph.captured)
-        assert together.calls == ["gather", "sum"] * groups * 20, "the same in every step"
+        assert together.calls == EXCHANGES * groups * 20, "the same in every step"
+
+
+def follow(rank: int, workspace_bytes: int) -> None:
+    """A layer that follows attends to what all ranks selected, and exchanges nothing."""
+    together = GlooHeads(KV_HEADS)
+    options = {"together": together, "rank": rank, "workspace_bytes": workspace_bytes}
+    layers = Layers([200, 150], followers=(1, None), **options)
+    graph = Graph(layers.first, 3)
+    together.calls.clear()
+    requests = [layers.request(0, 2, 1, 100), layers.request(1, 0, 2, 100)]
+    decode_layers(layers, requests, [110, 120], 3, graph)
+    assert layers.first.expected["shared"] == 6
+    assert together.calls == EXCHANGES * len(graph.captured) * 3
 
 
 @pytest.mark.parametrize("workspace_bytes", [1 << 20, 12000], ids=["one pass", "several groups"])

@@ -56,6 +56,15 @@ def test_a_step_leaves_enough_of_a_prompt_to_be_no_decoding_step(serve):
     assert all(end - start > 1 for start, end in steps_of(workload, "1"))
 
 
+def test_the_end_of_a_prompt_waits_for_a_step_with_room_for_more_than_a_decoding_step(serve):
+    """The first prompt leaves 16 tokens of a step to the second, and then one, which does not do."""
+    workload = serve(
+        Engine(budget=80, shares=True), [Arrival(0, [(1, 143)]), Arrival(0, [(2, 20)])]
+    )
+    assert steps_of(workload, "0") == [(0, 64), (64, 143)]
+    assert steps_of(workload, "1") == [(0, 16), (16, 20)]
+
+
 @pytest.mark.parametrize(("sequences", "drafts", "needed"), [(8, 3, 544), (31, 8, 791)])
 def test_a_prompt_does_not_wait_for_requests_that_draft(serve, sequences, drafts, needed):
     engine = replace(LARGE, block_size=16, max_num_seqs=sequences, drafts=drafts, budget=needed - 1)
@@ -144,6 +153,8 @@ def test_no_state_is_kept_for_tokens_that_it_has_not_seen(serve):
 
 def test_prefixes_of_a_hybrid_model_that_match_inside_a_chunk_are_refused(make_vllm_config):
     engine = replace(HYBRID, block_size=512, prefix_match_unit=256)
+    with pytest.raises(SettingsError, match="prefix_match_unit=256 .* anchor_layers=2"):
+        start_engine(replace(engine, shares=True, query_chunk=256), make_vllm_config())
     with pytest.raises(SettingsError, match="prefix_match_unit=256 .* query_chunk to 256"):
         start_engine(engine, make_vllm_config())
     start_engine(replace(engine, query_chunk=256), make_vllm_config())

@@ -74,6 +74,13 @@ class WholeChunks(EndStuckRequests, EncodeWholeChunks, EndStepsWithStates):
                 "tokens (query_chunk %d does not)",
                 *(chunk, block_size, self.tokenselect.query_chunk),
             )
+        if self.mamba_partial_cache_hit and self.prompt_steps.replayed:
+            # vLLM ends a step at the last of these units, which may leave too few tokens of a prompt.
+            raise SettingsError(
+                f"prefix_match_unit={unit} cannot be used with the tokenselect setting anchor_layers="
+                f"{self.chunks.anchor_layers!r} and CUDA graphs, which a prompt's end has to stay out of. "
+                'Leave out --prefix-match-unit, or set anchor_layers to "all".'
+            )
         if self.mamba_partial_cache_hit and unit % chunk:
             raise SettingsError(
                 f"prefix_match_unit={unit} is not a multiple of the {chunk} queries that select together "
