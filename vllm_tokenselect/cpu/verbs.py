@@ -13,6 +13,7 @@ from vllm_tokenselect.cpu.rows import RowGroup
 from vllm_tokenselect.kernels.attend.cpu import attend_rows
 from vllm_tokenselect.kernels.block_table.cpu import build_rows
 from vllm_tokenselect.kernels.cpu_arrays import LayerArrays, Queries, elements_at
+from vllm_tokenselect.kernels.cpu_bf16 import holds_bf16
 from vllm_tokenselect.kernels.cpu_cache import compile_once
 from vllm_tokenselect.kernels.cpu_numbers import rotate_run
 from vllm_tokenselect.kernels.cpu_tiles import widen
@@ -82,6 +83,8 @@ def score(selecting, queries, layer, group, shared):
     scores = np.empty((len(selecting), num_heads, ends.max() - shared.n_init), np.float32)
     score_rows(
         padded,
+        # Of bf16 queries all numbers stay bf16 ones, unless they are rotated.
+        layer.vote.shape[1] == 0 and holds_bf16(elements),
         layer.pages,
         shared.block_table,
         group.row_seq[selecting],

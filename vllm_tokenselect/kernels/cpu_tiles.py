@@ -97,13 +97,10 @@ def widen(typingctx, elements, first, count, tile, offset):
 
 
 @njit
-def widen_tokens(elements, first, num_tokens, head_size, tile, stride):
-    """Write `num_tokens` consecutive tokens of one KV head to a tile of `stride` numbers a token."""
-    if stride == head_size:
-        widen(elements, first, num_tokens * head_size, tile, 0)
-    else:
-        for token in range(num_tokens):
-            widen(elements, first + token * head_size, head_size, tile, token * stride)
+def widen_listed(elements, starts, begin, count, shift, head_size, tile, stride):
+    """Fill a tile with `count` tokens; `starts[begin:] + shift` say where they start."""
+    for token in range(count):
+        widen(elements, starts[begin + token] + shift, head_size, tile, token * stride)
 
 
 @intrinsic
@@ -203,3 +200,10 @@ def prefetch_run(elements, first, count):
     """Ask for the cache lines of `count` elements from `first` on."""
     for index in range(first, first + count, 64 // elements.itemsize):
         prefetch(elements, index)
+
+
+@njit
+def prefetch_listed(elements, starts, begin, shift, head_size):
+    """Ask for the cache lines of the tile of tokens that start at `starts[begin:] + shift`."""
+    for token in range(begin, min(begin + TILE_TOKENS, len(starts))):
+        prefetch_run(elements, starts[token] + shift, head_size)

@@ -12,18 +12,16 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, prange
 
-from vllm_tokenselect.kernels.cpu_cache import compile_once
-from vllm_tokenselect.kernels.cpu_numbers import narrow, rotate_run
-from vllm_tokenselect.kernels.cpu_tiles import TILE_TOKENS, add_tile, dot_tile, prefetch_run, widen
-from vllm_tokenselect.kernels.cpu_vectors import (
-    LANES,
-    cap_scores,
-    exponential,
-    exponentials,
-    largest,
+from vllm_tokenselect.kernels.attend.cpu_split import (
+    MAX_SPLIT_TOKENS,
+    PREFETCH_TOKENS,
+    attend_split,
 )
-
-MAX_SPLIT_TOKENS = 512
+from vllm_tokenselect.kernels.cpu_atomic import count_up
+from vllm_tokenselect.kernels.cpu_cache import compile_once
+from vllm_tokenselect.kernels.cpu_numbers import narrow
+from vllm_tokenselect.kernels.cpu_tiles import TILE_TOKENS, prefetch_listed
+from vllm_tokenselect.kernels.cpu_vectors import exponential, largest
 
 
 @compile_once(parallel=True)
@@ -53,40 +51,55 @@ def attend_rows(
     for row in range(num_rows):
         longest = max(longest, lengths[row])
     num_splits = _num_splits(longest)
-    stride = (head_size + LANES - 1) // LANES * LANES
+    group = num_heads // num_kv_heads
     maxima = np.empty((num_rows, num_heads, num_splits), np.float32)
     totals = np.empty((num_rows, num_heads, num_splits), np.float32)
-    weighted = np.empty((num_rows, num_heads, num_splits, stride), np.float32)
+    weighted = np.empty((num_rows, num_splits, num_heads, head_size), np.float32)
+    flat_maxima, flat_totals, flat_weighted = maxima.ravel(), totals.ravel(), weighted.ravel()
+    finished = np.zeros(num_rows * num_kv_heads, np.int64)  # splits
     for work in prange(num_rows * num_kv_heads * num_splits):
         split = work % num_splits
-        row = work // num_splits // num_kv_heads
-        if split * _split_tokens(lengths[row]) < lengths[row]:
-            _attend_split(
-                queries,
-                query_index[row] * query_distance,
-                elements,
-                slots,
-                lengths[row],
-                scale,
-                num_heads // num_kv_heads,
-                num_kv_heads,
-                block_size,
-                head_size,
-                cos_sin,
-                soft_cap,
-                row,
-                work // num_splits % num_kv_heads,
-                split,
-                maxima,
-                totals,
-                weighted,
-            )
-    for line in prange(num_rows * num_heads):
-        row, head = line // num_heads, line % num_heads
+        row, kv_head = work // num_splits // num_kv_heads, work // num_splits % num_kv_heads
         size = _split_tokens(lengths[row])
         used = (lengths[row] + size - 1) // size
-        target = (query_index[row] * num_heads + head) * head_size
-        _combine(maxima, totals, weighted, row, head, used, sinks, out, target, head_size)
+        is_last = split == 0 and used == 0
+        if split < used:
+            first, last = split * size, min((split + 1) * size, lengths[row])
+            head = kv_head * group
+            # The next split is this thread's too, mostly: its first keys are asked for by this one.
+            listed = min(last + PREFETCH_TOKENS, lengths[row])
+            starts = _list_tokens(
+                slots, row, first, listed, block_size, num_kv_heads, kv_head, head_size
+            )
+            if split == 0:
+                for begin in range(0, PREFETCH_TOKENS, TILE_TOKENS):
+                    prefetch_listed(elements, starts, begin, 0, head_size)
+            attend_split(
+                queries,
+                query_index[row] * query_distance + head * head_size,
+                group,
+                elements,
+                starts,
+                first,
+                last - first,
+                block_size * head_size,
+                head_size,
+                scale,
+                cos_sin,
+                lengths[row] - 1,
+                soft_cap,
+                flat_maxima,
+                flat_totals,
+                (row * num_heads + head) * num_splits + split,
+                num_splits,
+                flat_weighted,
+                ((row * num_splits + split) * num_heads + head) * head_size,
+            )
+            is_last = count_up(finished, work // num_splits) == used - 1
+        if is_last:
+            for head in range(kv_head * group, (kv_head + 1) * group):
+                target = (query_index[row] * num_heads + head) * head_size
+                _combine(maxima, totals, weighted, row, head, used, sinks, out, target, head_size)
 
 
 @njit
@@ -105,42 +118,11 @@ def _split_tokens(length):
 
 
 @njit
-def _attend_split(
-    queries,
-    first_element,
-    elements,
-    slots,
-    length,
-    scale,
-    group,
-    num_kv_heads,
-    block_size,
-    head_size,
-    cos_sin,
-    soft_cap,
-    row,
-    kv_head,
-    split,
-    maxima,
-    totals,
-    weighted,
-):
-    """One split of a row's tokens, for the query heads of one KV head."""
-    num_heads, stride = maxima.shape[1], weighted.shape[3]
-    size = _split_tokens(length)
-    first = split * size
-    num_tokens = min(size, length - first)
-    padded = (num_tokens + TILE_TOKENS - 1) // TILE_TOKENS * TILE_TOKENS
+def _list_tokens(slots, row, first, last, block_size, num_kv_heads, kv_head, head_size):
+    """Where the keys of a row's slots start, and the last one again until a tile is full."""
+    num_tokens = last - first
+    starts = np.empty((num_tokens + TILE_TOKENS - 1) // TILE_TOKENS * TILE_TOKENS, np.int64)
     head_stride = 2 * block_size * head_size
-    padded_queries = np.zeros(group * stride, np.float32)
-    for member in range(group):
-        source = first_element + (kv_head * group + member) * head_size
-        widen(queries, source, head_size, padded_queries, member * stride)  # [G, D']
-        if cos_sin.shape[1] > 0:
-            rotate_run(padded_queries, member * stride, cos_sin, length - 1)
-    tile = np.zeros(TILE_TOKENS * stride, np.float32)
-    weights = np.zeros(group * MAX_SPLIT_TOKENS, np.float32)
-    tokens = np.empty(num_tokens, np.int64)  # where each token's key starts
     offset, start, previous = np.uint32(0), np.int64(0), np.uint32(0)
     for token in range(num_tokens):
         slot = np.uint32(slots[row, first + token])
@@ -152,58 +134,10 @@ def _attend_split(
             block = slot // np.uint32(block_size)
             offset = slot - block * np.uint32(block_size)
             start = (np.int64(block) * num_kv_heads + kv_head) * head_stride + offset * head_size
-        tokens[token] = start
+        starts[token] = start
         previous = slot
-
-    for begin in range(0, num_tokens, TILE_TOKENS):
-        count = min(TILE_TOKENS, num_tokens - begin)
-        _widen_listed(
-            elements, tokens, begin, count, 0, head_size, tile, stride
-        )  # [tokens, D'], keys
-        if cos_sin.shape[1] > 0:
-            for token in range(count):
-                rotate_run(tile, token * stride, cos_sin, first + begin + token)
-        for member in range(group):
-            target = member * MAX_SPLIT_TOKENS + begin
-            # [D'] . [tokens, D'] -> [tokens]
-            dot_tile(padded_queries, member * stride, tile, stride, scale, weights, target)
-
-    for member in range(group):
-        line = weights[member * MAX_SPLIT_TOKENS : member * MAX_SPLIT_TOKENS + padded]
-        if soft_cap > 0:
-            cap_scores(line, soft_cap)
-        highest = largest(line[:num_tokens])
-        total = exponentials(line[:num_tokens], highest)
-        for token in range(num_tokens, padded):
-            line[token] = 0
-        head = kv_head * group + member
-        maxima[row, head, split] = highest
-        totals[row, head, split] = total
-        weighted[row, head, split] = 0
-
-    values = block_size * head_size
-    sums = weighted.reshape(-1)
-    num_splits = weighted.shape[2]
-    for begin in range(0, num_tokens, TILE_TOKENS):
-        count = min(TILE_TOKENS, num_tokens - begin)
-        _widen_listed(
-            elements, tokens, begin, count, values, head_size, tile, stride
-        )  # [tokens, D']
-        tile[count * stride :] = 0  # weights of zero are multiplied too, and 0 * infinity is NaN
-        for member in range(group):
-            line = ((row * num_heads + kv_head * group + member) * num_splits + split) * stride
-            # [tokens] . [tokens, D'] -> [D']
-            add_tile(sums, line, weights, member * MAX_SPLIT_TOKENS + begin, tile, stride)
-
-
-@njit
-def _widen_listed(elements, tokens, begin, count, shift, head_size, tile, stride):
-    """Fill a tile with `count` tokens of a list, and ask for the cache lines of the next ones."""
-    for token in range(begin + count, min(begin + 2 * count, len(tokens))):
-        prefetch_run(elements, tokens[token] + shift, head_size)
-    for token in range(count):
-        source = tokens[begin + token] + shift
-        widen(elements, source, head_size, tile, token * stride)
+    starts[num_tokens:] = start
+    return starts
 
 
 @njit(error_model="numpy")  # a NaN among the scores is no error
@@ -220,7 +154,7 @@ def _combine(maxima, totals, weighted, row, head, num_splits, sinks, out, target
             total += totals[row, head, split] * exponential(maxima[row, head, split] - highest)
         for split in range(num_splits):
             share = exponential(maxima[row, head, split] - highest) / total
-            part = weighted[row, head, split]
+            part = weighted[row, split, head]
             for i in range(head_size):
                 combined[i] += share * part[i]
     narrow(combined, out, target)

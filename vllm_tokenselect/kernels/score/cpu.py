@@ -9,13 +9,27 @@ import torch
 from numba import njit, prange
 
 from vllm_tokenselect.kernels.cpu_arrays import cache_elements, int32_array, padded_queries
+from vllm_tokenselect.kernels.cpu_bf16 import (
+    BF16_LANES,
+    dot_bf16_tile,
+    holds_bf16,
+    padded_size,
+    place_tile,
+    truncate,
+)
 from vllm_tokenselect.kernels.cpu_cache import compile_once
-from vllm_tokenselect.kernels.cpu_tiles import TILE_TOKENS, dot_tile, prefetch_run, widen_tokens
+from vllm_tokenselect.kernels.cpu_numbers import copy_run
+from vllm_tokenselect.kernels.cpu_tiles import (
+    TILE_TOKENS,
+    dot_tile,
+    prefetch_listed,
+    widen_listed,
+)
 from vllm_tokenselect.kernels.cpu_vectors import LANES
 
 # Tokens of one work item: enough to hide what an item costs, few enough to fill all threads.
 ITEM_TOKENS = 512
-PREFETCH_TOKENS = 2 * TILE_TOKENS  # blocks lie anywhere: no processor foresees the next one
+PREFETCH_TOKENS = 4 * TILE_TOKENS  # blocks lie anywhere: no processor foresees the next one
 
 
 def score_paged_keys(
@@ -27,7 +41,10 @@ def score_paged_keys(
     ends: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """As `reference.score_paged_keys`; consecutive rows of one request share the reading of its keys."""
+    """As `reference.score_paged_keys`; consecutive rows of one request share the reading of its keys.
+
+    A bf16 query's products with bf16 keys are added up in another order than those of an fp32 query.
+    """
     num_rows, num_heads, head_size = query.shape
     ends_array = int32_array(ends)
     width = max(int(ends_array.max(initial=0)) - start, 0)
@@ -35,6 +52,7 @@ def score_paged_keys(
     if width:
         score_rows(
             padded_queries(query, LANES),
+            query.dtype == torch.bfloat16,
             cache_elements(kv_cache),
             int32_array(block_table),
             int32_array(row_seq),
@@ -52,6 +70,7 @@ def score_paged_keys(
 @compile_once(parallel=True)
 def score_rows(
     query,
+    is_bf16,
     elements,
     block_table,
     row_seq,
@@ -66,6 +85,7 @@ def score_rows(
     """`logits[r, h, p - start] = scale * query[r, h] . key(p)`, head `h`'s key of position `p`.
 
     `query` is fp32 [R, Hq, D'] and `logits` fp32 [R, Hq, N]; D' is the head size, padded with zeros.
+    `is_bf16` says that all numbers of `query` are bf16 ones.
     """
     num_rows, _, width = logits.shape
     run_starts = np.empty(num_rows + 1, np.int64)  # runs of consecutive rows of one request
@@ -81,6 +101,7 @@ def score_rows(
         first = start + work % num_items * ITEM_TOKENS
         _score_item(
             query,
+            is_bf16,
             elements,
             block_table,
             row_seq[run_starts[run]],
@@ -102,6 +123,7 @@ def score_rows(
 @njit
 def _score_item(
     query,
+    is_bf16,
     elements,
     block_table,
     seq,
@@ -119,46 +141,153 @@ def _score_item(
     logits,
 ):
     """Positions [first, last) of one KV head, for the rows [first_row, last_row) of one request."""
-    num_heads, stride = query.shape[1], query.shape[2]
+    num_heads = query.shape[1]
     group = num_heads // num_kv_heads
     width = logits.shape[2]
     queries, scores = query.reshape(-1), logits.reshape(-1)
-    tile = np.zeros(TILE_TOKENS * stride, np.float32)
-    dots = np.empty(TILE_TOKENS, np.float32)
-    block_stride = 2 * num_kv_heads * block_size * head_size
-    head_offset = 2 * kv_head * block_size * head_size
     end_of_run = 0
     for row in range(first_row, last_row):
         end_of_run = max(end_of_run, ends[row])
     reach = min(last, end_of_run)
-    position = first
-    while position < reach:
-        offset = position % block_size
-        num_tokens = min(TILE_TOKENS, block_size - offset, reach - position)
-        block = np.int64(block_table[seq, position // block_size])
-        source = block * block_stride + head_offset + offset * head_size
-        ahead = position + PREFETCH_TOKENS
-        if ahead < reach:
-            block = np.int64(block_table[seq, ahead // block_size])
-            following = block * block_stride + head_offset + ahead % block_size * head_size
-            prefetch_run(elements, following, num_tokens * head_size)
-        widen_tokens(elements, source, num_tokens, head_size, tile, stride)  # [tokens, D'], keys
-        for row in range(first_row, last_row):
-            num_visible = min(num_tokens, ends[row] - position)
-            for head in range(kv_head * group, (kv_head + 1) * group):
-                line = row * num_heads + head
-                target = line * width + position - start
-                if num_visible == TILE_TOKENS:
-                    # [D'] . [tokens, D'] -> [tokens]
-                    dot_tile(queries, line * stride, tile, stride, scale, scores, target)
-                    continue
-                if num_visible > 0:
-                    dot_tile(queries, line * stride, tile, stride, scale, dots, 0)
-                for token in range(num_tokens):
-                    scores[target + token] = dots[token] if token < num_visible else -np.inf
-        position += num_tokens
+    if first < reach:
+        lines = np.empty((last_row - first_row) * group, np.int64)
+        seen = np.empty(len(lines), np.int64)
+        for index in range(len(lines)):
+            row = first_row + index // group
+            lines[index] = row * num_heads + kv_head * group + index % group
+            seen[index] = min(ends[row], reach) - first
+        # The next item is this thread's too, mostly: its first keys are asked for by this one.
+        listed = min(reach + PREFETCH_TOKENS, end_of_run)
+        starts = _list_keys(
+            block_table, seq, first, listed, kv_head, num_kv_heads, block_size, head_size
+        )
+        if first == start:
+            for begin in range(0, PREFETCH_TOKENS, TILE_TOKENS):
+                prefetch_listed(elements, starts, begin, 0, head_size)
+        if is_bf16 and holds_bf16(elements):
+            _score_in_place(
+                queries,
+                query.shape[2],
+                lines,
+                seen,
+                scale,
+                elements,
+                starts,
+                reach - first,
+                head_size,
+                scores,
+                width,
+                first - start,
+            )
+        else:
+            _score_widened(
+                queries,
+                query.shape[2],
+                lines,
+                seen,
+                scale,
+                elements,
+                starts,
+                reach - first,
+                head_size,
+                scores,
+                width,
+                first - start,
+            )
     for row in range(first_row, last_row):
         for head in range(kv_head * group, (kv_head + 1) * group):
             line = (row * num_heads + head) * width - start
-            for token in range(max(position, first), last):
+            for token in range(max(min(ends[row], reach), first), last):
                 scores[line + token] = -np.inf
+
+
+@njit
+def _list_keys(block_table, seq, first, last, kv_head, num_kv_heads, block_size, head_size):
+    """Where the keys of positions [first, last) start, and the last one again until a tile is full."""
+    num_tokens = last - first
+    starts = np.empty((num_tokens + TILE_TOKENS - 1) // TILE_TOKENS * TILE_TOKENS, np.int64)
+    token = 0
+    while token < num_tokens:
+        position = first + token
+        offset = position % block_size
+        block = np.int64(block_table[seq, position // block_size])
+        key = ((block * num_kv_heads + kv_head) * 2 * block_size + offset) * head_size
+        count = min(block_size - offset, num_tokens - token)
+        for i in range(count):
+            starts[token + i] = key + i * head_size
+        token += count
+    starts[num_tokens:] = starts[num_tokens - 1]
+    return starts
+
+
+@njit
+def _score_widened(
+    queries,
+    stride,
+    lines,
+    seen,
+    scale,
+    elements,
+    starts,
+    num_tokens,
+    head_size,
+    scores,
+    width,
+    column,
+):
+    """Write the scores of the first `num_tokens` keys, which start at `starts` of `elements`.
+
+    Of `queries` [lines, stride], flat, those in `lines` ask, and each sees the first `seen` keys. Theirs
+    are the same lines of `scores` [lines, width], flat, from `column` on.
+    """
+    tile = np.zeros(TILE_TOKENS * stride, np.float32)  # [tokens, D']
+    dots = np.empty(TILE_TOKENS, np.float32)
+    for begin in range(0, num_tokens, TILE_TOKENS):
+        count = min(TILE_TOKENS, num_tokens - begin)
+        prefetch_listed(elements, starts, begin + PREFETCH_TOKENS, 0, head_size)
+        widen_listed(elements, starts, begin, count, 0, head_size, tile, stride)
+        for index in range(len(lines)):
+            own, target = seen[index] - begin, lines[index] * width + column + begin
+            # [D'] . [tokens, D'] -> [tokens]
+            if own >= TILE_TOKENS:
+                dot_tile(queries, lines[index] * stride, tile, stride, scale, scores, target)
+            elif own > 0:
+                dot_tile(queries, lines[index] * stride, tile, stride, scale, dots, 0)
+                copy_run(dots, 0, scores, target, own)
+
+
+@njit
+def _score_in_place(
+    queries,
+    stride,
+    lines,
+    seen,
+    scale,
+    elements,
+    starts,
+    num_tokens,
+    head_size,
+    scores,
+    width,
+    column,
+):
+    """As `_score_widened`, for bf16 queries and keys: these are multiplied where they lie."""
+    padded = padded_size(head_size)
+    num_vectors = padded // BF16_LANES
+    bits = np.zeros(len(lines) * padded, np.uint16)  # [n, D']
+    for index in range(len(lines)):
+        truncate(queries, lines[index] * stride, head_size, bits, index * padded)
+    tile = np.zeros(TILE_TOKENS * padded, np.uint16)
+    places = np.empty(TILE_TOKENS, np.int64)
+    dots = np.empty(TILE_TOKENS, np.float32)
+    for begin in range(0, num_tokens, TILE_TOKENS):
+        prefetch_listed(elements, starts, begin + PREFETCH_TOKENS, 0, head_size)
+        place_tile(elements, starts, begin, TILE_TOKENS, 0, head_size, tile, places)
+        for index in range(len(lines)):
+            own, target = seen[index] - begin, lines[index] * width + column + begin
+            # [D'] . [tokens, D'] -> [tokens]
+            if own >= TILE_TOKENS:
+                dot_bf16_tile(bits, index * padded, places, num_vectors, scale, scores, target)
+            elif own > 0:
+                dot_bf16_tile(bits, index * padded, places, num_vectors, scale, dots, 0)
+                copy_run(dots, 0, scores, target, own)
