@@ -13,6 +13,7 @@ from vllm_tokenselect.gpu.flash_attention import PagedFlashAttention
 from vllm_tokenselect.gpu.graph_size import (
     count_launches,
     fits_a_graph,
+    largest_graph,
     num_passes,
     workspace_for,
 )
@@ -104,7 +105,8 @@ def test_groups_and_passes_change_no_bit_of_what_is_attended():
 def test_a_graph_of_long_contexts_is_a_few_dozen_kernels_a_layer(heads, max_model_len, fits):
     limits = StepLimits(Method(), *heads, max_model_len, 512 << 20, full_attention=True)
     assert fits_a_graph(limits, fits, 1)
-    largest = max(n for n in range(1, 513) if fits_a_graph(limits, n, 1))
+    largest = largest_graph(limits, 512)
+    assert not fits_a_graph(limits, largest + 1, 1) or largest == 512
     assert num_passes(limits, largest, 1) <= GRAPH_PASSES
     assert count_launches(limits, largest, 1, lambda rows: 3) <= 110
 

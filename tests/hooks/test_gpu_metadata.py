@@ -30,6 +30,7 @@ SPEC = FullAttentionSpec(block_size=BLOCK_SIZE, num_kv_heads=1, head_size=32, dt
 def builder(make_vllm_config):
     config = make_vllm_config()
     config.additional_config["tokenselect"] |= {"anchor_layers": 2, "min_context": 2900}
+    config.compilation_config.max_cudagraph_capture_size = 8
     anchor = SimpleNamespace(took_role=True, follows=False)
     config.compilation_config.static_forward_context["layer"] = SimpleNamespace(impl=anchor)
     built = GpuTokenSelectMetadataBuilder(SPEC, ["layer"], config, torch.device(DEVICE))

@@ -34,6 +34,10 @@ def step_limits(vllm_config: Any, num_heads: int, num_kv_heads: int) -> StepLimi
     from vllm_tokenselect.engine.gpu_libraries import serves_full_attention
 
     config = TokenSelectConfig.from_additional_config(vllm_config.additional_config)
+    scheduler = vllm_config.scheduler_config
+    decoding = scheduler.max_num_seqs * queries_per_request(vllm_config)
+    # It never grows: vLLM has chosen it before the model is made.
+    largest = vllm_config.compilation_config.max_cudagraph_capture_size or 0
     return StepLimits(
         method=config.method,
         num_heads=num_heads,
@@ -41,8 +45,8 @@ def step_limits(vllm_config: Any, num_heads: int, num_kv_heads: int) -> StepLimi
         max_model_len=vllm_config.model_config.max_model_len,
         workspace_bytes=config.workspace_bytes("cuda"),
         full_attention=serves_full_attention(vllm_config) is None,
-        max_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
-        graph_rows=vllm_config.scheduler_config.max_num_seqs * queries_per_request(vllm_config),
+        max_tokens=scheduler.max_num_batched_tokens,
+        graph_rows=min(decoding, largest),
     )
 
 

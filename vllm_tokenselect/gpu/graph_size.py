@@ -22,6 +22,12 @@ def fits_a_graph(limits: StepLimits, num_tokens: int, queries_per_request: int) 
     return num_passes(limits, num_tokens, queries_per_request) <= GRAPH_PASSES
 
 
+def largest_graph(limits: StepLimits, most_tokens: int) -> int:
+    """Tokens of the largest step of single queries of which a graph pays; 0 for none."""
+    fitting = (n for n in range(most_tokens, 0, -1) if fits_a_graph(limits, n, 1))
+    return next(fitting, 0)
+
+
 def workspace_for(limits: StepLimits, num_tokens: int) -> int:
     """Bytes of the workspace with which a step of so many single queries has `GRAPH_PASSES` passes."""
     rows = -(-num_tokens // GRAPH_PASSES)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 
 from vllm_tokenselect.gpu.attention import GatherBuffer
+from vllm_tokenselect.gpu.graph_size import largest_graph
 from vllm_tokenselect.gpu.limits import StepLimits
 from vllm_tokenselect.gpu.workspace import Workspace
 from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
@@ -96,7 +97,7 @@ def step_limits(server: PlannedServer, rank: RankShape) -> StepLimits:
     Raises:
         SettingsError: when the setting `workspace_mb` is too small for the context.
     """
-    return StepLimits(
+    limits = StepLimits(
         method=server.config.method,
         num_heads=rank.num_heads,
         num_kv_heads=rank.num_kv_heads,
@@ -105,8 +106,8 @@ def step_limits(server: PlannedServer, rank: RankShape) -> StepLimits:
         # If attention reads the cache itself, a request may ask for full attention over its whole context.
         full_attention=server.attends_in_place,
         max_tokens=server.max_num_batched_tokens,
-        graph_rows=server.max_num_seqs,
     )
+    return replace(limits, graph_rows=largest_graph(limits, server.max_num_seqs))
 
 
 def gpu_memory(model: ModelShape, server: PlannedServer, layout: Layout, stage: Stage) -> GpuMemory:
