@@ -31,7 +31,8 @@ GEMMA_4_E = {
     "tie_word_embeddings": False,
 }
 SHARING = {"folder": "Gemma 4 E"}
-NO_CACHE = {"similarity_threshold": 1}
+# Without the Selection Cache; one of the two layers follows the other, and short contexts are dense.
+NO_CACHE = {"similarity_threshold": 1, "anchor_layers": 2, "min_context": 132}
 REASSIGNED = {"positions": "reassigned"}
 JOBS = {
     "cpu": {"path": "cpu"},
