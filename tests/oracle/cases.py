@@ -22,8 +22,8 @@ SETTINGS = Selection(
 CACHED_SETTINGS = replace(SETTINGS, similarity_threshold=0.75, refresh_interval=8)
 # The first two layers attend to everything.
 DENSE_LAYERS_SETTINGS = replace(CACHED_SETTINGS, dense_layers=2)
-# What five layers select is attended to by all. While it generates, a request is dense up to 1,160 tokens.
-ANCHOR_SETTINGS = replace(CACHED_SETTINGS, anchor_layers=(0, 3, 4, 11, 20), min_context=1160)
+# What five layers select is attended to by all. While it generates, a request is dense up to 1,147 tokens.
+ANCHOR_SETTINGS = replace(CACHED_SETTINGS, anchor_layers=(0, 3, 4, 11, 20), min_context=1147)
 # Every seventh of the 28 layers that select, which `"anchor_layers": 7` says too.
 DENSE_LAYERS_ANCHOR_SETTINGS = replace(DENSE_LAYERS_SETTINGS, anchor_layers=(2, 9, 16, 23))
 # As many tokens are attended to, and never a position above 1,000.
@@ -36,9 +36,9 @@ CROWDED_LENGTHS = [9 * 128 - short for short in (4, 7, 10, 13, 16, 19)]
 CACHED_LENGTHS = [128 * blocks - 8 for blocks in range(6, 14)]
 # Prompts of which no selection is reused, or not, by a hair's breadth: rounding would decide.
 CACHED_SEEDS = [508, 525, 502, 503, 504, 505, 506, 515]
-# Of what these generate nothing selects; some does, from another token on each; all does. All but the
-# third are a few tokens short of whole blocks.
-ANCHOR_LENGTHS = [1016, 1144, 1141, 1148, 1272, 1400, 1528]
+# The first three begin to select while they generate, at their third token or later, and then need another
+# block. The others select from the first token on, but for 1,016, which never does.
+ANCHOR_LENGTHS = [1138, 1141, 1144, 1272, 1016, 1400]
 # SmolLM2 was trained on 8,192 tokens.
 REASSIGNED_LENGTHS = [700, 1010, 1337, 1900, 2690, 4000, 9000, 11000]
 
@@ -82,7 +82,7 @@ def make_dense_layers_cases(tokenizer) -> list[Case]:
 
 
 def make_anchor_cases(tokenizer) -> list[Case]:
-    """7 prompts for the settings with anchors and a least context."""
+    """6 prompts for the settings with anchors and a least context."""
     prompts = (prompt_tokens(tokenizer, 700 + s, n) for s, n in enumerate(ANCHOR_LENGTHS))
     return [Case(f"anchors-{len(prompt)}", prompt, 24) for prompt in prompts]
 

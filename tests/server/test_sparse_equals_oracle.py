@@ -5,24 +5,31 @@ Whatever else happens to a request: neighbors, prefix-cache hits, prefill cut in
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 
 from tests.oracle.cases import (
+    ANCHOR_SETTINGS,
     CACHED_SETTINGS,
+    DENSE_LAYERS_ANCHOR_SETTINGS,
     DENSE_LAYERS_SETTINGS,
     Case,
+    make_anchor_cases,
     make_cached_cases,
     make_cases,
     make_dense_layers_cases,
 )
 from tests.oracle.expected import LOGPROB_TOLERANCE, Expected, difference, load
+from tests.oracle.model import Selection
 from tests.server.conftest import BLOCK_SIZE, FP32, SPARSE, Client, serving
 
 pytestmark = pytest.mark.server
 
 Cases = dict[str, Case]
+CROWD = 3  # requests at a time for which a KV cache is too small
 
 
 @pytest.fixture(scope="module")
@@ -109,18 +116,57 @@ def test_with_the_selection_cache(smollm2, tokenizer, stride):
             assert_says_what_the_oracle_says(client, cases, expected)
 
 
-def test_with_dense_layers_preemption_and_the_smallest_steps(smollm2, tokenizer):
+@pytest.mark.parametrize(
+    ("settings", "anchors"),
+    [
+        (DENSE_LAYERS_SETTINGS, "all"),
+        # Every seventh of the layers that select.
+        pytest.param(DENSE_LAYERS_ANCHOR_SETTINGS, 7, marks=pytest.mark.endurance),
+    ],
+    ids=["all select", "anchors"],
+)
+def test_with_dense_layers_preemption_and_the_smallest_steps(smollm2, tokenizer, settings, anchors):
     """And with the Selection Cache in the layers that select."""
-    settings = DENSE_LAYERS_SETTINGS
     crowded = make_dense_layers_cases(tokenizer)
     expected = load(crowded, settings)
-    blocks = sum(-(-len(case.prompt) // BLOCK_SIZE) for case in crowded)
-    # The three prompts fit, and none of what they generate. One block is vLLM's own.
-    arguments = ("--num-gpu-blocks-override", str(blocks + 1), "--max-model-len", "1700")
-    steps = str(settings.query_chunk + 4)
-    arguments += ("--dtype", "float32", "--max-num-seqs", "4", "--max-num-batched-tokens", steps)
-    with serving(smollm2, settings=asdict(settings), extra_args=arguments) as client:
+    # The three prompts fit, and none of what they generate.
+    with serving_crowded(smollm2, crowded, settings, anchors) as client:
         assert_says_what_the_oracle_says(client, crowded, expected)
         assert client.metric("vllm:num_preemptions_total") > 0
         log = client.server.log()
     assert "layers 0-1: CPU_ATTN (dense_layers 2); layers 2-29: TOKENSELECT" in log
+
+
+def test_with_anchors_and_a_least_context_preemption_and_prefix_hits(smollm2, tokenizer):
+    """And with the Selection Cache in the anchors, and the smallest steps.
+
+    Requests begin to select while they generate, and some are preempted after that.
+    """
+    cases = make_anchor_cases(tokenizer)
+    expected = load(cases, ANCHOR_SETTINGS)
+    crowd, others = cases[:CROWD], cases[CROWD:]
+    with serving_crowded(smollm2, crowd, ANCHOR_SETTINGS) as client:
+        assert_says_what_the_oracle_says(client, crowd, expected)
+        preempted = client.metric("vllm:num_preemptions_total")
+        hits = client.metric("vllm:prefix_cache_hits_total")
+        # From the prefix cache all are read in two steps, and go on to generate together.
+        assert_says_what_the_oracle_says(client, crowd, expected)
+        assert client.metric("vllm:num_preemptions_total") > preempted > 0
+        hits = client.metric("vllm:prefix_cache_hits_total") - hits
+        assert hits > 0.5 * sum(len(case.prompt) for case in crowd)
+        assert_says_what_the_oracle_says(client, others, expected, concurrent=CROWD)
+        for kind in ("shared", "reused"):
+            assert client.metric("vllm:tokenselect_rows_total", kind=kind) > 0
+
+
+def serving_crowded(
+    model: Path, crowd: list[Case], settings: Selection, anchors: object = None
+) -> AbstractContextManager[Client]:
+    """A server that holds these prompts at once, and nothing of what they generate; its steps are small."""
+    # One block is vLLM's own.
+    blocks = 1 + sum(-(-len(case.prompt) // BLOCK_SIZE) for case in crowd)
+    arguments = ("--num-gpu-blocks-override", str(blocks), "--max-model-len", "1700")
+    steps = str(settings.query_chunk + 4)
+    arguments += ("--max-num-seqs", "4", "--max-num-batched-tokens", steps)
+    served = asdict(settings) | ({} if anchors is None else {"anchor_layers": anchors})
+    return serving(model, settings=served, extra_args=("--dtype", "float32", *arguments))
