@@ -16,7 +16,7 @@ from prometheus_client import REGISTRY, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from vllm_tokenselect.config import SettingsError
-from vllm_tokenselect.counters import worker_counters
+from vllm_tokenselect.counters import Counter, worker_counters
 from vllm_tokenselect.hooks import metrics
 from vllm_tokenselect.hooks.engine_config import configure
 from vllm_tokenselect.hooks.registration import backend_member
@@ -29,7 +29,7 @@ API_SERVER = """
 import multiprocessing, sys
 import torch
 from types import SimpleNamespace
-from vllm_tokenselect.counters import worker_counters
+from vllm_tokenselect.counters import Counter, worker_counters
 from vllm_tokenselect.hooks.metrics import serve_counters, start_publishing
 
 CPU = torch.device("cpu")
@@ -41,7 +41,7 @@ def work(rank):
         parallel_config=SimpleNamespace(data_parallel_index=rank, rank=0, tensor_parallel_size=1),
     )
     start_publishing(config, CPU)
-    worker_counters(CPU).add_(torch.tensor([7, 5, 3, 100, 400]))
+    worker_counters(CPU).add_(torch.tensor([7, 5, 2, 3, 100, 400]))
 
 def scrape():
     answer = client.get("/metrics")
@@ -112,6 +112,7 @@ def expected(engine: str, workers: int) -> dict[tuple[str, ...], float]:
     return {
         ("vllm:tokenselect_rows_total", engine, "reselected", "model", "0"): 7 * workers,
         ("vllm:tokenselect_rows_total", engine, "reused", "model", "0"): 5 * workers,
+        ("vllm:tokenselect_rows_total", engine, "shared", "model", "0"): 2 * workers,
         ("vllm:tokenselect_rows_total", engine, "dense", "model", "0"): 3 * workers,
         ("vllm:tokenselect_tokens_attended_total", engine, "model", "0"): 100 * workers,
         ("vllm:tokenselect_tokens_in_context_total", engine, "model", "0"): 400 * workers,
@@ -249,7 +250,7 @@ def test_a_worker_counts_from_when_it_is_warm(monkeypatch, tmp_path, own_state, 
     assert Worker.compile_or_warm_up_model is once
     assert Worker().compile_or_warm_up_model() == "times"
     assert len(started) == 1
-    assert counters.tolist() == [0, 0, 0, 0, 0]
+    assert counters.tolist() == [0] * len(Counter)
 
 
 @pytest.mark.parametrize("runs_layers", [True, False])
