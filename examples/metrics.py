@@ -26,7 +26,7 @@ def main(server: str) -> None:
     context = read_counter(page, "vllm:tokenselect_tokens_in_context_total")
     rows = {
         kind: read_counter(page, "vllm:tokenselect_rows_total", kind=kind)
-        for kind in ("reselected", "reused", "dense")
+        for kind in ("reselected", "reused", "shared", "dense")
     }
     selections = rows["reselected"] + rows["reused"]
     print(f"attended to {attended / context if context else 1:.1%} of the context")

@@ -133,4 +133,4 @@ def test_the_examples_ask_with_settings_of_their_own_and_read_what_was_attended(
     attended, reused, rows = run_example("metrics.py", url)
     assert 0 < float(attended.split()[2].rstrip("%")) < 100
     assert reused.startswith("reused 0.0%"), "this server has no Selection Cache"
-    assert re.fullmatch(r"rows: [1-9]\d* reselected, 0 reused, [1-9]\d* dense", rows)
+    assert re.fullmatch(r"rows: [1-9]\d* reselected, 0 reused, 0 shared, [1-9]\d* dense", rows)

@@ -68,14 +68,18 @@ class StreamingServer(SmallServer):
         await response.write(b"data: " + json.dumps(event).encode() + b"\n\n")
 
     async def metrics(self, request: web.Request) -> web.Response:
-        """Half of the context is attended to; of generated tokens' selections three of four are reused."""
+        """Half of the context is attended to; of generated tokens' selections three of four are reused.
+
+        In half of the layers generated tokens attend to what another layer selected.
+        """
         if not self.layers:
             return web.Response(text="vllm:other_total 5\n")
         self._looks += 1
         queries = [len(body["prompt"]) + body["max_tokens"] - 1 for body in self.bodies]
         context = self.layers * sum(n * (n + 1) // 2 for n in queries) + self._looks * self.others
         generated = self.layers * sum(body["max_tokens"] - 1 for body in self.bodies)
-        rows = {"reselected": generated / 4, "reused": 3 * generated / 4, "dense": 7 * self.layers}
+        rows = {"reselected": generated / 8, "reused": 3 * generated / 8, "shared": generated / 2}
+        rows["dense"] = 7 * self.layers
         told = {"tokens_attended_total{": context / 2, "tokens_in_context_total{": context}
         told |= {f'rows_total{{kind="{kind}",': count for kind, count in rows.items()}
         lines = [f'vllm:tokenselect_{name}engine="0"}} {count}' for name, count in told.items()]

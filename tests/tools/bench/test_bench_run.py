@@ -106,7 +106,7 @@ async def test_what_was_selected_is_kept_for_each_length_and_rate(servers):
     counts = found[None, 100].counts
     assert counts["in_context"] == ALONE * servers["B"].layers * queries * (queries + 1) / 2
     assert counts["attended"] == counts["in_context"] / 2
-    assert counts["reused"] == 0.75 * ALONE * servers["B"].layers * (SETTINGS.output_tokens - 1)
+    assert counts["reused"] == 0.75 / 2 * ALONE * servers["B"].layers * (SETTINGS.output_tokens - 1)
     assert [one.reused for one in found.values()] == [0.75] * 3
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from vllm_tokenselect.tools.bench.timing import TimedAnswer
-from vllm_tokenselect.tools.common.server_facts import ROW_KINDS, SelectionCounter
+from vllm_tokenselect.tools.common.server_facts import SelectionCounter
 
 
 class ReuseCounter(SelectionCounter):
@@ -36,8 +36,12 @@ class ReuseCounter(SelectionCounter):
     def reused_share(
         self, counts: Mapping[str, float], answers: Iterable[TimedAnswer]
     ) -> float | None:
-        """Share, 0 to 1, of the answers' selections that were reused; None where not known."""
+        """Share, 0 to 1, of the answers' selections that were reused; None where not known.
+
+        A layer that follows an anchor makes none.
+        """
         generated = sum(max(answer.output_tokens - 1, 0) for answer in answers)
-        if self._layers is None or not generated or not counts.keys() >= set(ROW_KINDS):
+        if self._layers is None or not generated or "reused" not in counts:
             return None
-        return counts["reused"] / (self._layers * generated)
+        selections = self._layers * generated - counts.get("shared", 0)
+        return counts["reused"] / selections if selections > 0 else None
