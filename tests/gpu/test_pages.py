@@ -100,6 +100,7 @@ def impl_of(module, layer: Layer, vllm_config, soft_cap: float = 0.0):
     impl.vllm_config, impl.scale, impl.head_size = vllm_config, SCALE, HEAD_SIZE
     impl.fp8_dtype, impl.selections, impl.rotation = None, None, None
     impl.reassigns_positions, impl.sinks = False, layer.cache.sinks
+    impl.follows, impl.followers = Role()
     return impl
 
 

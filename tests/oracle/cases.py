@@ -39,6 +39,9 @@ CACHED_SEEDS = [508, 525, 502, 503, 504, 505, 506, 515]
 # The first three begin to select while they generate, at their third token or later, and then need another
 # block. The others select from the first token on, but for 1,016, which never does.
 ANCHOR_LENGTHS = [1138, 1141, 1144, 1272, 1016, 1400]
+# Prompts of which rounding decides no selection that many layers attend to: with queries that are changed
+# by some millionths the oracle says the same.
+ANCHOR_SEEDS = [700, 741, 702, 703, 704, 705]
 # SmolLM2 was trained on 8,192 tokens.
 REASSIGNED_LENGTHS = [700, 1010, 1337, 1900, 2690, 4000, 9000, 11000]
 
@@ -83,7 +86,8 @@ def make_dense_layers_cases(tokenizer) -> list[Case]:
 
 def make_anchor_cases(tokenizer) -> list[Case]:
     """6 prompts for the settings with anchors and a least context."""
-    prompts = (prompt_tokens(tokenizer, 700 + s, n) for s, n in enumerate(ANCHOR_LENGTHS))
+    lengths = zip(ANCHOR_SEEDS, ANCHOR_LENGTHS, strict=True)
+    prompts = (prompt_tokens(tokenizer, seed, length) for seed, length in lengths)
     return [Case(f"anchors-{len(prompt)}", prompt, 24) for prompt in prompts]
 
 
