@@ -38,6 +38,7 @@ from vllm_tokenselect.gpu.flash_attention import (
     PagedFlashAttention,
 )
 from vllm_tokenselect.gpu.step import GpuStep
+from vllm_tokenselect.method.anchors import Role
 
 HEADS = (6, 2)
 SPEC = FullAttentionSpec(
@@ -221,6 +222,7 @@ def test_a_quantized_cache_is_read_with_the_scales_of_the_layer_that_wrote_it(ho
     impl = object.__new__(module.GpuTokenSelectImpl)
     impl.head_size, impl.fp8_dtype = HEAD_SIZE, torch.float8_e4m3fn
     impl.selections, impl.sinks = None, None
+    impl.follows, impl.followers = Role()
     kv_cache = torch.zeros(2, HEADS[1], BLOCK_SIZE, 2 * HEAD_SIZE, dtype=torch.uint8)
     own, writer = (SimpleNamespace(_k_scale=scale, _v_scale=2 * scale) for scale in (1, 7))
     for impl.writer, scales in ((None, (1, 2)), (writer, (7, 14))):
