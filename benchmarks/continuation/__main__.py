@@ -20,6 +20,7 @@ file at once; with --resume a run goes on where it was stopped, also with more w
 from __future__ import annotations
 
 import argparse
+import asyncio
 import random
 import sys
 from pathlib import Path
@@ -117,7 +118,7 @@ def ask(
         counted(Console(), len(missing), way.name) as advance,
         start(model, way, args.dtype, args.most + args.tokens) as server,
     ):
-        continue_all(server, way, asked, args.tokens, keep)
+        asyncio.run(continue_all(server, way, asked, args.tokens, keep))
 
 
 def main() -> None:

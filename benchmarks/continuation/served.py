@@ -58,7 +58,7 @@ def start(model: Path, way: ServedWay, dtype: str, longest: int) -> VllmServer:
     )
 
 
-def continue_all(
+async def continue_all(
     server: VllmServer,
     way: ServedWay,
     texts: Iterable[Asked],
@@ -66,16 +66,6 @@ def continue_all(
     on_done: Callable[[Asked, Continuation], None],
 ) -> None:
     """Continue texts by `count` tokens each, four at a time; `on_done` has each as it comes."""
-    asyncio.run(_continue_all(server, way, texts, count, on_done))
-
-
-async def _continue_all(
-    server: VllmServer,
-    way: ServedWay,
-    texts: Iterable[Asked],
-    count: int,
-    on_done: Callable[[Asked, Continuation], None],
-) -> None:
     endpoint = Endpoint(server.base_url, server.model)
     async with (
         Client(endpoint, concurrency=NUM_SEQS, timeout=3600.0, attempts=1) as client,
