@@ -26,6 +26,7 @@ from vllm_tokenselect.kernels.cpu_vectors import (
 )
 
 TILE_TOKENS = LANES  # `dot_tile` leaves one token's product in each lane
+PREFETCH_TOKENS = 4 * TILE_TOKENS  # tokens lie anywhere: no processor foresees the next one
 
 
 def _from_fp16(builder, half, floats):

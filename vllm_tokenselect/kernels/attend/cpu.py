@@ -14,13 +14,12 @@ from numba import njit, prange
 
 from vllm_tokenselect.kernels.attend.cpu_split import (
     MAX_SPLIT_TOKENS,
-    PREFETCH_TOKENS,
     attend_split,
 )
 from vllm_tokenselect.kernels.cpu_atomic import count_up
 from vllm_tokenselect.kernels.cpu_cache import compile_once
 from vllm_tokenselect.kernels.cpu_numbers import narrow
-from vllm_tokenselect.kernels.cpu_tiles import TILE_TOKENS, prefetch_listed
+from vllm_tokenselect.kernels.cpu_tiles import PREFETCH_TOKENS, TILE_TOKENS, prefetch_listed
 from vllm_tokenselect.kernels.cpu_vectors import exponential, largest
 
 

@@ -18,6 +18,7 @@ from vllm_tokenselect.kernels.cpu_bf16 import (
 )
 from vllm_tokenselect.kernels.cpu_numbers import copy_run, rotate_run
 from vllm_tokenselect.kernels.cpu_tiles import (
+    PREFETCH_TOKENS,
     TILE_TOKENS,
     add_tile,
     dot_tile,
@@ -28,7 +29,6 @@ from vllm_tokenselect.kernels.cpu_tiles import (
 from vllm_tokenselect.kernels.cpu_vectors import LANES, cap_scores, exponentials, largest
 
 MAX_SPLIT_TOKENS = 512
-PREFETCH_TOKENS = 4 * TILE_TOKENS  # tokens lie anywhere: no processor foresees the next one
 
 
 @njit

@@ -20,6 +20,7 @@ from vllm_tokenselect.kernels.cpu_bf16 import (
 from vllm_tokenselect.kernels.cpu_cache import compile_once
 from vllm_tokenselect.kernels.cpu_numbers import copy_run
 from vllm_tokenselect.kernels.cpu_tiles import (
+    PREFETCH_TOKENS,
     TILE_TOKENS,
     dot_tile,
     prefetch_listed,
@@ -29,7 +30,6 @@ from vllm_tokenselect.kernels.cpu_vectors import LANES
 
 # Tokens of one work item: enough to hide what an item costs, few enough to fill all threads.
 ITEM_TOKENS = 512
-PREFETCH_TOKENS = 4 * TILE_TOKENS  # blocks lie anywhere: no processor foresees the next one
 
 
 def score_paged_keys(
