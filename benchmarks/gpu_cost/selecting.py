@@ -1,0 +1,191 @@
+"""What the kernels that select read, write and compute."""
+
+from __future__ import annotations
+
+from math import ceil
+
+import numpy as np
+
+from benchmarks.gpu_cost.gpu import Cost, Gpu
+from benchmarks.gpu_cost.prices import (
+    INT32,
+    STEP_CYCLES,
+    Price,
+    added,
+    histogram_cycles,
+    steps_of,
+    stored,
+    values,
+    working_on,
+)
+from benchmarks.gpu_cost.recording import Launch
+from benchmarks.gpu_cost.steps import Rows
+from vllm_tokenselect.method.plan import Int64
+
+EXPONENT_BITS = 8  # of a vote: the first digit
+
+
+def decide(launch: Launch, rows: Rows, gpu: Gpu) -> Cost:
+    heads = launch["KV_HEADS"] * launch["GROUP_SIZE"]
+    own, last = launch["query"].element_size(), launch["state_query"].element_size()
+    return Cost(l2_bytes=launch.grid[0] * heads * (own + last), cycles=3 * STEP_CYCLES)
+
+
+def mean_queries(launch: Launch, rows: Rows, gpu: Gpu) -> Cost:
+    out = launch["out"]
+    num_heads, head_size = out.shape[1:]
+    read = rows.queries.sum() * launch["query"].element_size()
+    written = len(rows.queries) * out.element_size()
+    steps = ceil(rows.queries.max() / launch["TOKENS"])
+    traffic = float(read + written) * num_heads * head_size
+    return Cost(l2_bytes=traffic, cycles=steps * STEP_CYCLES)
+
+
+def candidates_of(launch: Launch) -> Int64:
+    """Of the rows of a pass, int64 [R]."""
+    return (values(launch["ends"]) - launch["start"]).clip(min=0)
+
+
+def score(launch: Launch, rows: Rows, gpu: Gpu) -> Cost:
+    own, cache = candidates_of(launch), launch["kv_cache"]
+    tiles = np.array(
+        [own[first : first + n].max(initial=0) for _, first, n in values(launch["tiles"])]
+    )
+    read, num_kv_heads = tiles.sum(), cache.shape[1]
+    lines = launch["LINES"] * launch["SPLITS"]
+    steps = ceil(tiles.max() / launch["TOKENS"] / launch.grid[1])
+    counted = stored(4.0 * own.sum() * launch["num_heads"], gpu)
+    keys = float(read * num_kv_heads * launch["HEAD_SIZE"])
+    return Cost(
+        hbm_bytes=keys * cache.element_size() + counted.hbm_bytes,
+        l2_bytes=counted.l2_bytes,
+        tensor_flops=2 * keys * lines * launch.arguments.get("PRODUCTS", 1),
+        exponentials=float(own.sum() * launch["num_heads"]),
+        cycles=steps * STEP_CYCLES,
+        working=launch.programs * np.count_nonzero(tiles) // len(tiles),
+    )
+
+
+def soft_vote(launch: Launch, rows: Rows, gpu: Gpu) -> Cost:
+    own, heads = candidates_of(launch), launch["HEADS"]
+    working = working_on(own, launch)
+    counted = stored(4.0 * own.sum() * heads, gpu)
+    # The largest score and the sum of every part, by each program.
+    sums = 2 * 4.0 * working * heads * launch["PARTS"]
+    steps, counting = steps_of(own.max(initial=0), launch), 0.0
+    if "STEP" in launch.arguments:  # a program has one part, and goes through the heads
+        steps *= ceil(heads / launch["STEP"])
+        counting = parts_cycles(launch, own, EXPONENT_BITS)
+    return Cost(
+        hbm_bytes=counted.hbm_bytes,
+        l2_bytes=counted.l2_bytes + sums + 4.0 * own.sum(),
+        exponentials=float(own.sum() * heads),
+        cycles=steps * STEP_CYCLES + counting,
+        working=working,
+    )
+
+
+def zero(launch: Launch, rows: Rows, gpu: Gpu) -> Cost:
+    return Cost(l2_bytes=float(launch["out"].nbytes))
+
+
+def selecting(launch: Launch) -> Int64:
+    """Candidates of the rows that select, 0 of others, int64 [R]."""
+    candidates = values(launch["candidate_ends"]) - launch["n_init"]
+    return np.where(candidates > values(launch["top_k"]), candidates, 0)
+
+
+def votes_cost(launch: Launch, own: Int64, histogram_bits: int, gpu: Gpu) -> Cost:
+    """Of one reading of the votes, with a histogram of digits of so many bits; 0 for none."""
+    steps = steps_of(own.max(initial=0), launch)
+    counting = histogram_cycles(steps * launch["TOKENS"], histogram_bits)
+    cycles = steps * STEP_CYCLES + counting
+    working = working_on(own, launch)
+    return stored(4.0 * own.sum(), gpu, cycles=cycles, working=working)
+
+
+def written_cost(launch: Launch, rows: Rows) -> Cost:
+    """Of the lines of the table, but for rows that reuse: their context ends at 0."""
+    writes = values(launch["context_ends"]) > 0
+    tokens = np.where(writes, rows.lengths, 0)
+    longest = tokens.max(initial=0) if not selecting(launch).any() else 0
+    # A block number is read, a slot written, for each.
+    traffic = 2.0 * INT32 * tokens.sum()
+    steps, working = steps_of(longest, launch), working_on(tokens, launch)
+    return Cost(l2_bytes=traffic, cycles=steps * STEP_CYCLES, working=working)
+
+
+def build(launch: Launch, rows: Rows, gpu: Gpu) -> Cost:
+    own, bits = selecting(launch), (launch["BITS_0"], launch["BITS_1"], 0)
+    return added(*(votes_cost(launch, own, each, gpu) for each in bits), written_cost(launch, rows))
+
+
+def count_digit(launch: Launch, rows: Rows, gpu: Gpu) -> Cost:
+    bits = launch["BITS_1"] if launch["DIGIT"] else launch["BITS_0"]
+    return votes_cost(launch, selecting(launch), bits, gpu)
+
+
+def count_kept(launch: Launch, rows: Rows, gpu: Gpu) -> Cost:
+    return votes_cost(launch, selecting(launch), 0, gpu)
+
+
+def write_parts(launch: Launch, rows: Rows, gpu: Gpu) -> Cost:
+    own = selecting(launch)
+    return added(votes_cost(launch, own, 0, gpu), written_cost(launch, rows))
+
+
+def parts_cycles(launch: Launch, own: Int64, bits: int) -> float:
+    """Of counting the digits of a part, if there is one that selects."""
+    return histogram_cycles(launch["TOKENS"], bits) if own.any() else 0.0
+
+
+def digits_cost(launch: Launch, counts: str, gpu: Gpu) -> Cost:
+    """Of a program that reads its part's votes and the counts of all parts of its row, of which it adds up
+    `PARTS` at a time.
+    """
+    own = selecting(launch)
+    parts = -(-own // launch["TOKENS"])
+    line = launch[counts].shape[1] * launch[counts].element_size()
+    steps = 1 + ceil(parts.max(initial=0) / launch["PARTS"])
+    return added(
+        stored(4.0 * own.sum(), gpu, cycles=steps * STEP_CYCLES, working=int(parts.sum())),
+        Cost(l2_bytes=float((parts * parts).sum()) * line),
+    )
+
+
+def count_exponents(launch: Launch, rows: Rows, gpu: Gpu) -> Cost:
+    return votes_cost(launch, selecting(launch), EXPONENT_BITS, gpu)
+
+
+def count_mantissas(launch: Launch, rows: Rows, gpu: Gpu) -> Cost:
+    counting = parts_cycles(launch, selecting(launch), launch["MANTISSA_BITS"])
+    return added(digits_cost(launch, "exponents", gpu), Cost(cycles=counting))
+
+
+def write_table(launch: Launch, rows: Rows, gpu: Gpu) -> Cost:
+    return added(digits_cost(launch, "mantissas", gpu), written_cost(launch, rows))
+
+
+def finish(launch: Launch, rows: Rows, gpu: Gpu) -> Cost:
+    chains = launch.grid[1] - 1
+    # The stored selection is read, and the line or the selection written.
+    traffic = 2.0 * INT32 * chains * launch["selected_stride"]
+    return Cost(l2_bytes=traffic, cycles=3 * STEP_CYCLES)
+
+
+PRICES: dict[str, Price] = {
+    "_decide": decide,
+    "_mean_queries": mean_queries,
+    "_score": score,
+    "score_tile": score,
+    "_soft_vote": soft_vote,
+    "aten::zero_": zero,
+    "_build": build,
+    "_count_digit": count_digit,
+    "_count_kept": count_kept,
+    "_write_parts": write_parts,
+    "_count_exponents": count_exponents,
+    "_count_mantissas": count_mantissas,
+    "_write_table": write_table,
+    "_finish": finish,
+}
