@@ -10,7 +10,7 @@ from benchmarks.attention.cases import SHAPES, Work
 from benchmarks.gpu_code.sass import count_instructions, disassemble
 from benchmarks.gpu_cost.gpu import Gpu
 from benchmarks.gpu_cost.steps import ROLES, Case, method_of, record_layer
-from tests.kernels_gpu.compile_ahead import compiling_for, launches, resources
+from tests.kernels_gpu.compile_ahead import compiling_for, launches
 from vllm_tokenselect.method.settings import Method
 
 K = 1024
@@ -48,14 +48,14 @@ def kernels(architecture: int) -> Iterator[dict[str, Any]]:
             if kernel.hash in seen:
                 continue
             seen.add(kernel.hash)
-            registers, spilled = resources(kernel, architecture)
+            code = disassemble(kernel.asm["cubin"])
             again = sum(other.metadata.name == kernel.metadata.name for other in compiled[:number])
             yield {
                 "kernel": kernel.metadata.name,
                 "variant": variant + (f", {again + 1}" if again else ""),
                 "warps": kernel.metadata.num_warps,
-                "registers": registers,
-                "spilled_bytes": spilled,
+                "registers": code.registers,
+                "stack_bytes": code.stack_bytes,
                 "shared_bytes": kernel.metadata.shared,
-                "instructions": count_instructions(disassemble(kernel.asm["cubin"])),
+                "instructions": count_instructions(code.sass),
             }

@@ -6,6 +6,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import triton
@@ -27,12 +28,32 @@ KINDS = {
 }
 
 
-def disassemble(cubin: bytes) -> str:
-    """The machine code of a compiled kernel as text."""
+@dataclass(frozen=True)
+class MachineCode:
+    """A compiled kernel as it would run.
+
+    Attributes:
+        registers: of a thread.
+        stack_bytes: of a thread; where registers are spilled, they lie there.
+        sass: its instructions as text.
+    """
+
+    registers: int
+    stack_bytes: int
+    sass: str
+
+
+def disassemble(cubin: bytes) -> MachineCode:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(cubin)
-        command = [TOOLS / "cuobjdump", "-sass", file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        usage, sass = (
+            subprocess.run(
+                [TOOLS / "cuobjdump", option, file.name], capture_output=True, text=True, check=True
+            ).stdout
+            for option in ("-res-usage", "-sass")
+        )
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    return MachineCode(int(registers), int(stack), sass)
 
 
 def count_instructions(sass: str) -> dict[str, int]:

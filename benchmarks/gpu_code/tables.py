@@ -31,7 +31,7 @@ def layer_table(report: Row, earlier: Row | None) -> Table:
 def kernel_table(report: Row, earlier: Row | None) -> Table:
     columns = {
         "registers": counter("registers"),
-        "spilled B": counter("spilled_bytes"),
+        "stack B": counter("stack_bytes"),
         "shared B": counter("shared_bytes"),
     }
     kinds = (report["kernels"] or [{"instructions": {}}])[0]["instructions"]

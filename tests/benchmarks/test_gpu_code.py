@@ -24,7 +24,7 @@ SASS = """
 
 
 def kernel(name: str, registers: int) -> dict:
-    counted = {"spilled_bytes": 0, "shared_bytes": 0, "instructions": count_instructions(SASS)}
+    counted = {"stack_bytes": 0, "shared_bytes": 0, "instructions": count_instructions(SASS)}
     return {"kernel": name, "variant": "D128", "registers": registers, **counted}
 
 
