@@ -14,10 +14,14 @@ from matplotlib.axes import Axes
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks/results"
 PICTURE = Path(__file__).with_name("measured.png")
-SPEED = ("speed-short.json", "speed.json")
+SPEED = ("speed.json",)
 ACCURACY = "accuracy.json"
 # Name in the speed files: label, color.
-CONTENDERS = {"CPU_ATTN": ("full attention", "#777777"), "TOKENSELECT": ("TOKENSELECT", "#0b6e4f")}
+CONTENDERS = {
+    "CPU_ATTN": ("full attention", "#777777"),
+    "TOKENSELECT": ("TOKENSELECT", "#0b6e4f"),
+    'TOKENSELECT {"profile": "auto"}': ("with the model's profile", "#4aa3df"),
+}
 # Name in the accuracy file: label, color.
 WAYS = {
     "full": ("full attention", "#777777"),
