@@ -51,7 +51,7 @@ class Gpu:
     multiprocessors: float = _assumed(132, "number of multiprocessors")
     clock_ghz: float = _assumed(1.75, "GHz under load")
     launch_us: float = _assumed(2.0, "us from a kernel's last store to the next one's first load")
-    efficiency: float = _assumed(0.85, "share of these rates that a kernel reaches")
+    efficiency: float = _assumed(0.75, "share of these rates that a kernel reaches")
 
     @property
     def ceilings(self) -> Ceilings:
