@@ -5,17 +5,19 @@ PYTHON  ?= python3
 VERSION ?= 0.33.0
 ARGS    ?=
 JOBS    ?= 2
+TRITON  ?= 3.6.0
 
 VENV  := .venv
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup constraints newest demo test lint types pytest docs settings check-vllm bench gpu-check endurance models scaling clean
+.PHONY: help setup constraints newest demo test lint types pytest emulate docs settings check-vllm bench gpu-check endurance models scaling clean
 
 help:
 	@echo "make demo                        a real model answers about a document, with and without TOKENSELECT"
 	@echo "make test                        lint, types, architecture and all tests"
+	@echo "make emulate                     the tests of the GPU kernels, compiled and emulated"
 	@echo "make setup                       create $(VENV) and install what is missing"
 	@echo "make constraints                 resolve the newest releases anew, into constraints/"
 	@echo "make newest                      import the package beside the newest releases that it allows"
@@ -60,6 +62,15 @@ test: lint pytest
 
 pytest: setup
 	@$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# The kernels compiled by a release of Triton of its own, which is kept. ARGS="--emulator-seed 7" is another
+# order of warps and programs.
+emulate: setup
+	@test -d build/triton-$(TRITON)/triton || \
+	    $(BIN)/python -m pip install --quiet --no-deps --target build/triton-$(TRITON) triton==$(TRITON)
+	@PYTHONPATH=build/triton-$(TRITON) $(BIN)/python -m pytest -p no:cacheprovider -p tests.emulator.plugin -q -n $(JOBS) \
+	    --dist loadfile -m 'not gpu and not endurance' --ignore tests/kernels_gpu/test_compiles.py \
+	    tests/emulator tests/kernels_gpu $(ARGS)
 
 lint: setup docs
 	@$(BIN)/ruff check .

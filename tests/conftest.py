@@ -10,7 +10,7 @@ from hypothesis import settings
 
 if not torch.cuda.is_available():
     # Triton reads it when it is imported, which may be by any of the tests.
-    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from vllm_tokenselect.tools.common.smollm2 import ensure_smollm2
 
