@@ -26,10 +26,10 @@ from benchmarks.gpu.device import (
 DEVICE = use_interpreter_without_gpu()  # before Triton is imported
 
 from vllm_tokenselect.kernels.block_table.gpu import (  # noqa: E402
-    MAX_PARTS,
     TableScratch,
     build_sparse_block_table,
 )
+from vllm_tokenselect.kernels.block_table.gpu_digits import num_parts  # noqa: E402
 from vllm_tokenselect.tools.common.files import write_json  # noqa: E402
 
 TOP_K, N_INIT, N_LOCAL, BLOCK_SIZE = 2048, 128, 512, 16
@@ -43,10 +43,11 @@ def ways(rows: int, width: int) -> dict[str, Callable[[int], object]]:
     sequences = torch.arange(rows, dtype=torch.int32, device=DEVICE)
     ends = torch.full((rows,), width + N_INIT, dtype=torch.int32, device=DEVICE)
     slots = torch.empty((rows, N_INIT + TOP_K + N_LOCAL + 1), dtype=torch.int32, device=DEVICE)
-    lengths, scratch = torch.empty_like(sequences), TableScratch(rows, DEVICE)
+    lengths = torch.empty_like(sequences)
+    scratch = TableScratch(rows * num_parts(width), DEVICE)
     context_ends = ends + N_LOCAL + 1
 
-    def own(parts: int | None) -> Callable[[int], object]:
+    def own(counted: bool) -> Callable[[int], object]:
         return lambda turn: build_sparse_block_table(
             votes=votes,
             block_table=table,
@@ -59,14 +60,12 @@ def ways(rows: int, width: int) -> dict[str, Callable[[int], object]]:
             slots=slots,
             lengths=lengths,
             scratch=scratch,
-            parts=parts,
+            counted=counted,
         )
 
     found: dict[str, Callable[[int], object]] = {
-        "own, as chosen": own(None),
-        "own, 1 program": own(1),
-        "own, 16 programs": own(16),
-        f"own, {MAX_PARTS} programs": own(MAX_PARTS),
+        "own": own(counted=False),
+        "own, counted with the votes": own(counted=True),
         "torch.topk": lambda turn: votes.topk(TOP_K, dim=1, sorted=False),
     }
     try:

@@ -20,7 +20,6 @@ from vllm_tokenselect.gpu.graph_size import (
 from vllm_tokenselect.gpu.limits import GRAPH_PASSES, StepLimits
 from vllm_tokenselect.gpu.step import GpuStep
 from vllm_tokenselect.gpu.workspace import Workspace
-from vllm_tokenselect.kernels.block_table import gpu as block_table
 from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
 from vllm_tokenselect.method.settings import Method
 
@@ -56,13 +55,10 @@ class Launches(TorchDispatchMode):
 
 @pytest.mark.parametrize("workspace_bytes", [1 << 20, GROUPS], ids=["one pass", "several groups"])
 @pytest.mark.parametrize("reuses", [False, True], ids=["selecting", "reusing"])
-@pytest.mark.parametrize("parts", [False, True], ids=["one program a row", "several programs"])
 @pytest.mark.parametrize("follows", [False, True], ids=["anchor", "follower"])
 def test_the_launches_of_a_captured_step_are_counted_ahead(
-    workspace_bytes, reuses, parts, follows, monkeypatch
+    workspace_bytes, reuses, follows, monkeypatch
 ):
-    if parts:
-        monkeypatch.setattr(block_table, "TOKENS_PER_PART", 64)
     method = replace(CONFIG, anchor_layers=2, similarity_threshold=0.9 if reuses else 1)
     layer = Layer(STEP, (6, 2), workspace_bytes=workspace_bytes, method=method)
     layer.cache = replace(layer.cache, follows=follows)
@@ -132,9 +128,12 @@ def test_a_workspace_cut_for_longer_contexts_serves_shorter_ones():
 @pytest.mark.parametrize("full_attention", [False, True])
 def test_every_shorter_context_fits_a_workspace(full_attention):
     longest = StepLimits(Method(), 8, 8, 1 << 20, 512 << 20, full_attention=full_attention)
+    most_parts = longest.group_parts(4096)
     for length in (1 << 12, 80_000, 1 << 18, (1 << 20) - 1):
         shorter = replace(longest, max_model_len=length)
         assert shorter.table_rows * shorter.table_width <= longest.table_entries
         rows, width = shorter.group_rows(shorter.max_width), shorter.max_width
         lines = rows + shorter.num_heads * shorter.pass_rows(rows, width)
         assert 4 * width * lines <= longest.score_bytes
+        for width in range(64, shorter.max_width + 1, 4096):  # of one part, of two, ...
+            assert shorter.group_rows(width) * -(-width // 4096) <= most_parts

@@ -43,6 +43,8 @@ def poison_what_no_request_wrote(layer: Layer, requests) -> None:
     # Slots of a block that is nobody's, and lengths of rows that there are not.
     workspace.slots.zero_()
     workspace.lengths.fill_(1 << 20)
+    for tensor in vars(workspace.table_scratch).values():
+        tensor.fill_(1 << 14)
 
 
 def buffers_of(layer: Layer) -> list[torch.Tensor]:
@@ -51,7 +53,9 @@ def buffers_of(layer: Layer) -> list[torch.Tensor]:
 
 
 def clean(layer: Layer) -> None:
-    for tensor in (layer.workspace.scores, layer.workspace.parts, *buffers_of(layer)):
+    workspace = layer.workspace
+    counts = vars(workspace.table_scratch).values()
+    for tensor in (workspace.scores, workspace.parts, *counts, *buffers_of(layer)):
         tensor.zero_()
 
 

@@ -23,6 +23,7 @@ from vllm_tokenselect.gpu.rows import graph_rows, step_rows
 from vllm_tokenselect.gpu.sending import RowBuffers
 from vllm_tokenselect.gpu.step import GpuStep
 from vllm_tokenselect.gpu.workspace import Workspace
+from vllm_tokenselect.kernels.block_table import gpu_digits
 from vllm_tokenselect.kernels.layer_cache import LayerCache
 from vllm_tokenselect.kernels.rotate.rotation import Rotation
 from vllm_tokenselect.method.plan import SelectionPlan
@@ -145,6 +146,17 @@ def test_a_workspace_of_one_row_gives_the_same_result():
     groups = groups_of(requests, rowwise)
     assert len(groups) > len(groups_of(requests, whole))
     torch.testing.assert_close(rowwise.run(groups), whole.run(groups_of(requests, whole)))
+
+
+def test_the_parts_of_a_row_change_no_bit(monkeypatch):
+    requests = REQUESTS["mixed"]
+    layer = Layer(requests, (6, 2))
+    whole = layer.run(groups_of(requests, layer))
+    monkeypatch.setattr(gpu_digits, "PART_TOKENS", 64)
+    layer.workspace = Workspace(layer.limits, HEAD_SIZE, torch.device(DEVICE))
+    groups = groups_of(requests, layer)
+    assert max(group.width for group in groups) > 64
+    assert torch.equal(layer.run(groups), whole)
 
 
 class Graph:

@@ -20,6 +20,7 @@ from tests.gpu_device.cases import (
 )
 from vllm_tokenselect.kernels.block_table import gpu as table_gpu
 from vllm_tokenselect.kernels.block_table import reference as table_reference
+from vllm_tokenselect.kernels.block_table.gpu_digits import num_parts
 from vllm_tokenselect.kernels.gather import gpu as gather_gpu
 from vllm_tokenselect.kernels.gather import reference as gather_reference
 from vllm_tokenselect.kernels.score import gpu as score_gpu
@@ -72,9 +73,8 @@ def test_votes_of_rows_that_share_the_reading_of_keys(shape, dtype, rows):
     assert_close(votes[:, : expected.shape[1]], expected, 1e-2)
 
 
-@pytest.mark.parametrize("parts", [1, None], ids=["one program a row", "several programs a row"])
 @pytest.mark.parametrize("context", [CONTEXT, LONG_CONTEXT])
-def test_sparse_block_table_entry_by_entry(context, parts):
+def test_sparse_block_table_entry_by_entry(context):
     """Every tenth vote is a tie."""
     rows, top_k, n_init = 3, min(2048, context // 4), 128
     width = -(-context // BLOCK_SIZE)
@@ -85,11 +85,12 @@ def test_sparse_block_table_entry_by_entry(context, parts):
     ends = (context - 512 - 3 * sequences).to(torch.int32)
     wanted = torch.full_like(ends, top_k)
     arguments = (votes, table, sequences, n_init, wanted, ends, ends + 513, BLOCK_SIZE)
+    scratch = table_gpu.TableScratch(rows * num_parts(context), DEVICE)
     results = []
     for operation in (table_gpu, table_reference):
         slots = torch.zeros((rows, top_k + n_init + 600), dtype=torch.int32, device=DEVICE)
         lengths = torch.zeros(rows, dtype=torch.int32, device=DEVICE)
-        more = (table_gpu.TableScratch(rows, DEVICE), parts) if operation is table_gpu else ()
+        more = (scratch,) if operation is table_gpu else ()
         operation.build_sparse_block_table(*arguments, slots, lengths, *more)
         results.append(torch.cat([slots, lengths[:, None]], dim=1))
     assert torch.equal(*results)

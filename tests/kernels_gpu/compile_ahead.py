@@ -102,6 +102,7 @@ def launches(architecture: int) -> Iterator[tuple[str, Callable[[], object]]]:
     """Every launcher, in the shapes of models that are served."""
     from vllm_tokenselect.counters import Counter
     from vllm_tokenselect.kernels.block_table.gpu import TableScratch, build_sparse_block_table
+    from vllm_tokenselect.kernels.block_table.gpu_digits import EXPONENTS, num_parts
     from vllm_tokenselect.kernels.block_table.table import SparseBlockTable
     from vllm_tokenselect.kernels.gather.gpu import gather_rows
     from vllm_tokenselect.kernels.mean_query.gpu import mean_queries
@@ -148,16 +149,12 @@ def launches(architecture: int) -> Iterator[tuple[str, Callable[[], object]]]:
             )
             yield name, lambda m=means, t=table: rotate_means(m, t[0])
     for block_size in (16, 64, 128):
-        slots, scratch = ints(rows, 3200), TableScratch(rows, torch.device("cpu"))
-        for votes, parts in (
-            (None, 1),
-            (None, 8),
-            (torch.zeros(rows, width), 1),
-            (torch.zeros(rows, width), 8),
-        ):
+        slots = ints(rows, 3200)
+        scratch = TableScratch(rows * num_parts(width), torch.device("cpu"))
+        for votes in (None, torch.zeros(rows, width)):
             yield (
-                f"B{block_size}, {'dense, ' if votes is None else ''}{parts} parts",
-                lambda b=block_size, v=votes, s=slots, c=scratch, p=parts: build_sparse_block_table(
+                f"B{block_size}{', dense' if votes is None else ''}",
+                lambda b=block_size, v=votes, s=slots, c=scratch: build_sparse_block_table(
                     votes=v,
                     block_table=ints(8, 256),
                     row_seq=ints(rows),
@@ -169,7 +166,6 @@ def launches(architecture: int) -> Iterator[tuple[str, Callable[[], object]]]:
                     slots=s,
                     lengths=ints(rows),
                     scratch=c,
-                    parts=p,
                 ),
             )
         for state in (None, selections(28, 128)):
@@ -203,7 +199,11 @@ def launches(architecture: int) -> Iterator[tuple[str, Callable[[], object]]]:
         )
         scores = scores_of(rows, heads)
         name = f"H{heads}/{kv_heads} D{head_size}"
-        yield name, lambda s=scores: soft_vote(s, torch.zeros(rows, width))
+        for counts in (None, ints(rows, num_parts(width), EXPONENTS).to(torch.int16)):
+            yield (
+                f"{name}{', uncounted' if counts is None else ''}",
+                lambda s=scores, c=counts: soft_vote(s, torch.zeros(rows, width), c),
+            )
         for dtype in KV_DTYPES[architecture]:
             pages = paged(kv_heads, head_size, dtype)
             for lines in (1, tile_rows(heads, kv_heads)):

@@ -4,15 +4,22 @@ import pytest
 import torch
 
 from tests.kernels_gpu.cases import DEVICE, int32
-from vllm_tokenselect.kernels.block_table import gpu, reference
+from vllm_tokenselect.kernels.block_table import gpu, gpu_digits, reference
 from vllm_tokenselect.method.settings import FULL_ATTENTION
 
 UNTOUCHED = -7
+PART = gpu_digits.PART_TOKENS
 
 
-def assert_same_table(
-    votes, block_table, row_seq, n_init, top_k, ends, context, block_size, parts=1
-):
+def scratch_for(rows: int, width: int) -> gpu.TableScratch:
+    """For so many rows of votes; what lies in it means nothing."""
+    scratch = gpu.TableScratch(rows * gpu_digits.num_parts(width), DEVICE)
+    for tensor in vars(scratch).values():
+        tensor.fill_(9999)
+    return scratch
+
+
+def assert_same_table(votes, block_table, row_seq, n_init, top_k, ends, context, block_size):
     if isinstance(top_k, int):
         top_k = torch.full_like(ends, top_k)
     arguments = (votes, block_table, row_seq, n_init, top_k, ends, context, block_size)
@@ -20,7 +27,8 @@ def assert_same_table(
     for operation in (gpu, reference):
         slots = torch.full((len(ends), int(context.max()) + 5), UNTOUCHED, device=DEVICE)
         slots, lengths = slots.to(torch.int32), int32(*[UNTOUCHED] * len(ends))
-        more = () if operation is reference else (gpu.TableScratch(len(ends), DEVICE), parts)
+        width = 0 if votes is None else votes.shape[1]
+        more = () if operation is reference else (scratch_for(len(ends), width),)
         operation.build_sparse_block_table(*arguments, slots, lengths, *more)
         tables.append((slots, lengths))
     assert torch.equal(tables[0][1], tables[1][1])
@@ -28,16 +36,15 @@ def assert_same_table(
     return tables[0]
 
 
-def identity_table(rows: int, block_size: int) -> torch.Tensor:
+def identity_table(rows: int, block_size: int, tokens: int = 8 * PART) -> torch.Tensor:
     """One block table for all rows, in which a slot is its position."""
-    line = torch.arange(8192 // block_size, dtype=torch.int32, device=DEVICE)
+    line = torch.arange(tokens // block_size, dtype=torch.int32, device=DEVICE)
     return line.repeat(rows, 1)
 
 
 @pytest.mark.parametrize("block_size", [16, 32, 128])
 @pytest.mark.parametrize("top_k", [1, 60, 1000])
-@pytest.mark.parametrize("parts", [1, 2])
-def test_tables_are_those_of_the_definition(block_size: int, top_k: int, parts: int):
+def test_tables_are_those_of_the_definition(block_size: int, top_k: int):
     width = -(-2200 // block_size)
     blocks = torch.randperm(4 * width, device=DEVICE)[: 3 * width]
     block_table = blocks.view(3, width).to(torch.int32)
@@ -46,60 +53,99 @@ def test_tables_are_those_of_the_definition(block_size: int, top_k: int, parts: 
     votes = torch.rand(5, 2100, device=DEVICE) ** 8
     votes[4] = (votes[4] * 50).round() / 50  # many ties
     assert_same_table(
-        votes, block_table, int32(2, 0, 1, 2, 2), 19, top_k, ends, context, block_size, parts
+        votes, block_table, int32(2, 0, 1, 2, 2), 19, top_k, ends, context, block_size
     )
 
 
-@pytest.mark.parametrize("parts", [1, 3, 64])
-def test_more_candidates_than_a_program_reads_at_once(parts: int):
-    votes = torch.rand(1, 7001, device=DEVICE).round(decimals=3)
+def test_a_row_of_more_parts_than_a_program_adds_up_at_once(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(gpu_digits, "PART_TOKENS", 64)
+    candidates = 64 * (gpu_digits.PARTS_PER_STEP + 2) + 5
+    votes = torch.rand(1, candidates, device=DEVICE).round(decimals=2)
     assert_same_table(
-        votes, identity_table(1, 32), int32(0), 128, 2048, int32(7129), int32(7700), 32, parts
+        votes,
+        identity_table(1, 32),
+        row_seq=int32(0),
+        n_init=128,
+        top_k=2048,
+        ends=int32(candidates + 128),
+        context=int32(candidates + 128 + 571),
+        block_size=32,
     )
 
 
-@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("candidates", [PART - 1, PART, PART + 1, 2 * PART, 3 * PART - 700])
+def test_equal_votes_lie_on_both_sides_of_a_border_of_parts(candidates: int):
+    """Of few kinds of votes, so that the threshold's ties are in every part."""
+    votes = torch.randint(3, (1, candidates), device=DEVICE).float() / 3
+    sizes = {1, PART // 2, PART - 1, PART, PART + 1, 2 * PART - 1, candidates - 1}
+    top_k = int32(*sorted(size for size in sizes if size < candidates))
+    rows = len(top_k)
+    assert_same_table(
+        votes.repeat(rows, 1),
+        identity_table(rows, 16),
+        row_seq=int32(*range(rows)),
+        n_init=16,
+        top_k=top_k,
+        ends=int32(*[candidates + 16] * rows),
+        context=int32(*[candidates + 30] * rows),
+        block_size=16,
+    )
+
+
+def test_any_bits_are_ordered_as_the_definition_orders_them():
+    """Subnormal, huge and infinite votes, those that differ in one bit only, and NaNs of either sign."""
+    bits = torch.randint(-(2**31), 2**31, (4, 2 * PART), device=DEVICE).to(torch.int32)
+    bits[0] &= 0x7FFFFF  # subnormal
+    bits[1] = (bits[1] & 0x7F) << 16 | 0x3F800000  # one exponent
+    bits[2] = (bits[2] & 0xFF) << 23  # powers of two, and infinity
+    bits[3] = torch.where(bits[3] < 0, 0x7F800000 | bits[3], bits[3])  # negative only as a NaN
+    votes = bits.view(torch.float32)
+    for top_k in (1, PART + 70):
+        assert_same_table(
+            votes,
+            identity_table(4, 16),
+            row_seq=int32(0, 1, 2, 3),
+            n_init=16,
+            top_k=top_k,
+            ends=int32(*[2 * PART + 16 - 3] * 4),
+            context=int32(*[2 * PART + 30] * 4),
+            block_size=16,
+        )
+
+
 @pytest.mark.parametrize("vote", [0.0, 1e-42, 0.37, float("inf"), float("nan")])
-def test_ties_go_to_the_lowest_positions(vote: float, parts: int):
-    # More than a program reads at once, so that the ties lie in both parts.
-    votes = torch.full((1, 4500), vote, device=DEVICE)
+def test_ties_go_to_the_lowest_positions(vote: float):
+    candidates, top_k = 4 * PART + 404, 2 * PART + 404
+    votes = torch.full((1, candidates), vote, device=DEVICE)
     slots, lengths = assert_same_table(
         votes,
         identity_table(1, 16),
         row_seq=int32(0),
         n_init=16,
-        top_k=2500,
-        ends=int32(4516),
-        context=int32(4530),
+        top_k=top_k,
+        ends=int32(candidates + 16),
+        context=int32(candidates + 30),
         block_size=16,
-        parts=parts,
     )
-    assert slots[0, : lengths[0]].tolist() == [*range(16 + 2500), *range(4516, 4530)]
+    local = range(candidates + 16, candidates + 30)
+    assert slots[0, : lengths[0]].tolist() == [*range(16 + top_k), *local]
 
 
-def test_scratch_of_an_earlier_step_does_not_matter():
-    scratch = gpu.TableScratch(1, DEVICE)
-    tables = []
-    for seed in (0, 1, 0):
-        votes = torch.rand(1, 5000, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
-        slots, lengths = torch.zeros(1, 400, dtype=torch.int32, device=DEVICE), int32(0)
-        gpu.build_sparse_block_table(
-            votes=votes,
-            block_table=identity_table(1, 16),
-            row_seq=int32(0),
-            n_init=16,
-            top_k=int32(300),
-            candidate_ends=int32(5016),
-            context_ends=int32(5017),
-            block_size=16,
-            slots=slots,
-            lengths=lengths,
-            scratch=scratch,
-            parts=3,
-        )
-        tables.append(slots)
-    assert torch.equal(tables[0], tables[2])
-    assert not torch.equal(tables[0], tables[1])
+def test_a_row_is_the_same_alone_as_beside_any_neighbors():
+    """Rows that are dense, padded, of one part and of several."""
+    candidates = int32(3 * PART + 7, 0, 200, PART, 40, 2 * PART)
+    top_k, votes = int32(300, 0, 60, 60, 60, 2000), torch.rand(6, 3 * PART + 9, device=DEVICE)
+    ends = candidates + 16
+    context = torch.where(candidates > 0, ends + 14, 0)
+    table = identity_table(6, 16)
+    seqs = int32(*range(6))
+    slots, lengths = assert_same_table(votes, table, seqs, 16, top_k, ends, context, 16)
+    for row in range(6):
+        one = slice(row, row + 1)
+        arguments = (votes[one], table, seqs[one], 16, top_k[one], ends[one], context[one], 16)
+        alone, length = assert_same_table(*arguments)
+        assert torch.equal(length, lengths[one])
+        assert torch.equal(alone[0, : length[0]], slots[row, : length[0]])
 
 
 def test_a_nan_vote_is_the_lowest():
@@ -126,21 +172,19 @@ def test_dense_and_padded_rows_need_no_votes():
     assert (slots[2] == UNTOUCHED).all()
 
 
-@pytest.mark.parametrize("parts", [1, 3])
-def test_every_row_selects_as_many_as_its_own_top_k(parts: int):
+def test_every_row_selects_as_many_as_its_own_top_k():
     votes = torch.rand(5, 5000, device=DEVICE).round(decimals=2)
     top_k = int32(1, 4999, 5000, FULL_ATTENTION, 700)
     ends, context = int32(*[5016] * 5), int32(*[5030] * 4, 5100)
     slots, lengths = assert_same_table(
-        votes, identity_table(5, 16), int32(0, 1, 2, 3, 4), 16, top_k, ends, context, 16, parts
+        votes, identity_table(5, 16), int32(0, 1, 2, 3, 4), 16, top_k, ends, context, 16
     )
     assert lengths.tolist() == [16 + 1 + 14, 16 + 4999 + 14, 5030, 5030, 16 + 700 + 84]
     assert slots[3, :5030].tolist() == [*range(5030)]
 
 
-@pytest.mark.parametrize("parts", [1, 4])
 @pytest.mark.parametrize("context", [0, 1, 2049, 8000])
-def test_a_whole_context_is_written_by_all_parts_of_a_row(context: int, parts: int):
+def test_a_whole_context_is_written_by_all_programs_of_a_row(context: int):
     slots, lengths = assert_same_table(
         None,
         identity_table(1, 32),
@@ -150,7 +194,6 @@ def test_a_whole_context_is_written_by_all_parts_of_a_row(context: int, parts: i
         ends=int32(context - 513),
         context=int32(context),
         block_size=32,
-        parts=parts,
     )
     assert lengths.tolist() == [context]
     assert slots[0, :context].tolist() == [*range(context)]

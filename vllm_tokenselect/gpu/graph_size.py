@@ -53,7 +53,7 @@ def count_launches(
         together: whether the heads of several processes vote together; an exchange counts as one.
         follows: whether the layer attends to what another one has selected.
     """
-    method, width = limits.method, limits.max_width or limits.table_width
+    method = limits.method
     launches = 0
     for first, last, passes in graph_spans(limits, num_tokens, queries_per_request):
         rows, selects = last - first, bool(passes)
@@ -66,7 +66,8 @@ def count_launches(
         decide = method.reuses_selections * (1 + 3 * together)
         score = selects * (1 + rotates) + len(passes)  # average, and rotate what is averaged
         vote = len(passes)
-        build_table = selects * together + num_launches(rows, width, selects)  # exchange votes
+        # Votes that are exchanged are counted behind it.
+        build_table = selects * together + num_launches(selects, counted=not together)
         finish = 1
         launches += decide + score + vote + build_table + finish + attend
     return launches

@@ -120,10 +120,25 @@ class StepLimits:
 
     def group_rows(self, width: int) -> int:
         """Most rows of a group whose rows have up to `width` candidates."""
+        return min(self._voting_rows(width), self.table_rows)
+
+    def group_parts(self, part_tokens: int) -> int:
+        """Most parts of so many candidates that a group's rows have, in contexts up to the longest.
+
+        Args:
+            part_tokens: a multiple of `WIDTH_STEP`.
+        """
+        narrowest = range(WIDTH_STEP, self.max_width + 1, part_tokens)  # of one part, of two, ...
+        # A shorter longest context has more lines of the sparse block table.
+        rows = (min(self._voting_rows(width), MAX_GROUP_ROWS) for width in narrowest)
+        return max((count * parts for parts, count in enumerate(rows, start=1)), default=0)
+
+    def _voting_rows(self, width: int) -> int:
+        """Most rows whose votes fit the workspace beside the scores of a pass."""
         lines = self._lines(width)
         rows = GROUP_PASSES * (lines // (self.num_heads + GROUP_PASSES))
         # A workspace that is small for the context leaves a pass one row.
-        return min(rows or lines - self.num_heads, self.table_rows)
+        return rows or lines - self.num_heads
 
     def pass_rows(self, num_rows: int, width: int) -> int:
         """Most rows of a pass of a group of `num_rows`, whose votes are kept besides."""

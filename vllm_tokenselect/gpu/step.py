@@ -137,7 +137,9 @@ class GpuStep:
     def vote(self, group: RowGroup, part: ScorePass[torch.Tensor], workspace: Workspace) -> None:
         """Turn the scores of a pass into votes."""
         buffers = workspace.for_scores(group, part)
-        soft_vote(buffers.scores, buffers.votes)
+        # Votes that are summed with those of other processes have other exponents.
+        exponents = buffers.exponents if workspace.heads is None else None
+        soft_vote(buffers.scores, buffers.votes, exponents)
 
     def build_table(self, group: RowGroup, cache: LayerCache, workspace: Workspace) -> None:
         """Fill the workspace's sparse block table, but for rows that reuse a selection."""
@@ -158,6 +160,7 @@ class GpuStep:
             table.slots,
             table.lengths,
             workspace.table_scratch,
+            counted=workspace.heads is None,
         )
 
     def finish(self, group: RowGroup, cache: LayerCache, workspace: Workspace) -> None:

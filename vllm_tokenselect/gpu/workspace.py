@@ -11,6 +11,7 @@ from vllm_tokenselect.device_memory import make_lasting
 from vllm_tokenselect.gpu.cutting import ScorePass
 from vllm_tokenselect.gpu.limits import MAX_GROUP_ROWS, StepLimits
 from vllm_tokenselect.gpu.rows import RowGroup
+from vllm_tokenselect.kernels.block_table import gpu_digits
 from vllm_tokenselect.kernels.block_table.gpu import TableScratch
 from vllm_tokenselect.kernels.block_table.table import SparseBlockTable
 from vllm_tokenselect.kernels.head_group import HeadGroup
@@ -28,6 +29,7 @@ class ScoreBuffers:
     mean_queries: torch.Tensor
     scores: Scores
     votes: torch.Tensor
+    exponents: torch.Tensor
 
 
 class KeptLines:
@@ -98,7 +100,8 @@ class Workspace:
         self.row_numbers = make_lasting(
             lambda: torch.arange(rows, dtype=torch.int32, device=device)
         )
-        self.table_scratch = TableScratch(rows, device)
+        parts = limits.group_parts(gpu_digits.PART_TOKENS)
+        self.table_scratch = TableScratch(parts, device)
         if counters is None:
             counters = torch.zeros(len(Counter), dtype=torch.int64, device=device)
         self.counters = counters
@@ -128,6 +131,8 @@ class Workspace:
     def for_scores(self, group: RowGroup, part: ScorePass[torch.Tensor]) -> ScoreBuffers:
         """Views for the scores of a pass of a group that has candidates."""
         rows, heads, width = part.last - part.first, self.limits.num_heads, group.width
+        parts = gpu_digits.num_parts(width)
+        exponents = self.table_scratch.exponents[part.first * parts : part.last * parts]
         scores = self.scores[group.num_rows * width :][: rows * heads * width]
         return ScoreBuffers(
             mean_queries=self.mean_queries[part.first : part.last],
@@ -139,4 +144,5 @@ class Workspace:
                 ends=group.scored_end[part.first : part.last],
             ),
             votes=self.votes(group)[part.first : part.last],
+            exponents=exponents.view(rows, parts, gpu_digits.EXPONENTS),
         )

@@ -1,65 +1,70 @@
-"""Sparse block table on a GPU: a radix selection.
+"""Sparse block table on a GPU: a radix selection over two digits of the votes, see `gpu_digits`.
 
-Votes are not negative, so their first 16 bits order as they do. Two passes over a row's votes count
-digits and find those bits of the `top_k`-th highest vote; what is above it is written, and of what
-equals it the lowest positions, in order of position. Votes of a step lie in the L2 cache, which is why a
-row is read several times rather than sorted.
-
-One program does a whole row where there are rows enough to fill the GPU, or few votes; a long row is
-cut into parts, whose programs add up their counts between the passes.
+Every program has a part of a row. It counts the exponents of its votes, which `soft_vote` may have done.
+From all parts' counts follows the exponent of the `top_k`-th highest vote; of the votes that share it the
+program counts the mantissas. From all parts' counts of those follows that vote itself, and how many
+candidates the parts before a part keep: the program writes its own behind them. What is above the vote is
+kept, and of what equals it the lowest positions.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls, allow-incomplete-defs
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from vllm_tokenselect.kernels.gpu_launch import INTERPRETED, num_programs_wanted
+from vllm_tokenselect.kernels.block_table import gpu_digits
+from vllm_tokenselect.kernels.block_table.gpu_digits import (
+    EXPONENTS,
+    MANTISSA_BITS,
+    MANTISSAS,
+    PARTS_PER_STEP,
+    count_above,
+    count_exponents,
+    find_digit,
+    load_keys,
+    sum_counts,
+)
+from vllm_tokenselect.kernels.block_table.gpu_write import write_row
 
-DIGIT_BITS = (11, 5)
-COUNTS = sum(1 << bits for bits in DIGIT_BITS)
-TOKENS_PER_STEP = 2048 if INTERPRETED else 4096
-MAX_PARTS = 64
+RANGE_TOKENS = 1024  # of a sink or a local window that are written at once
 # A kernel is compiled once, not again for every number that 16 happens to divide.
 NUMBERS = ["n_init"]
 ROW_ARRAYS = ["row_seq", "top_k", "candidate_ends", "context_ends"]
-TOKENS_PER_PART = 32768  # fewer are done sooner by one program than by several that meet five times
 
 
 class TableScratch:
-    """What the programs of a row tell each other.
+    """What the programs of a row tell each other, in the lines of their parts.
 
     Args:
-        rows: most rows of a call.
+        parts: most parts of all rows of a call.
         device: where it lies.
+
+    Attributes:
+        exponents: int16 [parts, EXPONENTS], how often each occurs in a part.
+        mantissas: int16 [parts, MANTISSAS], the same of those behind the threshold's exponent.
+        found: int32 [parts, 3], the threshold's exponent, how many of those that share it are kept, and
+            how many higher ones are in the row's parts before.
     """
 
-    def __init__(self, rows: int, device: torch.device) -> None:
-        self.counts = torch.zeros((rows, COUNTS), dtype=torch.int32, device=device)
-        self.kept = torch.zeros((rows, 2, MAX_PARTS), dtype=torch.int32, device=device)
+    def __init__(self, parts: int, device: torch.device) -> None:
+        self.exponents = torch.empty((parts, EXPONENTS), dtype=torch.int16, device=device)
+        self.mantissas = torch.empty((parts, MANTISSAS), dtype=torch.int16, device=device)
+        self.found = torch.empty((parts, 3), dtype=torch.int32, device=device)
 
     @property
     def num_bytes(self) -> int:
-        return self.counts.nbytes + self.kept.nbytes
+        return self.exponents.nbytes + self.mantissas.nbytes + self.found.nbytes
 
 
-def choose_parts(num_rows: int, width: int) -> int:
-    """Programs of a row."""
-    wanted = triton.cdiv(num_programs_wanted(), max(num_rows, 1))
-    parts: int = min(wanted, MAX_PARTS, triton.cdiv(width, TOKENS_PER_PART))
-    return max(parts, 1)
-
-
-def num_launches(num_rows: int, width: int, selects: bool) -> int:
-    """Kernels that `build_sparse_block_table` launches; the reset of the counts is one."""
-    if choose_parts(num_rows, width) == 1 or not selects:
-        return 1
-    return 1 + len(DIGIT_BITS) + 1 + 1  # reset, count each digit, count the kept, write
+def num_launches(selects: bool, counted: bool) -> int:
+    """Kernels that `build_sparse_block_table` launches."""
+    return 1 + selects * (2 - counted)
 
 
 def build_sparse_block_table(
@@ -74,7 +79,7 @@ def build_sparse_block_table(
     slots: torch.Tensor,
     lengths: torch.Tensor,
     scratch: TableScratch,
-    parts: int | None = None,
+    counted: bool = False,
 ) -> None:
     """As `reference.build_sparse_block_table`, for tensors on a GPU.
 
@@ -83,346 +88,185 @@ def build_sparse_block_table(
 
     Args:
         votes: None when no row has more candidates than its `top_k`.
-        scratch: for at least as many rows, overwritten.
-        parts: programs of a row, no more than `MAX_PARTS`; chosen when None.
+        scratch: for the parts of all rows, `R * num_parts(N)`; overwritten.
+        counted: whether `soft_vote` has counted the exponents of these votes there.
     """
-    num_rows = len(slots)
-    if not num_rows:
+    if not len(slots):
         return
+    launch = count_digits(votes, slots, lengths, n_init, top_k, candidate_ends, scratch, counted)
+    _write_table[launch.grid](
+        **launch.rows,
+        **launch.found,
+        block_table=block_table,
+        row_seq=row_seq,
+        context_ends=context_ends,
+        slots=slots,
+        lengths=lengths,
+        table_stride=block_table.stride(0),
+        slots_stride=slots.stride(0),
+        BLOCK_SIZE=block_size,
+        RANGE=RANGE_TOKENS,
+    )
+
+
+@dataclass(frozen=True)
+class PartLaunch:
+    """Grid and arguments of kernels that work on the parts of rows.
+
+    Attributes:
+        grid: parts of a row, and rows.
+        rows: the votes and where they end.
+        found: what counting has found of them.
+    """
+
+    grid: tuple[int, int]
+    rows: dict[str, Any]
+    found: dict[str, Any]
+
+
+def count_digits(
+    votes: torch.Tensor | None,
+    slots: torch.Tensor,
+    lengths: torch.Tensor,
+    n_init: int,
+    top_k: torch.Tensor,
+    candidate_ends: torch.Tensor,
+    scratch: TableScratch,
+    counted: bool,
+) -> PartLaunch:
+    """Launch what counts the votes' digits, and return what the kernel that writes the table takes.
+
+    Args: as those of `build_sparse_block_table`.
+    """
     selects = votes is not None
-    if parts is None:
-        parts = choose_parts(num_rows, slots.shape[1] if votes is None else votes.shape[1])
+    width = slots.shape[1] if votes is None else votes.shape[1]
     if votes is None:
         # Never read; of the kind that votes are, so that no other kernel is compiled.
         votes = lengths.view(torch.float32)[None]
+    grid = (gpu_digits.num_parts(width), len(slots))
     rows: dict[str, Any] = {
         "votes": votes,
         "candidate_ends": candidate_ends,
         "top_k": top_k,
         "n_init": n_init,
+        "width": width,
         "votes_stride": votes.stride(0) if selects else 0,
-        "BITS_0": DIGIT_BITS[0],
-        "BITS_1": DIGIT_BITS[1],
-        "TOKENS": TOKENS_PER_STEP,
+        "TOKENS": gpu_digits.PART_TOKENS,
+        "MANTISSA_BITS": MANTISSA_BITS,
         "num_warps": 8,
     }
-    written: dict[str, Any] = {
-        "block_table": block_table,
-        "row_seq": row_seq,
-        "context_ends": context_ends,
-        "slots": slots,
-        "lengths": lengths,
-        "table_stride": block_table.stride(0),
-        "slots_stride": slots.stride(0),
-        "BLOCK_SIZE": block_size,
-    }
-    counts, grid = scratch.counts, (parts, num_rows)
-    kept: dict[str, Any] = {"counts": counts, "kept": scratch.kept, "MAX_PARTS": MAX_PARTS}
-    if parts == 1:
-        _build[grid](**rows, **written)
-        return
+    found = {"mantissas": scratch.mantissas, "found": scratch.found, "PARTS": PARTS_PER_STEP}
     if selects:
-        counts[:num_rows].zero_()
-        for digit in range(len(DIGIT_BITS)):
-            _count_digit[grid](**rows, counts=counts, DIGIT=digit)
-        _count_kept[grid](**rows, **kept)
-    _write_parts[grid](**rows, **written, **kept)
-
-
-@triton.jit
-def _order_key(bits):
-    """The first bits of votes, as integers of the same order; NaN (and -0) count as zero."""
-    return tl.where((bits > 0x7F800000) | (bits < 0), 0, bits >> 16)
-
-
-@triton.jit
-def _load_keys(votes_line, first, last, TOKENS: tl.constexpr):
-    """Order keys of the candidates [first, first + TOKENS), and which of them are below `last`."""
-    token = first + tl.arange(0, TOKENS)
-    visible = token < last
-    # [TOKENS]
-    bits = tl.load(votes_line + token, visible, 0).to(tl.int32, bitcast=True)
-    return visible, _order_key(bits)
-
-
-@triton.jit
-def write_range(
-    line, first, last, entry, slots_line, BLOCK_SIZE: tl.constexpr, TOKENS: tl.constexpr
-):
-    """Write the slots of positions [first, last) from `entry` on."""
-    for position in range(first, last, TOKENS):
-        token = position + tl.arange(0, TOKENS)
-        visible = token < last
-        # [TOKENS]
-        block = tl.load(line + token // BLOCK_SIZE, visible, 0)
-        slot = block * BLOCK_SIZE + token % BLOCK_SIZE
-        tl.store(slots_line + entry + token - first, slot, visible)
-
-
-@triton.jit
-def _write_kept(
-    votes_line,
-    line,
-    slots_line,
-    first,
-    last,
-    n_init,
-    threshold,
-    ties,
-    entry,
-    BLOCK_SIZE: tl.constexpr,
-    TOKENS: tl.constexpr,
-):
-    """Write the kept candidates of [first, last): above the threshold, or of its ties the first."""
-    for step in range(first, last, TOKENS):
-        visible, key = _load_keys(votes_line, step, last, TOKENS)
-        tie = (visible & (key == threshold)).to(tl.int32)
-        kept_tie = (tie != 0) & (tl.cumsum(tie, 0) <= ties)
-        kept = (visible & (key > threshold)) | kept_tie
-        order = tl.cumsum(kept.to(tl.int32), 0)
-        position = n_init + step + tl.arange(0, TOKENS)
-        # [TOKENS]
-        block = tl.load(line + position // BLOCK_SIZE, kept, 0)
-        slot = block * BLOCK_SIZE + position % BLOCK_SIZE
-        tl.store(slots_line + entry + order - 1, slot, kept)
-        entry += tl.sum(kept.to(tl.int32), 0)
-        ties -= tl.sum(kept_tie.to(tl.int32), 0)
-    return entry
-
-
-@triton.jit
-def _histogram(
-    votes_line, first, last, prefix, SHIFT: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr
-):
-    """How often each digit occurs among the candidates [first, last) that begin with `prefix`."""
-    bins: tl.constexpr = 1 << BITS
-    counts = tl.zeros([bins], tl.int32)
-    for step in range(first, last, TOKENS):
-        visible, key = _load_keys(votes_line, step, last, TOKENS)
-        decided = key >> (SHIFT + BITS)
-        counts += tl.histogram((key >> SHIFT) & (bins - 1), bins, visible & (decided == prefix))
-    return counts
-
-
-@triton.jit
-def _next_digit(counts, wanted, prefix, BITS: tl.constexpr):
-    """The threshold's next digit, and how many of the votes that share it are still wanted.
-
-    `digit = max d with (sum over e >= d of counts[e]) >= wanted`.
-    """
-    at_least = tl.cumsum(counts, 0, reverse=True)
-    digit = tl.sum((at_least >= wanted).to(tl.int32), 0) - 1
-    above = tl.sum(tl.where(tl.arange(0, 1 << BITS) > digit, counts, 0), 0)
-    return (prefix << BITS) | digit, wanted - above
-
-
-@triton.jit
-def _counted_digit(counts_line, wanted, prefix, OFFSET: tl.constexpr, BITS: tl.constexpr):
-    """As `_next_digit`, from the counts that all parts of a row have added up."""
-    # [1 << BITS]
-    counts = tl.load(counts_line + OFFSET + tl.arange(0, 1 << BITS))
-    return _next_digit(counts, wanted, prefix, BITS)
+        exponents: dict[str, Any] = {"exponents": scratch.exponents, "EXPONENTS": EXPONENTS}
+        if not counted:
+            _count_exponents[grid](**rows, **exponents)
+        _count_mantissas[grid](**rows, **exponents, **found)
+    return PartLaunch(grid, rows, found)
 
 
 @triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=ROW_ARRAYS)
-def _build(
+def _count_exponents(
+    votes,
+    candidate_ends,
+    top_k,
+    exponents,
+    n_init,
+    width,
+    votes_stride,
+    TOKENS: tl.constexpr,
+    MANTISSA_BITS: tl.constexpr,
+    EXPONENTS: tl.constexpr,
+):
+    """Count the first digits of this part's votes."""
+    part, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    num_candidates = tl.load(candidate_ends + row) - n_init
+    if (num_candidates > tl.load(top_k + row)) & (part * TOKENS < num_candidates):
+        key, visible = load_keys(votes + row * votes_stride, num_candidates, width, TOKENS)
+        counts = count_exponents(key, visible, EXPONENTS, MANTISSA_BITS)
+        line = exponents + (row * tl.num_programs(0) + part) * EXPONENTS
+        # [EXPONENTS]
+        tl.store(line + tl.arange(0, EXPONENTS), counts)
+
+
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=ROW_ARRAYS)
+def _count_mantissas(
+    votes,
+    candidate_ends,
+    top_k,
+    exponents,
+    mantissas,
+    found,
+    n_init,
+    width,
+    votes_stride,
+    TOKENS: tl.constexpr,
+    MANTISSA_BITS: tl.constexpr,
+    EXPONENTS: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Find the threshold's exponent; count the second digits of this part's votes that share it."""
+    part, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    num_candidates = tl.load(candidate_ends + row) - n_init
+    wanted = tl.load(top_k + row)
+    if (num_candidates > wanted) & (part * TOKENS < num_candidates):
+        bins: tl.constexpr = 1 << MANTISSA_BITS
+        key, visible = load_keys(votes + row * votes_stride, num_candidates, width, TOKENS)
+        first = row * tl.num_programs(0)
+        parts = tl.cdiv(num_candidates, TOKENS)
+        counts, before = sum_counts(exponents + first * EXPONENTS, parts, part, EXPONENTS, PARTS)
+        exponent, sharing = find_digit(counts, wanted, EXPONENTS)
+        shares = visible & (key >> MANTISSA_BITS == exponent)
+        counts = tl.histogram(key & (bins - 1), bins, shares).to(tl.int16)
+        # [bins]
+        tl.store(mantissas + (first + part) * bins + tl.arange(0, bins), counts)
+        own = found + (first + part) * 3
+        tl.store(own, exponent)
+        tl.store(own + 1, sharing)
+        tl.store(own + 2, count_above(before, exponent, EXPONENTS))
+
+
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=ROW_ARRAYS)
+def _write_table(
     votes,
     block_table,
     row_seq,
     candidate_ends,
     context_ends,
+    mantissas,
+    found,
     slots,
     lengths,
     top_k,
     n_init,
+    width,
     votes_stride,
     table_stride,
     slots_stride,
     BLOCK_SIZE: tl.constexpr,
-    BITS_0: tl.constexpr,
-    BITS_1: tl.constexpr,
     TOKENS: tl.constexpr,
+    RANGE: tl.constexpr,
+    MANTISSA_BITS: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
-    """A whole row by one program, as `reference.build_sparse_block_table`."""
+    """All programs of a row together write what `reference.build_sparse_block_table` does."""
     row = tl.program_id(1).to(tl.int64)
-    line = block_table + tl.load(row_seq + row).to(tl.int64) * table_stride
-    slots_line = slots + row * slots_stride
-    votes_line = votes + row * votes_stride
-    candidate_end = tl.load(candidate_ends + row)
-    context_end = tl.load(context_ends + row)
-    num_candidates = candidate_end - n_init
-    wanted = tl.load(top_k + row)
-    if num_candidates <= wanted:
-        write_range(line, 0, context_end, 0, slots_line, BLOCK_SIZE, TOKENS)
-        tl.store(lengths + row, context_end)
-    else:
-        found = _histogram(votes_line, 0, num_candidates, 0, BITS_1, BITS_0, TOKENS)
-        threshold, ties = _next_digit(found, wanted, 0, BITS_0)
-        found = _histogram(votes_line, 0, num_candidates, threshold, 0, BITS_1, TOKENS)
-        threshold, ties = _next_digit(found, ties, threshold, BITS_1)
-        write_range(line, 0, n_init, 0, slots_line, BLOCK_SIZE, TOKENS)
-        entry = _write_kept(
-            votes_line,
-            line,
-            slots_line,
-            0,
-            num_candidates,
-            n_init,
-            threshold,
-            ties,
-            n_init,
-            BLOCK_SIZE,
-            TOKENS,
-        )
-        write_range(line, candidate_end, context_end, entry, slots_line, BLOCK_SIZE, TOKENS)
-        tl.store(lengths + row, entry + context_end - candidate_end)
-
-
-@triton.jit
-def _part(num_tokens, TOKENS: tl.constexpr):
-    """Tokens [first, last) of this program: equal parts of whole steps."""
-    parts = tl.num_programs(0)
-    size = tl.cdiv(tl.cdiv(num_tokens, TOKENS), parts) * TOKENS
-    first = tl.minimum(tl.program_id(0) * size, num_tokens)
-    return first, tl.minimum(first + size, num_tokens)
-
-
-@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=ROW_ARRAYS)
-def _count_digit(
-    votes,
-    candidate_ends,
-    counts,
-    top_k,
-    n_init,
-    votes_stride,
-    BITS_0: tl.constexpr,
-    BITS_1: tl.constexpr,
-    TOKENS: tl.constexpr,
-    DIGIT: tl.constexpr,
-):
-    """Add this part's count of one digit to the row's."""
-    row = tl.program_id(1).to(tl.int64)
-    num_candidates = tl.load(candidate_ends + row) - n_init
-    wanted = tl.load(top_k + row)
-    if num_candidates > wanted:
-        bins_0: tl.constexpr = 1 << BITS_0
-        bins_1: tl.constexpr = 1 << BITS_1
-        counts_line = counts + row * (bins_0 + bins_1)
-        votes_line = votes + row * votes_stride
-        first, last = _part(num_candidates, TOKENS)
-        if DIGIT == 0:
-            found = _histogram(votes_line, first, last, 0, BITS_1, BITS_0, TOKENS)
-            # [bins_0]
-            tl.atomic_add(counts_line + tl.arange(0, bins_0), found, found > 0)
-        else:
-            prefix = _counted_digit(counts_line, wanted, 0, 0, BITS_0)[0]
-            found = _histogram(votes_line, first, last, prefix, 0, BITS_1, TOKENS)
-            # [bins_1]
-            tl.atomic_add(counts_line + bins_0 + tl.arange(0, bins_1), found, found > 0)
-
-
-@triton.jit
-def _threshold(counts, row, wanted, BITS_0: tl.constexpr, BITS_1: tl.constexpr):
-    """Key of the lowest kept vote, and how many that equal it are kept."""
-    bins_0: tl.constexpr = 1 << BITS_0
-    bins_1: tl.constexpr = 1 << BITS_1
-    line = counts + row * (bins_0 + bins_1)
-    threshold, ties = _counted_digit(line, wanted, 0, 0, BITS_0)
-    return _counted_digit(line, ties, threshold, bins_0, BITS_1)
-
-
-@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=ROW_ARRAYS)
-def _count_kept(
-    votes,
-    candidate_ends,
-    counts,
-    kept,
-    top_k,
-    n_init,
-    votes_stride,
-    BITS_0: tl.constexpr,
-    BITS_1: tl.constexpr,
-    TOKENS: tl.constexpr,
-    MAX_PARTS: tl.constexpr,
-):
-    """Count this part's votes above the threshold, and those that equal it."""
-    part, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    num_candidates = tl.load(candidate_ends + row) - n_init
-    wanted = tl.load(top_k + row)
-    if num_candidates > wanted:
-        threshold = _threshold(counts, row, wanted, BITS_0, BITS_1)[0]
-        first, last = _part(num_candidates, TOKENS)
-        above = tl.zeros([TOKENS], tl.int32)
-        equal = tl.zeros([TOKENS], tl.int32)
-        for step in range(first, last, TOKENS):
-            visible, key = _load_keys(votes + row * votes_stride, step, last, TOKENS)
-            above += (visible & (key > threshold)).to(tl.int32)
-            equal += (visible & (key == threshold)).to(tl.int32)
-        tl.store(kept + row * 2 * MAX_PARTS + part, tl.sum(above, 0))
-        tl.store(kept + (row * 2 + 1) * MAX_PARTS + part, tl.sum(equal, 0))
-
-
-@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=ROW_ARRAYS)
-def _write_parts(
-    votes,
-    block_table,
-    row_seq,
-    candidate_ends,
-    context_ends,
-    slots,
-    lengths,
-    counts,
-    kept,
-    top_k,
-    n_init,
-    votes_stride,
-    table_stride,
-    slots_stride,
-    BLOCK_SIZE: tl.constexpr,
-    BITS_0: tl.constexpr,
-    BITS_1: tl.constexpr,
-    TOKENS: tl.constexpr,
-    MAX_PARTS: tl.constexpr,
-):
-    """Write this part's kept candidates behind those of the parts before it.
-
-    All parts together write what `reference.build_sparse_block_table` does.
-    """
-    part, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    line = block_table + tl.load(row_seq + row).to(tl.int64) * table_stride
-    slots_line = slots + row * slots_stride
-    candidate_end = tl.load(candidate_ends + row)
-    context_end = tl.load(context_ends + row)
-    num_candidates = candidate_end - n_init
-    wanted = tl.load(top_k + row)
-    if num_candidates <= wanted:
-        first, last = _part(context_end, TOKENS)
-        write_range(line, first, last, first, slots_line, BLOCK_SIZE, TOKENS)
-        if part == 0:
-            tl.store(lengths + row, context_end)
-    else:
-        threshold, ties = _threshold(counts, row, wanted, BITS_0, BITS_1)
-        other = tl.arange(0, MAX_PARTS)
-        before = other < part
-        # [MAX_PARTS]
-        above = tl.sum(tl.load(kept + row * 2 * MAX_PARTS + other, before, 0), 0)
-        equal = tl.sum(tl.load(kept + (row * 2 + 1) * MAX_PARTS + other, before, 0), 0)
-        first, last = _part(num_candidates, TOKENS)
-        _write_kept(
-            votes + row * votes_stride,
-            line,
-            slots_line,
-            first,
-            last,
-            n_init,
-            threshold,
-            tl.maximum(ties - equal, 0),
-            n_init + above + tl.minimum(equal, ties),
-            BLOCK_SIZE,
-            TOKENS,
-        )
-        if part == 0:
-            write_range(line, 0, n_init, 0, slots_line, BLOCK_SIZE, TOKENS)
-            entry = n_init + wanted
-            write_range(line, candidate_end, context_end, entry, slots_line, BLOCK_SIZE, TOKENS)
-            tl.store(lengths + row, entry + context_end - candidate_end)
+    write_row(
+        votes + row * votes_stride,
+        block_table + tl.load(row_seq + row).to(tl.int64) * table_stride,
+        tl.load(candidate_ends + row),
+        tl.load(context_ends + row),
+        tl.load(top_k + row),
+        mantissas,
+        found,
+        slots + row * slots_stride,
+        lengths,
+        None,
+        False,
+        n_init,
+        width,
+        BLOCK_SIZE,
+        TOKENS,
+        RANGE,
+        MANTISSA_BITS,
+        PARTS,
+    )

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from vllm_tokenselect.counters import Counter
-from vllm_tokenselect.kernels.block_table.gpu import write_range
+from vllm_tokenselect.kernels.block_table.gpu_write import write_range
 from vllm_tokenselect.kernels.block_table.table import SparseBlockTable
 from vllm_tokenselect.kernels.selection_cache import state as cache_state
 from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState

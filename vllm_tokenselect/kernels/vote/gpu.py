@@ -8,57 +8,67 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_tokenselect.kernels.gpu_launch import num_programs_wanted
+from vllm_tokenselect.kernels.block_table import gpu_digits
+from vllm_tokenselect.kernels.block_table.gpu_digits import (
+    EXPONENTS,
+    MANTISSA_BITS,
+    count_exponents,
+    order_keys,
+)
 from vllm_tokenselect.kernels.score.gpu import NUM_PARTS, Scores
 
-SCORES_PER_STEP = 8192  # of all heads
+HEADS_PER_STEP = 4
 
 
-def soft_vote(scores: Scores, votes: torch.Tensor) -> None:
+def soft_vote(scores: Scores, votes: torch.Tensor, exponents: torch.Tensor | None = None) -> None:
     """As `reference.soft_vote`, into `votes` fp32 [R, N], written below each row's own end.
 
-    Every program works through a part of one row; fp32 throughout.
+    Every program works on a part of one row; fp32 throughout.
+
+    Args:
+        exponents: int16 [R, num_parts(N), EXPONENTS], written for the parts of each row: how often each
+            exponent occurs among their votes, which is where building a table begins. None leaves it out.
     """
     num_rows, num_heads, width = scores.logits.shape
     if not num_rows or not width:
         return
-    padded_heads = triton.next_power_of_2(num_heads)
-    tokens = max(SCORES_PER_STEP // padded_heads, 16)
-    parts = min(triton.cdiv(width, tokens), triton.cdiv(num_programs_wanted(), num_rows))
-    _soft_vote[(parts, num_rows)](
+    _soft_vote[(gpu_digits.num_parts(width), num_rows)](
         scores.logits,
         scores.maxima,
         scores.sums,
         scores.ends,
         votes,
+        exponents,
         scores.start,
         width,
         votes.stride(0),
         HEADS=num_heads,
-        PADDED_HEADS=padded_heads,
+        STEP=min(triton.next_power_of_2(num_heads), HEADS_PER_STEP),
         PARTS=NUM_PARTS,
-        TOKENS=tokens,
-        num_warps=8,
+        TOKENS=gpu_digits.PART_TOKENS,
+        EXPONENTS=EXPONENTS,
+        MANTISSA_BITS=MANTISSA_BITS,
+        num_warps=16,
     )
 
 
-@triton.jit(
-    do_not_specialize=["start"],
-    do_not_specialize_on_alignment=["ends"],
-)
+@triton.jit(do_not_specialize=["start"], do_not_specialize_on_alignment=["ends"])
 def _soft_vote(
     logits,
     maxima,
     sums,
     ends,
     votes,
+    exponents,
     start,
     width,
     votes_stride,
     HEADS: tl.constexpr,
-    PADDED_HEADS: tl.constexpr,
+    STEP: tl.constexpr,
     PARTS: tl.constexpr,
     TOKENS: tl.constexpr,
+    EXPONENTS: tl.constexpr,
+    MANTISSA_BITS: tl.constexpr,
 ):
     """`votes[r, t] = sum over h of exp(logits[r, h, t] - M[r, h]) / Z[r, h]`, as `reference.soft_vote`.
 
@@ -68,27 +78,35 @@ def _soft_vote(
     part, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     num_candidates = tl.load(ends + row) - start
     if part * TOKENS < num_candidates:
-        head, split = tl.arange(0, PADDED_HEADS), tl.arange(0, PARTS)
-        is_head = head < HEADS
-        part_of = (row * HEADS + head)[:, None] * PARTS + split[None, :]
-        is_part = is_head[:, None] & (split >= 0)[None, :]
-        # [PADDED_HEADS, PARTS]
-        part_largest = tl.load(maxima + part_of, is_part, float("-inf"))
-        part_total = tl.load(sums + part_of, is_part, 0.0)
-        # [PADDED_HEADS]
-        largest = tl.max(part_largest, 1)
-        largest = tl.where(largest == float("-inf"), 0.0, largest)
-        total = tl.sum(part_total * tl.exp(part_largest - largest[:, None]), 1)
-        weight = tl.where(total > 0, 1 / total, 0.0)
-        for first in range(part * TOKENS, num_candidates, tl.num_programs(0) * TOKENS):
-            token = first + tl.arange(0, TOKENS)
-            visible = token < num_candidates
-            # [PADDED_HEADS, TOKENS]
+        token = part * TOKENS + tl.arange(0, TOKENS)
+        visible = token < num_candidates
+        # Whole 16 bytes are loaded at once; what lies behind the candidates is not looked at.
+        loaded = token < tl.minimum(tl.cdiv(num_candidates, 4) * 4, width)
+        vote = tl.zeros([TOKENS], tl.float32)
+        for first in range(0, HEADS, STEP):
+            head, split = first + tl.arange(0, STEP), tl.arange(0, PARTS)
+            is_head = head < HEADS
+            # [STEP, TOKENS]
             score = tl.load(
                 logits + (row * HEADS + head)[:, None] * width + token[None, :],
-                is_head[:, None] & visible[None, :],
+                is_head[:, None] & loaded[None, :],
                 float("-inf"),
             )
-            share = tl.exp(score - largest[:, None]) * weight[:, None]
-            # [TOKENS]
-            tl.store(votes + row * votes_stride + token, tl.sum(share, 0), visible)
+            part_of = (row * HEADS + head)[:, None] * PARTS + split[None, :]
+            is_part = is_head[:, None] & (split >= 0)[None, :]
+            # [STEP, PARTS]
+            part_largest = tl.load(maxima + part_of, is_part, float("-inf"))
+            part_total = tl.load(sums + part_of, is_part, 0.0)
+            # [STEP]
+            largest = tl.max(part_largest, 1)
+            largest = tl.where(largest == float("-inf"), 0.0, largest)
+            total = tl.sum(part_total * tl.exp(part_largest - largest[:, None]), 1)
+            weight = tl.where(total > 0, 1 / total, 0.0)
+            vote += tl.sum(tl.exp(score - largest[:, None]) * weight[:, None], 0)
+        # [TOKENS]
+        tl.store(votes + row * votes_stride + token, vote, visible)
+        if exponents is not None:
+            counts = count_exponents(order_keys(vote), visible, EXPONENTS, MANTISSA_BITS)
+            line = exponents + (row * tl.num_programs(0) + part) * EXPONENTS
+            # [EXPONENTS]
+            tl.store(line + tl.arange(0, EXPONENTS), counts)
