@@ -107,7 +107,8 @@ class TokenSelectConfig(BaseModel):
     )
     attention: Literal["auto", "flash", "xformers", "sdpa"] = Field(
         default="auto",
-        description="the library that attends on a GPU; auto takes the first that can",
+        description="what attends on a GPU: auto takes the own kernel where rows have few queries, as in "
+        "decoding, and otherwise the first library that can; a library is taken for all rows",
     )
     profile: str | None = Field(
         default=None,

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from vllm_tokenselect.gpu.attention import GatherBuffer, RowAttention
+from vllm_tokenselect.gpu.decoding_attention import DecodingAttention, make_scratch
 from vllm_tokenselect.gpu.flash_attention import PagedFlashAttention
 from vllm_tokenselect.gpu.limits import StepLimits
 from vllm_tokenselect.gpu.masked_attention import SdpaAttention
@@ -121,7 +122,7 @@ class TokenSelectLayer:
         data: of the step.
         method: the settings.
         workspace_bytes: for the scores.
-        varlen: FlashAttention 3, or None for PyTorch's SDPA over gathered tokens.
+        varlen: FlashAttention 3 for rows of prompts, or None for PyTorch's SDPA over gathered tokens.
     """
 
     def __init__(
@@ -137,11 +138,11 @@ class TokenSelectLayer:
         )
         self.data, self.method = data, method
         self.workspace = Workspace(limits, shape.head_size, device)
-        self.attention: RowAttention
+        library: RowAttention
         if varlen is not None:
-            self.attention = PagedFlashAttention(varlen)
+            library = PagedFlashAttention(varlen)
         else:
-            self.attention = SdpaAttention(
+            library = SdpaAttention(
                 GatherBuffer(
                     shape.num_kv_heads,
                     shape.head_size,
@@ -150,6 +151,9 @@ class TokenSelectLayer:
                     device,
                 )
             )
+        self.attention: RowAttention = DecodingAttention(
+            library, make_scratch(limits, shape.head_size, device)
+        )
         self.cache = LayerCache(
             data.pages.unflatten(-1, (2, shape.head_size)).permute(0, 2, 3, 1, 4)
         )

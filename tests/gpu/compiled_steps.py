@@ -7,6 +7,7 @@ without the Selection Cache, where layers share selections, and where positions 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 
 from tests.kernels_gpu.compile_ahead import compiling_for
 from vllm_tokenselect.gpu.attention import GatherBuffer, RowAttention
+from vllm_tokenselect.gpu.decoding_attention import DecodingAttention, make_scratch
 from vllm_tokenselect.gpu.limits import StepLimits
 from vllm_tokenselect.gpu.rows import RowGroup, graph_rows, step_rows
 from vllm_tokenselect.gpu.sending import RowBuffers
@@ -34,6 +36,7 @@ CPU = torch.device("cpu")
 # Requests of (first position, end, prompt length): prompts, tails, decoding, and all of them together.
 STEPS = [
     [(0, 100, 100)],
+    [(0, 5, 5), (70, 73, 73)],
     [(0, 4096, 9000)],
     [(65536, 73728, 131000), (9000, 9001, 20)],
     [(130000, 130100, 130100), (8191, 8192, 50), (3, 40, 40), (70001, 70002, 9)],
@@ -50,9 +53,20 @@ class Attention:
     """
 
     name = "absent"
+    in_place = True
+    buffer_bytes = scratch_bytes = 0
 
     def __init__(self, buffer: GatherBuffer | None) -> None:
         self.buffer = buffer
+
+    def takes(self, pages: torch.Tensor) -> bool:
+        return True
+
+    def parts(self, group: RowGroup) -> Sequence[RowGroup]:
+        return (group,)
+
+    def rotates(self, group: RowGroup) -> bool:
+        return False
 
     def __call__(
         self,
@@ -148,7 +162,7 @@ def compiled_later(method: Method) -> tuple[int, list[str]]:
         rotation = Rotation.from_table(
             torch.zeros(MAX_LEN, ROTATED), limits.table_width, method.n_local
         )
-    attention = Attention(buffer)
+    attention = DecodingAttention(Attention(buffer), make_scratch(limits, HEAD_SIZE, CPU))
     cache = LayerCache(pages.permute(0, 2, 3, 1, 4), selections=selections, rotation=rotation)
     compiled: list = []
     with compiling_for(90, compiled):

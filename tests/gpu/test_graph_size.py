@@ -53,6 +53,15 @@ class Launches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class Nothing:
+    """Attends to nothing."""
+
+    def parts(self, group):
+        return (group,)
+
+    def __call__(self, *arguments) -> None: ...
+
+
 @pytest.mark.parametrize("workspace_bytes", [1 << 20, GROUPS], ids=["one pass", "several groups"])
 @pytest.mark.parametrize("reuses", [False, True], ids=["selecting", "reusing"])
 @pytest.mark.parametrize("follows", [False, True], ids=["anchor", "follower"])
@@ -67,7 +76,7 @@ def test_the_launches_of_a_captured_step_are_counted_ahead(
             8, method.selection_size, 6, HEAD_SIZE, torch.float32, torch.device(DEVICE)
         )
         layer.cache = replace(layer.cache, selections=state)
-    layer.attention = lambda *arguments: None
+    layer.attention = Nothing()
     graph = Graph(layer, num_tokens=6, queries=1)
     step, out = GpuStep(graph.captured, layer.block_table), torch.empty_like(layer.query)
     with Launches(monkeypatch) as launched:

@@ -20,8 +20,10 @@ from tests.kernels_gpu.cases import DEVICE
 from vllm_tokenselect.backend import TokenSelectBackend, gpu_attention
 from vllm_tokenselect.backend.gpu_attention import LayerShape
 from vllm_tokenselect.engine import gpu_libraries
+from vllm_tokenselect.gpu.decoding_attention import DecodingAttention
 from vllm_tokenselect.gpu.flash_attention import GatheredFlashAttention, PagedFlashAttention
 from vllm_tokenselect.gpu.limits import StepLimits
+from vllm_tokenselect.gpu.masked_attention import SdpaAttention
 from vllm_tokenselect.gpu.plain_attention import PlainAttention
 from vllm_tokenselect.method.settings import Method, SettingsError
 
@@ -74,6 +76,26 @@ def test_only_keys_that_are_attended_as_they_are_cached_are_read_in_place(
     assert type(attention) is kind
     name, scratch = "FlashAttention 3", "up to 64 MiB of partial outputs"
     assert lines == [f"TOKENSELECT attends with {name}, {said}, {scratch}"]
+
+
+def test_the_own_kernel_decodes_beside_any_library(monkeypatch):
+    lines: list[str] = []
+    log = SimpleNamespace(info=lambda line, *values: lines.append(line % values))
+    monkeypatch.setattr(gpu_attention, "get_logger", lambda name: log)
+    shape = replace(shape_of("sdpa", torch.float32), few_queries=11)
+    attention = gpu_attention.make_attention(shape)
+    assert isinstance(attention, DecodingAttention)
+    assert type(attention.library) is SdpaAttention
+    assert attention.few == 11
+    assert "attends with sdpa, over gathered tokens" in lines[0]
+    # 128 tokens are one split: 512 rows of 4 heads, 64 weighted values and two numbers each.
+    assert attention.scratch.num_bytes == 512 * 4 * (4 * 66 + 2)
+    assert attention.buffer_bytes == attention.library.buffer_bytes + attention.scratch.num_bytes
+    assert (
+        "attends rows of up to 11 queries, as in decoding, with its own kernel: 0 MiB" in lines[1]
+    )
+    again = gpu_attention.make_attention(shape, padded=True)
+    assert again.scratch is attention.scratch
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from tests.gpu.sleeping import WeightsPool
 from tests.gpu.test_attention import buffer_of
 from tests.gpu.test_step import CONFIG, DEVICE, HEAD_SIZE, REASSIGNING, Graph, Layer
 from tests.method.definition import rotation
+from vllm_tokenselect.gpu.decoding_attention import DecodingAttention, make_scratch
 from vllm_tokenselect.gpu.flash_attention import GatheredFlashAttention, PagedFlashAttention
 from vllm_tokenselect.gpu.masked_attention import SdpaAttention
 from vllm_tokenselect.kernels.rotate.rotation import Rotation
@@ -23,6 +24,10 @@ ATTENTION = {
         FlashAttentionModel(2), 2, buffer_of(layer)
     ),
     "sdpa": lambda layer: SdpaAttention(buffer_of(layer)),
+    "own kernel": lambda layer: DecodingAttention(
+        SdpaAttention(buffer_of(layer)),
+        make_scratch(layer.limits, HEAD_SIZE, torch.device(DEVICE)),
+    ),
 }
 
 

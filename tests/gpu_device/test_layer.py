@@ -10,14 +10,17 @@ import torch
 
 from tests.gpu_device.cases import DEVICE, ON_GPU, Shape, assert_close, decoding_layer
 from vllm_tokenselect.gpu.attention import GatherBuffer, RowAttention
+from vllm_tokenselect.gpu.decoding_attention import DecodingAttention
 from vllm_tokenselect.gpu.flash_attention import GatheredFlashAttention, PagedFlashAttention
 from vllm_tokenselect.gpu.plain_attention import PlainAttention
 from vllm_tokenselect.kernels.attend import reference
+from vllm_tokenselect.kernels.attend.gpu import AttendScratch
 from vllm_tokenselect.method.settings import Method
 
 pytestmark = pytest.mark.gpu
 
 LIBRARIES = (
+    "own kernel",
     "plain PyTorch",
     "FlashAttention 3 in place",
     *(f"FlashAttention {version} gathered" for version in (2, 3, 4)),
@@ -66,8 +69,13 @@ def make_attention(library: str, shape: Shape, soft_cap: float, method: Method) 
     """A way to attend that takes sinks, and the soft cap; 0 is none. Skips what is not here."""
     heads = shape.num_kv_heads, shape.head_size
     buffer = GatherBuffer(*heads, torch.bfloat16, method.max_attended, DEVICE)
+    plain = PlainAttention(buffer, soft_cap)
     if library == "plain PyTorch":
-        return PlainAttention(buffer, soft_cap)
+        return plain
+    if library == "own kernel":
+        width = max(method.max_attended, method.min_context)
+        scratch = AttendScratch(8, width, shape.num_heads, *heads, DEVICE)
+        return DecodingAttention(plain, scratch, soft_cap=soft_cap)
     if not ON_GPU or find_spec("vllm") is None:
         pytest.skip("FlashAttention needs a GPU and vLLM")
     from vllm.vllm_flash_attn import flash_attn_varlen_func, is_fa_version_supported

@@ -111,12 +111,17 @@ def test_dummy_steps_belong_to_no_request(builder):
     ("library", "support"),
     [("flash", "UNIFORM_BATCH"), ("sdpa", "UNIFORM_SINGLE_TOKEN_DECODE"), ("xformers", "NEVER")],
 )
-def test_cuda_graphs_are_promised_as_far_as_the_library_takes_them(
+def test_cuda_graphs_are_promised_as_far_as_what_decodes_takes_them(
     library, support, make_vllm_config, monkeypatch
 ):
     monkeypatch.setattr(gpu_metadata, "choose_library", lambda *arguments: library)
-    found = GpuTokenSelectMetadataBuilder.get_cudagraph_support(make_vllm_config(), SPEC)
-    assert found is AttentionCGSupport[support]
+    config = make_vllm_config()
+    config.additional_config["tokenselect"]["attention"] = library
+    promised = GpuTokenSelectMetadataBuilder.get_cudagraph_support
+    assert promised(config, SPEC) is AttentionCGSupport[support]
+    # The own kernel attends all rows of decoding steps.
+    config.additional_config["tokenselect"]["attention"] = "auto"
+    assert promised(config, SPEC) is AttentionCGSupport.UNIFORM_BATCH
 
 
 def test_a_library_that_cannot_attend_is_refused_by_name():

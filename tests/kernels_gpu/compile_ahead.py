@@ -237,6 +237,48 @@ def launches(architecture: int) -> Iterator[tuple[str, Callable[[], object]]]:
                         zeroed=128,
                     ),
                 )
+            yield from attending(name, heads, pages)
+
+
+def attending(
+    name: str, heads: int, pages: torch.Tensor
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    """The own attention for a cache, and where it may run out of registers what else it can do."""
+    from vllm_tokenselect.kernels.attend.gpu import AttendScratch, attend_rows
+
+    kv_heads, head_size = pages.shape[1], pages.shape[4]
+    rows, width = 64, 3200
+    query = torch.zeros(rows, heads, head_size, dtype=torch.bfloat16)
+    lengths, starts = torch.zeros(2, rows + 1, dtype=torch.int32)
+    variants: dict[str, dict[str, Any]] = {"": {}}
+    if heads in (28, 8):
+        variants[", rotated"] = {"cos_sin": torch.zeros(width, head_size)}
+    if heads == 28:
+        variants[", drafts"] = {"max_query_len": 3}
+        variants[", sinks"] = {"sinks": torch.zeros(heads), "soft_cap": 50.0}
+    for variant, arguments in variants.items():
+        yield (
+            f"{name} {str(pages.dtype)[6:]}{variant}",
+            lambda a=arguments: attend_rows(
+                **{
+                    "query": query,
+                    "query_start_loc": starts,
+                    "max_query_len": 1,
+                    "kv_cache": pages,
+                    "slots": torch.zeros(rows, width, dtype=torch.int32),
+                    "lengths": lengths[:rows],
+                    "max_length": width,
+                    "scale": 0.1,
+                    "scratch": AttendScratch(
+                        rows, width, heads, kv_heads, head_size, torch.device("cpu")
+                    ),
+                    "out": torch.empty_like(query),
+                    "key_scale": torch.ones(1),
+                    "value_scale": torch.ones(1),
+                    **a,
+                }
+            ),
+        )
 
 
 def paged(num_kv_heads: int, head_size: int, dtype: torch.dtype) -> torch.Tensor:

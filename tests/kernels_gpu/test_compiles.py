@@ -36,5 +36,6 @@ def test_kernels_compile_and_fit(architecture: int):
         "_count_exponents",
         "_count_mantissas",
         "_write_table",
+        "attend_split",
     ):
         assert kernel in done.stdout

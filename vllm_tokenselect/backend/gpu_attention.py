@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
+from vllm_tokenselect.config import TokenSelectConfig
 from vllm_tokenselect.engine.gpu_libraries import Library, flash_version, library_name
 from vllm_tokenselect.engine.log import get_logger
+from vllm_tokenselect.engine.replayed_steps import queries_per_request
 from vllm_tokenselect.gpu.attention import GatherBuffer, RowAttention
+from vllm_tokenselect.gpu.decoding_attention import FEW_QUERIES, DecodingAttention, make_scratch
 from vllm_tokenselect.gpu.flash_attention import (
     GatheredFlashAttention,
     PagedFlashAttention,
@@ -20,6 +24,7 @@ from vllm_tokenselect.gpu.flash_attention import (
 from vllm_tokenselect.gpu.limits import StepLimits
 from vllm_tokenselect.gpu.masked_attention import SdpaAttention
 from vllm_tokenselect.gpu.plain_attention import PlainAttention
+from vllm_tokenselect.kernels.attend.gpu import AttendScratch
 from vllm_tokenselect.kernels.head_group import HeadGroup
 
 
@@ -36,6 +41,7 @@ class LayerShape:
         heads: the ranks that vote together; None where a rank votes for itself.
         has_sinks: whether heads have sinks.
         soft_cap: of the logits; 0 for none.
+        few_queries: most queries of a row that the own kernel attends; 0 where the library attends all.
     """
 
     limits: StepLimits
@@ -48,6 +54,14 @@ class LayerShape:
     heads: HeadGroup | None
     has_sinks: bool = False
     soft_cap: float = 0.0
+    few_queries: int = 0
+
+
+def few_queries(config: TokenSelectConfig, vllm_config: VllmConfig) -> int:
+    """As `LayerShape.few_queries`: enough for every row of a decoding step, unless a library was chosen."""
+    if config.attention != "auto":
+        return 0
+    return max(FEW_QUERIES, queries_per_request(vllm_config))
 
 
 def pages_may_be_padded(vllm_config: VllmConfig, layer: Any) -> bool:
@@ -83,7 +97,7 @@ def make_attention(shape: LayerShape, padded: bool = False) -> RowAttention:
         buffer = GatherBuffer(
             limits.num_kv_heads, shape.head_size, shape.dtype, limits.table_width, shape.device
         )
-    attention = _attention(shape, version, buffer)
+    attention = _library(shape, version, buffer)
     plain = isinstance(attention, PlainAttention)
     get_logger(__name__).info(
         "TOKENSELECT attends with %s, %s%s%s: %d MiB of buffers, up to %d MiB of %s",
@@ -95,10 +109,24 @@ def make_attention(shape: LayerShape, padded: bool = False) -> RowAttention:
         attention.scratch_bytes >> 20,
         "logits" if plain else "partial outputs",
     )
-    return attention
+    if not shape.few_queries:
+        return attention
+    scratch = _scratch(shape)
+    get_logger(__name__).info(
+        "TOKENSELECT attends rows of up to %d queries, as in decoding, with its own kernel: "
+        "%d MiB of partial outputs",
+        shape.few_queries,
+        scratch.num_bytes >> 20,
+    )
+    return DecodingAttention(attention, scratch, shape.few_queries, shape.soft_cap)
 
 
-def _attention(shape: LayerShape, version: int | None, buffer: GatherBuffer | None) -> RowAttention:
+@cache
+def _scratch(shape: LayerShape) -> AttendScratch:
+    return make_scratch(shape.limits, shape.head_size, shape.device)
+
+
+def _library(shape: LayerShape, version: int | None, buffer: GatherBuffer | None) -> RowAttention:
     """The library's attention, over gathered tokens where there is a buffer for them."""
     if version is not None:
         from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func

@@ -12,6 +12,7 @@ from vllm.v1.attention.backends.fa_utils import reshape_and_cache_flash
 
 from vllm_tokenselect.backend.gpu_attention import (
     LayerShape,
+    few_queries,
     make_attention,
     pages_may_be_padded,
 )
@@ -22,7 +23,6 @@ from vllm_tokenselect.engine.gpu_libraries import choose_library
 from vllm_tokenselect.engine.graph_sizes import step_limits
 from vllm_tokenselect.engine.log import get_logger
 from vllm_tokenselect.gpu.attention import FP8_DTYPES, RowAttention
-from vllm_tokenselect.gpu.flash_attention import PagedFlashAttention
 from vllm_tokenselect.gpu.limits import StepLimits
 from vllm_tokenselect.gpu.warmup import compile_gpu_kernels
 from vllm_tokenselect.gpu.workspace import KeptLines, Workspace
@@ -35,7 +35,7 @@ logger = get_logger(__name__)
 
 
 class GpuTokenSelectImpl(TokenSelectImpl[GpuTokenSelectMetadata]):
-    """Writes with vLLM's kernel, selects with Triton's, attends with a library."""
+    """Writes with vLLM's kernel, selects with Triton's, attends with one or a library."""
 
     def prepare(self, vllm_config: VllmConfig) -> None:
         """Allocate what the layers share, before vLLM measures the memory that is left."""
@@ -61,6 +61,7 @@ class GpuTokenSelectImpl(TokenSelectImpl[GpuTokenSelectMetadata]):
             heads=self.heads,
             has_sinks=has_sinks,
             soft_cap=self.logits_soft_cap,
+            few_queries=few_queries(self.config, vllm_config),
         )
         self.vllm_config = vllm_config
         self.workspace, self.attention = _shared(self.shape)
@@ -122,9 +123,7 @@ class GpuTokenSelectImpl(TokenSelectImpl[GpuTokenSelectMetadata]):
         """Let a profiling run see the memory that steps will take."""
         # For a moment, in every layer in turn.
         torch.empty(self.attention.scratch_bytes, dtype=torch.uint8, device=device)
-        if isinstance(self.attention, PagedFlashAttention) and pages_may_be_padded(
-            self.vllm_config, layer
-        ):
+        if self.attention.in_place and pages_may_be_padded(self.vllm_config, layer):
             _gathering(self.shape)
 
     def _cache(

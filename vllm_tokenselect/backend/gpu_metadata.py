@@ -11,6 +11,7 @@ from vllm.config import VllmConfig
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadata, CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 
+from vllm_tokenselect.backend.gpu_attention import few_queries
 from vllm_tokenselect.backend.metadata import TokenSelectMetadataBuilder
 from vllm_tokenselect.config import TokenSelectConfig
 from vllm_tokenselect.engine.anchors import count_anchors
@@ -18,6 +19,7 @@ from vllm_tokenselect.engine.gpu_libraries import choose_library
 from vllm_tokenselect.engine.graph_sizes import captured_steps, step_limits
 from vllm_tokenselect.engine.log import get_logger
 from vllm_tokenselect.engine.replayed_steps import queries_per_request, replays_steps
+from vllm_tokenselect.gpu.decoding_attention import count_attending
 from vllm_tokenselect.gpu.graph_size import count_launches, num_passes
 from vllm_tokenselect.gpu.rows import graph_rows, step_rows
 from vllm_tokenselect.gpu.sending import RowBuffers
@@ -32,7 +34,6 @@ GRAPHS = {
     "sdpa": AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE,
     "xformers": AttentionCGSupport.NEVER,  # its masks are made of lists on the host
 }
-
 
 logger = get_logger(__name__)
 
@@ -77,7 +78,7 @@ class GpuTokenSelectMetadataBuilder(TokenSelectMetadataBuilder[GpuTokenSelectMet
                 self.limits,
                 sizes[-1],
                 self.queries_per_request,
-                attention=lambda rows: ATTENTION_LAUNCHES,
+                attention=self._attending,
                 together=self.heads is not None,
                 follows=follows,
             )
@@ -96,12 +97,20 @@ class GpuTokenSelectMetadataBuilder(TokenSelectMetadataBuilder[GpuTokenSelectMet
             num_layers,
         )
 
+    def _attending(self, num_rows: int) -> int:
+        """Launches of attending so many rows of a captured step, which have a query each."""
+        if few_queries(self.config, self.vllm_config):
+            return count_attending(self.limits, self.head_size, num_rows)
+        return ATTENTION_LAUNCHES + self.method.reassigns_positions  # to rotate the queries
+
     @classmethod
     def get_cudagraph_support(
         cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec
     ) -> AttentionCGSupport:
         assert isinstance(kv_cache_spec, AttentionSpec)  # a builder is for layers of one kind
         config = TokenSelectConfig.from_additional_config(vllm_config.additional_config)
+        if few_queries(config, vllm_config):  # the own kernel, of all decoding rows
+            return AttentionCGSupport.UNIFORM_BATCH
         dtype = vllm_config.model_config.dtype
         return GRAPHS[choose_library(config.attention, kv_cache_spec.head_size, dtype)]
 

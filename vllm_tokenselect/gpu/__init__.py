@@ -6,7 +6,8 @@ rows        the groups of rows as the layers see them
 limits      what the buffers are cut for
 workspace   the buffers, allocated once and shared by layers
 step        decide -> score -> vote -> build the table -> finish -> attend, group by group
-attention   what attends over the table; masked, plain, flash_attention and xformers are the libraries
+attention   what attends over the table; masked, plain, flash_attention and xformers are the libraries,
+            decoding_attention the own kernel
 graph_size  how many kernels a CUDA graph launches
 warmup      compiles the kernels at server start
 

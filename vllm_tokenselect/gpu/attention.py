@@ -1,14 +1,15 @@
-"""Queries + sparse block table -> output on a GPU, by libraries.
+"""Queries + sparse block table -> output on a GPU.
 
 Every selected token precedes its row's own queries, so gathering a row's tokens in order of position
 and attending with a causal mask aligned to the lower right is exact. FlashAttention 3 reads the cache
-through the sparse block table itself (`flash_attention.py`); all others gather first.
+through the sparse block table itself (`flash_attention.py`); all others gather first. Rows of few queries
+go to a kernel of our own, which reads through the table too (`decoding_attention.py`).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -37,16 +38,24 @@ class RowAttention(Protocol):
 
     Attributes:
         name: as the setting `attention` names it.
+        in_place: whether it reads the cache through the table, and so takes pages of some layouts only.
         buffer_bytes: size of its buffers.
         scratch_bytes: bound of what the library allocates by itself in a call.
     """
 
     name: str
+    in_place: bool
     buffer_bytes: int
     scratch_bytes: int
 
     def takes(self, pages: torch.Tensor) -> bool:
         """Whether it can read the pages of a cache where they lie."""
+
+    def parts(self, group: RowGroup) -> Sequence[RowGroup]:
+        """The group, or parts of its rows that are attended apart."""
+
+    def rotates(self, group: RowGroup) -> bool:
+        """Whether it is handed the group's queries as they come, and rotates them as the layer asks."""
 
     def __call__(
         self,
@@ -57,10 +66,11 @@ class RowAttention(Protocol):
         scale: float,
         out: torch.Tensor,
     ) -> None:
-        """Attend the rows of a group.
+        """Attend the rows of a group, or of a part of one.
 
         Args:
-            query: [T, Hq, D], rotated queries of the group; those of its rows are read.
+            query: [T, Hq, D], queries of the group, rotated where this does not rotate them; those of its
+                rows are read.
             cache: the layer's. Keys that it holds un-rotated are rotated here.
             group: its rows.
             table: of the group.
@@ -158,6 +168,7 @@ class GatheringAttention(ABC):
     """
 
     name: str
+    in_place = False
     scratch_bytes = 0
     zeroed: int | None = None
 
@@ -167,6 +178,12 @@ class GatheringAttention(ABC):
 
     def takes(self, pages: torch.Tensor) -> bool:
         return True
+
+    def parts(self, group: RowGroup) -> Sequence[RowGroup]:
+        return (group,)
+
+    def rotates(self, group: RowGroup) -> bool:
+        return False
 
     def __call__(
         self,

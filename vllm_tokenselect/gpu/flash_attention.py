@@ -5,6 +5,8 @@ vLLM builds its own FlashAttention; whoever makes these classes hands its functi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from vllm_tokenselect.device_memory import make_lasting
@@ -63,6 +65,7 @@ class PagedFlashAttention:
     """
 
     name = "flash"
+    in_place = True
     buffer_bytes = 0
     scratch_bytes = SPLIT_BYTES
 
@@ -72,6 +75,12 @@ class PagedFlashAttention:
 
     def takes(self, pages: torch.Tensor) -> bool:
         return lies_evenly(pages)
+
+    def parts(self, group: RowGroup) -> Sequence[RowGroup]:
+        return (group,)
+
+    def rotates(self, group: RowGroup) -> bool:
+        return False
 
     def __call__(
         self,

@@ -49,7 +49,7 @@ def count_launches(
         limits: of the buffers.
         num_tokens: tokens of the step, padding included.
         queries_per_request: most tokens of a request.
-        attention: launches of the library that attends, for a number of rows.
+        attention: launches of what attends, for a number of rows; of rotating the queries too.
         together: whether the heads of several processes vote together; an exchange counts as one.
         follows: whether the layer attends to what another one has selected.
     """
@@ -57,8 +57,7 @@ def count_launches(
     launches = 0
     for first, last, passes in graph_spans(limits, num_tokens, queries_per_request):
         rows, selects = last - first, bool(passes)
-        rotates = method.reassigns_positions
-        attend = rotates + attention(rows)
+        rotates, attend = method.reassigns_positions, attention(rows)
         if follows:
             launches += attend
             continue

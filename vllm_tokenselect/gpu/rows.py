@@ -8,7 +8,7 @@ and shapes may depend on the number of tokens alone.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from vllm_tokenselect.gpu.sending import DeviceRows, RowBuffers, pack_rows, send
 from vllm_tokenselect.kernels.selection_cache.gpu import RowArrays
 from vllm_tokenselect.method.plan import SelectionPlan
 from vllm_tokenselect.method.requests import Int32
+
+PER_ROW = tuple(field.name for field in fields(RowArrays) if field.name != "chains")
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,27 @@ class RowGroup(RowArrays):
     @property
     def num_rows(self) -> int:
         return len(self.row_seq)
+
+    def part(self, first: int, last: int) -> RowGroup:
+        """The rows [first, last) with their queries, to be attended apart.
+
+        Not of a captured step, whose rows the host does not know. Passes and chains stay the group's.
+        """
+        if (first, last) == (0, self.num_rows):
+            return self
+        rows, lens = slice(first, last), self.query_lens[first:last]
+        start = int(self.query_starts[first])
+        stop = int(self.query_starts[last - 1]) + int(lens[-1])
+        return replace(
+            self,
+            **{name: getattr(self, name)[rows] for name in PER_ROW},
+            first=self.first + first,
+            queries=slice(self.queries.start + start, self.queries.start + stop),
+            query_start_loc=self.query_start_loc[first : last + 1] - start,
+            query_starts=self.query_starts[rows] - start,
+            query_lens=lens,
+            max_query_len=int(lens.max()),
+        )
 
 
 def step_rows(

@@ -16,6 +16,7 @@ from vllm_tokenselect.gpu.cutting import ScorePass
 from vllm_tokenselect.gpu.rows import RowGroup
 from vllm_tokenselect.gpu.workspace import Workspace
 from vllm_tokenselect.kernels.block_table.gpu import build_sparse_block_table
+from vllm_tokenselect.kernels.block_table.table import SparseBlockTable
 from vllm_tokenselect.kernels.layer_cache import LayerCache
 from vllm_tokenselect.kernels.mean_query.gpu import mean_queries
 from vllm_tokenselect.kernels.rotate.gpu import rotate_means, rotate_queries
@@ -54,7 +55,7 @@ class GpuStep:
             cache: of the layer, this step's keys and values written. Its selections follow the step.
             scale: scale of q . k.
             workspace: overwritten; its counters are added to.
-            attention: the library that attends.
+            attention: what attends.
             out: [T, Hq, D], written for every query of a row.
         """
         for group in self.groups:
@@ -191,17 +192,25 @@ class GpuStep:
     ) -> None:
         """Attend to what the workspace's sparse block table names."""
         table = workspace.table_of(group)
-        if cache.rotation is not None:
-            # `view_as` refuses a step that is longer than the buffer.
-            rotated = workspace.rotated_queries[: len(query)].view_as(query)
-            rotate_queries(
-                query,
-                group.query_start_loc[:-1],
-                group.query_len,
-                group.max_query_len,
-                table.lengths,
-                cache.rotation.cos_sin,
-                rotated,
+        for part in attention.parts(group):
+            first = part.first - group.first
+            rows = slice(first, first + part.num_rows)
+            own = SparseBlockTable(table.slots[rows], table.lengths[rows])
+            queries = slice(
+                part.queries.start - group.queries.start, part.queries.stop - group.queries.start
             )
-            query = rotated
-        attention(query, cache, group, table, scale, out)
+            asking = query[queries]
+            if cache.rotation is not None and not attention.rotates(part):
+                # `view_as` refuses a step that is longer than the buffer.
+                rotated = workspace.rotated_queries[: len(asking)].view_as(asking)
+                rotate_queries(
+                    asking,
+                    part.query_start_loc[:-1],
+                    part.query_len,
+                    part.max_query_len,
+                    own.lengths,
+                    cache.rotation.cos_sin,
+                    rotated,
+                )
+                asking = rotated
+            attention(asking, cache, part, own, scale, out[queries])

@@ -43,6 +43,7 @@ def compile_gpu_kernels(
         (min(first_selecting, longest - 1), min(first_selecting + 2, longest)),  # few candidates
         (max(longest - method.query_chunk, 0), longest),  # a chunk and a tail
         (longest - 1, longest),  # decoding
+        (0, min(2, longest)),  # a row of few queries
     }
     roles = [cache]
     if method.shares_selections:
