@@ -58,7 +58,7 @@ class EmulatedGpu(AbsentGpu):
         self.order = Random(seed)
         self.tallies: defaultdict[str, Tally] = defaultdict(Tally)
         self.utils = self  # Triton asks them separately
-        self._edits: dict[str, Callable[[str], str]] = {}
+        self._edit: Callable[[str, str], str] | None = None
 
     def install(self) -> None:
         """Make it Triton's driver, and spare the assembler its work: it gives what it got."""
@@ -66,15 +66,14 @@ class EmulatedGpu(AbsentGpu):
         triton.runtime.driver.set_active(self)
 
     @contextmanager
-    def editing(self, name: str, edit: Callable[[str], str], seed: int = 0) -> Iterator[None]:
-        """Within it the PTX of the kernel `name` is another, and the order that of the seed."""
-        self._edits[name], before = edit, self.order
-        self.order = Random(seed)
+    def editing(self, edit: Callable[[str, str], str], seed: int = 0) -> Iterator[None]:
+        """Within it a kernel's PTX is what `edit` makes of its name and PTX, and the order the seed's."""
+        before = self._edit, self.order
+        self._edit, self.order = edit, Random(seed)
         try:
             yield
         finally:
-            del self._edits[name]
-            self.order = before
+            self._edit, self.order = before
 
     def get_device_properties(self, device: int) -> dict[str, int]:
         return {"max_shared_mem": SHARED_MEMORY[ARCHITECTURE], "multiprocessor_count": 132}
@@ -110,8 +109,9 @@ class EmulatedGpu(AbsentGpu):
         self, loaded: Loaded, grid: tuple[int, int, int], arguments: dict[str, tuple[str, Any]]
     ) -> None:
         kernel = loaded.kernel
-        if loaded.name in self._edits:
-            kernel = translate(self._edits[loaded.name](loaded.ptx), loaded.name)
+        if self._edit:
+            text = self._edit(loaded.name, loaded.ptx)
+            kernel = kernel if text == loaded.ptx else translate(text, loaded.name)
         spaces = _Spaces()
         bits = [spaces.bits(name, kind, value) for name, (kind, value) in arguments.items()]
         # Behind the arguments come the addresses of scratch memory that no kernel here has.

@@ -110,6 +110,7 @@ class Memory:
             return old
         value = np.broadcast_to(value, NUM_LANES)
         for lanes, vectors, index in self._places(address[active], dtype, 1):
+            self._check_atomic(dtype, index)
             for lane, place in zip(active if lanes is None else active[lanes], index, strict=True):
                 old[lane] = vectors[place]
                 vectors[place] = operation(old[lane], value[lane])
@@ -155,6 +156,9 @@ class Memory:
         self, dtype: np.dtype, count: int, index: np.ndarray, value: np.ndarray
     ) -> None:
         """Called before vectors are written."""
+
+    def _check_atomic(self, dtype: np.dtype, index: np.ndarray) -> None:
+        """Called before an atomic."""
 
 
 def _indices(

@@ -42,6 +42,24 @@ def test_warps_may_write_the_same_value_but_not_two():
         run_snippet("st.shared.b32 [global_smem], %r0;", threads=64)
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(
+    "body",
+    [
+        f"{WRITE} atom.shared.add.u32 %r13, [%r11], 1;",
+        f"{OWN} atom.shared.add.u32 %r13, [%r10], 1; ld.shared.b32 %r12, [%r11];",
+    ],
+    ids=["before", "after"],
+)
+def test_a_missing_barrier_beside_an_atomic_is_found(body: str, seed: int):
+    with pytest.raises(Fault, match="another warp .* since the last barrier"):
+        run_snippet(body, np.zeros(64, np.uint32), threads=64, seed=seed)
+
+
+def test_warps_may_change_a_place_by_atomics():
+    run_snippet("atom.shared.add.u32 %r13, [global_smem], 1;", threads=64)
+
+
 def test_a_warp_that_leaves_while_others_wait_is_a_fault():
     body = "setp.lt.u32 %p1, %r0, 32; @%p1 bra $L_end; bar.sync 0; $L_end:"
     with pytest.raises(Fault, match="waits at a barrier that other warps left behind"):
