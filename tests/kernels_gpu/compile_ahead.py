@@ -106,7 +106,7 @@ def launches(architecture: int) -> Iterator[tuple[str, Callable[[], object]]]:
     from vllm_tokenselect.kernels.block_table.table import SparseBlockTable
     from vllm_tokenselect.kernels.gather.gpu import gather_rows
     from vllm_tokenselect.kernels.mean_query.gpu import mean_queries
-    from vllm_tokenselect.kernels.rotate.gpu import rotate_means, rotate_queries
+    from vllm_tokenselect.kernels.rotate.gpu import rotate_queries
     from vllm_tokenselect.kernels.score.gpu import Scores, score_paged_keys, tile_rows
     from vllm_tokenselect.kernels.selection_cache.gpu import RowArrays, decide_rows, finish_rows
     from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
@@ -147,7 +147,10 @@ def launches(architecture: int) -> Iterator[tuple[str, Callable[[], object]]]:
                     out=torch.empty_like(q),
                 ),
             )
-            yield name, lambda m=means, t=table: rotate_means(m, t[0])
+            yield (
+                name,
+                lambda q=query, m=means, t=table: mean_queries(q, ints(rows), ints(rows), m, t[0]),
+            )
     for block_size in (16, 64, 128):
         slots = ints(rows, 3200)
         scratch = TableScratch(rows * num_parts(width), torch.device("cpu"))
@@ -183,6 +186,7 @@ def launches(architecture: int) -> Iterator[tuple[str, Callable[[], object]]]:
             )
     for heads, kv_heads, head_size in SHAPES:
         query = torch.zeros(rows, heads, head_size, dtype=torch.bfloat16)
+        means = query.float()
         state = selections(heads, head_size)
         yield (
             f"H{heads}/{kv_heads} D{head_size}",
@@ -206,12 +210,16 @@ def launches(architecture: int) -> Iterator[tuple[str, Callable[[], object]]]:
             )
         for dtype in KV_DTYPES[architecture]:
             pages = paged(kv_heads, head_size, dtype)
-            for lines in (1, tile_rows(heads, kv_heads)):
-                means = torch.zeros(lines, heads, head_size)
+            kinds = [(1, query), (tile_rows(heads, kv_heads), means)]
+            if (
+                head_size == 128 and heads == 28
+            ):  # elsewhere they take what lies between the other two
+                kinds += [(1, means), (tile_rows(heads, kv_heads), query)]
+            for lines, asking in kinds:
                 yield (
-                    f"{name} {str(dtype)[6:]}, {lines} rows",
-                    lambda m=means, p=pages, n=lines, h=heads: score_paged_keys(
-                        query=m,
+                    f"{name} {str(dtype)[6:]}, {lines} {'rows' if asking is query else 'means'}",
+                    lambda q=asking, p=pages, n=lines, h=heads: score_paged_keys(
+                        query=q,
                         kv_cache=p,
                         block_table=ints(8, 256),
                         tiles=ints(4, 3),
@@ -219,6 +227,7 @@ def launches(architecture: int) -> Iterator[tuple[str, Callable[[], object]]]:
                         scale=0.1,
                         key_scale=scale,
                         scores=scores_of(n, h),
+                        query_start=ints(n) if q.dtype == torch.bfloat16 else None,
                     ),
                 )
             for rotated in (False, True):

@@ -28,8 +28,7 @@ def test_kernels_compile_and_fit(architecture: int):
     assert done.returncode == 0, done.stdout + done.stderr
     for kernel in (
         "_mean_queries",
-        "_rotate_means",
-        "_score",
+        "score_tile",
         "_soft_vote",
         "_rotate_queries",
         "_gather",

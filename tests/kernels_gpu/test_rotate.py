@@ -1,4 +1,4 @@
-"""Queries are rotated to the last positions of their rows, mean queries by the line of the vote."""
+"""Queries are rotated to the last positions of their rows."""
 
 import pytest
 import torch
@@ -76,14 +76,3 @@ def test_queries_may_be_a_slice_of_the_projection():
     cos_sin = rotation(32).cos_sin
     gpu.rotate_queries(query, int32(0), int32(40), 40, int32(77), cos_sin, out)
     torch.testing.assert_close(out, reference.rotate(query, cos_sin[37:77]))
-
-
-@pytest.mark.parametrize("rows", [1, 11])
-@pytest.mark.parametrize(("heads", "size", "width"), SHAPES)
-def test_mean_queries_are_rotated_in_place_by_the_line_of_the_vote(heads, size, width, rows):
-    vote = rotation(width).vote
-    buffer = torch.randn(rows + 1, heads, size, device=DEVICE)
-    before = buffer.clone()
-    gpu.rotate_means(buffer[:rows], vote)
-    torch.testing.assert_close(buffer[:rows], reference.rotate(before[:rows], vote[None]))
-    assert torch.equal(buffer[rows], before[rows]), "written past the rows"

@@ -63,7 +63,9 @@ def count_launches(
             continue
         # Heads in several processes: clamp, gather and exchange their queries.
         decide = method.reuses_selections * (1 + 3 * together)
-        score = selects * (1 + rotates) + len(passes)  # average, and rotate what is averaged
+        # Average the queries of a row, and rotate the means.
+        averages = rotates or queries_per_request > 1
+        score = selects * averages + len(passes)
         vote = len(passes)
         # Votes that are exchanged are counted behind it.
         build_table = selects * together + num_launches(selects, counted=not together)

@@ -19,7 +19,7 @@ from vllm_tokenselect.kernels.block_table.gpu import build_sparse_block_table
 from vllm_tokenselect.kernels.block_table.table import SparseBlockTable
 from vllm_tokenselect.kernels.layer_cache import LayerCache
 from vllm_tokenselect.kernels.mean_query.gpu import mean_queries
-from vllm_tokenselect.kernels.rotate.gpu import rotate_means, rotate_queries
+from vllm_tokenselect.kernels.rotate.gpu import rotate_queries
 from vllm_tokenselect.kernels.score.gpu import score_paged_keys
 from vllm_tokenselect.kernels.selection_cache.gpu import decide_rows, finish_rows
 from vllm_tokenselect.kernels.vote.gpu import soft_vote
@@ -115,17 +115,25 @@ class GpuStep:
     ) -> None:
         """Score the candidates of the rows of a pass with their mean queries.
 
-        The first pass averages the queries of all rows of the group: one launch.
+        A row of one query is its own mean and asks with it where it lies. Otherwise the first pass averages
+        the queries of all rows of the group, and rotates them where positions are reassigned: one launch.
         """
-        if part is group.passes[0]:
-            means = workspace.mean_queries[: group.num_rows]
-            mean_queries(query, group.query_start_loc[:-1], group.query_len, means)
-            if cache.rotation is not None:
-                rotate_means(means, cache.rotation.vote)
         buffers = workspace.for_scores(group, part)
+        asking = query
+        starts: torch.Tensor | None = group.query_start_loc[part.first : part.last]
+        if cache.rotation is not None or group.max_query_len > 1:
+            if part is group.passes[0]:
+                mean_queries(
+                    query,
+                    group.query_start_loc[:-1],
+                    group.query_len,
+                    workspace.mean_queries[: group.num_rows],
+                    None if cache.rotation is None else cache.rotation.vote,
+                )
+            asking, starts = buffers.mean_queries, None
         for tiles in part.tiles:
             score_paged_keys(
-                buffers.mean_queries,
+                asking,
                 cache.pages,
                 self.block_table,
                 tiles.table,
@@ -133,6 +141,7 @@ class GpuStep:
                 scale,
                 cache.key_scale,
                 buffers.scores,
+                starts,
             )
 
     def vote(self, group: RowGroup, part: ScorePass[torch.Tensor], workspace: Workspace) -> None:

@@ -38,25 +38,28 @@ def compile_gpu_kernels(
     longest = limits.max_model_len
     tail = min(method.tail_queries, 4)
     first_selecting = method.attended_before + 1
-    prompts = {
-        (0, min(method.query_chunk, longest)),  # dense
-        (min(first_selecting, longest - 1), min(first_selecting + 2, longest)),  # few candidates
-        (max(longest - method.query_chunk, 0), longest),  # a chunk and a tail
-        (longest - 1, longest),  # decoding
-        (0, min(2, longest)),  # a row of few queries
+    chunk = max(longest - 2, 0) // method.query_chunk * method.query_chunk
+    prompts = {  # first position, end, and how many of the last queries are of the tail
+        (0, min(method.query_chunk, longest), tail),  # dense
+        # A few queries of a tail, which share a tile, over few candidates.
+        (min(first_selecting, longest - 1), min(first_selecting + 2, longest), tail),
+        (max(longest - method.query_chunk, 0), longest, tail),  # a chunk and a tail
+        (chunk, min(chunk + 2, longest), 0),  # a chunk alone
+        (longest - 1, longest, tail),  # decoding
+        (0, min(2, longest), tail),  # a row of few queries
     }
     roles = [cache]
     if method.shares_selections:
         roles.append(replace(cache, selections=None, follows=True))
     block_table = torch.zeros((1, block_table_width), dtype=torch.int32, device=device)
-    for first, end in prompts:
+    for first, end, tail_len in prompts:
         length = end - first
         seq_lens = np.array([end], np.int32)
         plan = SelectionPlan.build(
             np.array([0, length], np.int32),
             seq_lens,
             BatchRequests.without_seats(
-                np.array([end - tail + method.tail_queries], np.int32), method.top_k
+                np.array([end - tail_len + method.tail_queries], np.int32), method.top_k
             ),
             method,
         )

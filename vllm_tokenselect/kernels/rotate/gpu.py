@@ -11,7 +11,6 @@ import triton.language as tl
 from vllm_tokenselect.kernels.gpu_launch import num_programs_wanted
 
 TOKENS_PER_STEP = 16
-MEANS_PER_PROGRAM = 16  # heads of mean queries
 
 
 def rotate_queries(
@@ -56,30 +55,12 @@ def rotate_queries(
     )
 
 
-def rotate_means(means: torch.Tensor, vote: torch.Tensor) -> None:
-    """Rotate mean queries fp32 [R, Hq, D], contiguous, in place; all by the line `Rotation.vote`."""
-    num_rows, num_heads, head_size = means.shape
-    num_means = num_rows * num_heads
-    if not num_means:
-        return
-    _rotate_means[(triton.cdiv(num_means, MEANS_PER_PROGRAM),)](
-        means,
-        vote,
-        num_means,
-        HEAD_SIZE=head_size,
-        HALF=len(vote) // 2,
-        PADDED_HALF=triton.next_power_of_2(len(vote) // 2),
-        MEANS=MEANS_PER_PROGRAM,
-        num_warps=4,
-    )
-
-
 @triton.jit
 def _rotate(source, target, cosine, sine, visible, HALF: tl.constexpr, PADDED_HALF: tl.constexpr):
-    """Rotate the heads that start at `source` into those at `target`, which may be the same.
+    """Rotate the heads that start at `source` into those at `target`.
 
     The pair `(a, b) = (x[i], x[HALF + i])` becomes `(a cos - b sin, b cos + a sin)`, as in
-    `reference.rotate`. A thread reads both elements before it writes them: no other waits for them.
+    `reference.rotate`.
     """
     pair = tl.arange(0, PADDED_HALF)[None, :]
     mask = visible[:, None] & (pair < HALF)
@@ -134,23 +115,3 @@ def _rotate_queries(
             mask = visible[:, None] & (rest < HEAD_SIZE)
             # [TOKENS, PADDED_REST]
             tl.store(target[:, None] + rest, tl.load(source[:, None] + rest, mask, 0.0), mask)
-
-
-@triton.jit(do_not_specialize=["num_means"])
-def _rotate_means(
-    means,
-    vote,
-    num_means,
-    HEAD_SIZE: tl.constexpr,
-    HALF: tl.constexpr,
-    PADDED_HALF: tl.constexpr,
-    MEANS: tl.constexpr,
-):
-    """Rotate some of the means' heads by one line of cosines and sines, as `reference.rotate`."""
-    mean = tl.program_id(0) * MEANS + tl.arange(0, MEANS)
-    pair = tl.arange(0, PADDED_HALF)[None, :]
-    # [1, PADDED_HALF]
-    cosine = tl.load(vote + pair, pair < HALF, 0.0)
-    sine = tl.load(vote + HALF + pair, pair < HALF, 0.0)
-    place = means + mean.to(tl.int64) * HEAD_SIZE
-    _rotate(place, place, cosine, sine, mean < num_means, HALF, PADDED_HALF)
