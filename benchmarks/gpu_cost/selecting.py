@@ -187,5 +187,6 @@ PRICES: dict[str, Price] = {
     "_count_exponents": count_exponents,
     "_count_mantissas": count_mantissas,
     "_write_table": write_table,
+    "_write_finished": write_table,
     "_finish": finish,
 }

@@ -296,11 +296,20 @@ def test_a_row_that_reuses_a_selection_is_neither_scored_nor_voted_on_nor_select
     for part in group.passes:
         step.score(group, part, query, server.cache, SCALE, server.workspace)
         step.vote(group, part, server.workspace)
-    step.build_table(group, server.cache, server.workspace)
+    apart = replace(group, single_rows=False)  # as a request with several rows is finished
+    step.build_table(apart, server.cache, server.workspace)
     assert server.workspace.scores.isnan().all()
     assert server.workspace.lengths[0] == 0
+    step.finish(apart, server.cache, server.workspace)
+    length = METHOD.n_init + METHOD.top_k + METHOD.n_local + 2
+    assert server.workspace.lengths[0] == length
+    slots = server.workspace.slots[:length].clone()
+    server.workspace.slots.zero_()
+    server.workspace.lengths.zero_()
+    step.build_table(group, server.cache, server.workspace)
     step.finish(group, server.cache, server.workspace)
-    assert server.workspace.lengths[0] == METHOD.n_init + METHOD.top_k + METHOD.n_local + 2
+    assert server.workspace.lengths[0] == length
+    assert torch.equal(server.workspace.slots[:length], slots)
 
 
 def test_without_a_cache_everything_selects_and_is_counted():

@@ -109,6 +109,7 @@ def launches(architecture: int) -> Iterator[tuple[str, Callable[[], object]]]:
     from vllm_tokenselect.kernels.rotate.gpu import rotate_queries
     from vllm_tokenselect.kernels.score.gpu import Scores, score_paged_keys, tile_rows
     from vllm_tokenselect.kernels.selection_cache.gpu import RowArrays, decide_rows, finish_rows
+    from vllm_tokenselect.kernels.selection_cache.gpu_table import build_finished_table
     from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
     from vllm_tokenselect.kernels.vote.gpu import soft_vote
 
@@ -121,7 +122,7 @@ def launches(architecture: int) -> Iterator[tuple[str, Callable[[], object]]]:
         )
 
     rows, width, tokens, scale = 64, 4096, 512, torch.ones(1)
-    arrays = RowArrays(*[ints(rows)] * 9, ints(rows, 4))
+    arrays = RowArrays(*[ints(rows)] * 10, ints(rows, 4))
 
     def scores_of(num_rows: int, heads: int) -> Scores:
         parts = torch.zeros(num_rows, heads, 64)
@@ -172,6 +173,21 @@ def launches(architecture: int) -> Iterator[tuple[str, Callable[[], object]]]:
                 ),
             )
         for state in (None, selections(28, 128)):
+            yield (
+                f"B{block_size}, finished{'' if state else ', counts only'}",
+                lambda b=block_size, s=state, t=slots, c=scratch: build_finished_table(
+                    votes=torch.zeros(rows, width),
+                    block_table=ints(8, 256),
+                    rows=arrays,
+                    n_init=128,
+                    block_size=b,
+                    table=SparseBlockTable(t, ints(rows)),
+                    scratch=c,
+                    counted=True,
+                    state=s,
+                    counters=torch.zeros(len(Counter), dtype=torch.int64),
+                ),
+            )
             yield (
                 f"B{block_size}{', counts only' if state is None else ''}",
                 lambda b=block_size, s=state, t=slots: finish_rows(

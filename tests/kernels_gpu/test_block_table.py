@@ -8,7 +8,13 @@ from vllm_tokenselect.kernels.block_table import gpu, gpu_digits, reference
 from vllm_tokenselect.method.settings import FULL_ATTENTION
 
 UNTOUCHED = -7
-PART = gpu_digits.PART_TOKENS
+PART = 1024
+
+
+@pytest.fixture(autouse=True)
+def short_parts(monkeypatch: pytest.MonkeyPatch):
+    """An emulator takes as long as a part is."""
+    monkeypatch.setattr(gpu_digits, "PART_TOKENS", PART)
 
 
 def scratch_for(rows: int, width: int) -> gpu.TableScratch:

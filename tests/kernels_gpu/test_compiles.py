@@ -35,6 +35,7 @@ def test_kernels_compile_and_fit(architecture: int):
         "_count_exponents",
         "_count_mantissas",
         "_write_table",
+        "_write_finished",
         "attend_split",
     ):
         assert kernel in done.stdout

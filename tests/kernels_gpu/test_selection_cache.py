@@ -50,6 +50,7 @@ class Rows:
             query_len=self.query_len,
             top_k=self.top_k,
             seat=self.seat,
+            cached_seat=torch.where(self.caches, self.seat, -1),
             candidate_end=self.candidate_end,
             context_end=self.context_end,
             scored_end=scored_end,

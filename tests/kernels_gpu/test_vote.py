@@ -11,7 +11,13 @@ from vllm_tokenselect.kernels.block_table.reference import order_keys
 from vllm_tokenselect.kernels.score.gpu import NUM_PARTS, Scores
 from vllm_tokenselect.kernels.vote import gpu, reference
 
-PART, START, UNTOUCHED = gpu_digits.PART_TOKENS, 19, -7
+PART, START, UNTOUCHED = 1024, 19, -7
+
+
+@pytest.fixture(autouse=True)
+def short_parts(monkeypatch: pytest.MonkeyPatch):
+    """An emulator takes as long as a part is."""
+    monkeypatch.setattr(gpu_digits, "PART_TOKENS", PART)
 
 
 def scores_of(logits: torch.Tensor, candidates: list[int]) -> Scores:
@@ -69,13 +75,17 @@ def test_a_nan_among_the_scores_is_counted_as_the_lowest_vote():
     assert exponents[0, 0, 0] == 1
 
 
-def test_a_row_votes_the_same_bits_beside_any_neighbors_and_wherever_counts_go():
+def test_votes_need_not_be_counted():
+    logits = torch.randn(1, 9, 400, device=DEVICE)
+    votes, exponents = vote(scores_of(logits, [400]), counts=False)
+    torch.testing.assert_close(votes, reference.soft_vote(logits))
+    assert (exponents == UNTOUCHED).all()
+
+
+def test_a_row_votes_the_same_bits_beside_any_neighbors():
     candidates = [PART + 70, 0, 90, 2 * PART]
     logits = torch.randn(4, 9, 2 * PART + 64, device=DEVICE)
     votes, exponents = vote(scores_of(logits, candidates))
-    uncounted, untouched = vote(scores_of(logits, candidates), counts=False)
-    assert torch.equal(votes.nan_to_num(), uncounted.nan_to_num())
-    assert (untouched == UNTOUCHED).all()
     for row, count in enumerate(candidates):
         alone, counted = vote(scores_of(logits[row : row + 1], [count]))
         assert torch.equal(alone[0].nan_to_num(), votes[row].nan_to_num())

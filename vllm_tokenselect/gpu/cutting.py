@@ -57,6 +57,7 @@ class GroupCut:
     queries: slice
     query_start_loc: Int32
     chains: Int32
+    single_rows: bool
     passes: tuple[ScorePass[Int32], ...]
     width: int
     max_query_len: int
@@ -82,6 +83,7 @@ def cut_step(plan: SelectionPlan, limits: StepLimits) -> list[GroupCut]:
             classes = (Tiles(single, 1), Tiles(shared, most_rows))
             tiles = tuple(each for each in classes if len(each.table))
             passes.append(ScorePass(start - first, end - first, tiles))
+        chains = _chain_runs(plan, first, last)
         queries = slice(
             int(plan.query_start[first]),
             int(plan.query_start[last - 1] + plan.query_len[last - 1]),
@@ -93,7 +95,8 @@ def cut_step(plan: SelectionPlan, limits: StepLimits) -> list[GroupCut]:
                 follows=follows,
                 queries=queries,
                 query_start_loc=_query_start_loc(plan, first, last, queries),
-                chains=_chain_runs(plan, first, last),
+                chains=chains,
+                single_rows=int(chains[:, 1].max(initial=0)) <= 1,
                 passes=tuple(part for part in passes if part.tiles),
                 width=width,
                 max_query_len=int(plan.query_len[first:last].max()),
@@ -131,6 +134,7 @@ def cut_graph_step(
                 queries=queries,
                 query_start_loc=_query_start_loc(plan, first, last, queries),
                 chains=_padded(chains, last - first if limits.method.reuses_selections else 0),
+                single_rows=queries_per_request == 1,
                 passes=tuple(passes),
                 width=limits.max_width,
                 max_query_len=queries_per_request,

@@ -69,6 +69,7 @@ def count_launches(
         vote = len(passes)
         # Votes that are exchanged are counted behind it.
         build_table = selects * together + num_launches(selects, counted=not together)
-        finish = 1
+        # Where no request has several rows, the kernel that writes the table finishes.
+        finish = method.reuses_selections and queries_per_request > 1
         launches += decide + score + vote + build_table + finish + attend
     return launches

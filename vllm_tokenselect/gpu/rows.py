@@ -31,6 +31,7 @@ class RowGroup(RowArrays):
         first: the first of them in the step.
         follows: whether its rows attend to what an anchor selects in every layer that follows it; their
             lines of the sparse block table are kept for the step.
+        single_rows: whether no chain has several rows.
         queries: which of the step's queries are the group's, on the host; fixed for a captured step. Where
             every row has one query, query `r` of the group is row `r`'s.
         query_start_loc: int32 [R + 1], where the queries of each row start among the group's.
@@ -44,6 +45,7 @@ class RowGroup(RowArrays):
 
     first: int
     follows: bool
+    single_rows: bool
     queries: slice
     query_start_loc: torch.Tensor
     passes: tuple[ScorePass[torch.Tensor], ...]
@@ -143,12 +145,14 @@ def _groups(cuts: list[GroupCut], rows: DeviceRows, limits: StepLimits) -> list[
                 query_len=rows.query_len[first:last],
                 top_k=rows.top_k[first:last],
                 seat=rows.seat[first:last],
+                cached_seat=rows.cached_seat[first:last],
                 candidate_end=candidate_end,
                 context_end=context_end,
                 scored_end=scored_end,
                 table_end=table_end,
                 reused_end=reused_end,
                 chains=rows.chains[first:][: len(cut.chains)],
+                single_rows=cut.single_rows,
                 passes=tuple(_score_pass(part, rows.tiles[first:]) for part in cut.passes),
                 width=cut.width,
                 query_starts=cut.query_start_loc[:-1],

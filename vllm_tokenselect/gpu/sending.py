@@ -17,9 +17,9 @@ from vllm_tokenselect.method.plan import SelectionPlan
 from vllm_tokenselect.method.requests import NO_SEAT, Int32
 from vllm_tokenselect.method.settings import FULL_ATTENTION, Method
 
-# Entries of what the host sends of a row: six numbers, a tile, a chain and where its queries start (one
+# Entries of what the host sends of a row: seven numbers, a tile, a chain and where its queries start (one
 # more for each group, of which there are no more than rows); and of what the device computes of it.
-FIELDS, SENT_FIELDS, COMPUTED = 6, 6 + 3 + 4 + 2, 6
+FIELDS, SENT_FIELDS, COMPUTED = 7, 7 + 3 + 4 + 2, 6
 
 
 class RowBuffers:
@@ -48,6 +48,7 @@ class DeviceRows(NamedTuple):
     query_len: torch.Tensor
     top_k: torch.Tensor
     seat: torch.Tensor
+    cached_seat: torch.Tensor
     ends: torch.Tensor
     tiles: torch.Tensor
     chains: torch.Tensor
@@ -70,7 +71,7 @@ def pack_rows(
     """
     packed = np.zeros(SENT_FIELDS * _field_size(num_rows), np.int32)
     fields, tiles, chains, starts = _split(packed, num_rows)
-    row_seq, query_len, after, top_k, dense_end, seat = fields
+    row_seq, query_len, after, top_k, dense_end, seat, cached_seat = fields
     rows = slice(plan.num_rows)
     row_seq[rows] = plan.row_seq
     query_len[rows] = plan.query_len
@@ -79,6 +80,8 @@ def pack_rows(
     dense_end[rows] = plan.generated * method.min_context
     seat[:] = NO_SEAT
     seat[rows] = plan.seat
+    cached_seat[:] = NO_SEAT
+    cached_seat[rows] = np.where(plan.caches, plan.seat, NO_SEAT)
     for number, group in enumerate(groups):
         chains[group.first :][: len(group.chains)] = group.chains
         starts[group.first + number :][: len(group.query_start_loc)] = group.query_start_loc
@@ -103,7 +106,7 @@ def send_rows(
     sent = buffers.sent[: len(source)]
     sent.copy_(source, non_blocking=True)
     fields, tiles, chains, starts = _split(sent, num_rows)
-    row_seq, query_len, after, top_k, dense_end, seat = fields
+    row_seq, query_len, after, top_k, dense_end, seat, cached_seat = fields
     # As `SelectionPlan.build`, of the real lengths: `after` is how far a row ends before its request does.
     context_end = (seq_lens[row_seq.long()] - after) * (query_len > 0)
     if method.min_context:
@@ -115,7 +118,17 @@ def send_rows(
     computed = buffers.computed[: COMPUTED * len(row_seq)].view(COMPUTED, -1)
     ends = candidate_end, context_end, scored_end, context_end, reused_end
     torch.stack([*ends, top_k], out=computed)
-    return DeviceRows(row_seq, query_len, computed[5], seat, computed[:5], tiles, chains, starts)
+    return DeviceRows(
+        row_seq,
+        query_len,
+        computed[5],
+        seat,
+        cached_seat,
+        computed[:5],
+        tiles,
+        chains,
+        starts,
+    )
 
 
 def _field_size(num_rows: int) -> int:

@@ -22,6 +22,7 @@ from vllm_tokenselect.kernels.mean_query.gpu import mean_queries
 from vllm_tokenselect.kernels.rotate.gpu import rotate_queries
 from vllm_tokenselect.kernels.score.gpu import score_paged_keys
 from vllm_tokenselect.kernels.selection_cache.gpu import decide_rows, finish_rows
+from vllm_tokenselect.kernels.selection_cache.gpu_table import build_finished_table
 from vllm_tokenselect.kernels.vote.gpu import soft_vote
 
 
@@ -152,32 +153,51 @@ class GpuStep:
         soft_vote(buffers.scores, buffers.votes, exponents)
 
     def build_table(self, group: RowGroup, cache: LayerCache, workspace: Workspace) -> None:
-        """Fill the workspace's sparse block table, but for rows that reuse a selection."""
+        """Fill the group's lines of the sparse block table, but for rows that reuse a selection.
+
+        Where no request has several rows, the kernel that writes them does what `finish` does too.
+        """
         votes = workspace.votes(group) if group.passes else None  # without passes no row may select
         if votes is not None and workspace.heads is not None:
             # Behind a row's candidates lies what was there before, and stays unread when summed.
             votes = workspace.heads.sum_votes(votes)
-        table = workspace.table_of(group)
+        table, scratch = workspace.table_of(group), workspace.table_scratch
+        counted = workspace.heads is None
+        n_init, block_size = workspace.limits.method.n_init, cache.pages.shape[3]
+        if _finishes_while_writing(group, cache):
+            build_finished_table(
+                votes,
+                self.block_table,
+                group,
+                n_init,
+                block_size,
+                table,
+                scratch,
+                counted,
+                cache.selections,
+                workspace.counters,
+                _counted_followers(group, cache),
+            )
+            return
         build_sparse_block_table(
             votes,
             self.block_table,
             group.row_seq,
-            workspace.limits.method.n_init,
+            n_init,
             group.top_k,
             group.scored_end,
             group.table_end,
-            cache.pages.shape[3],
+            block_size,
             table.slots,
             table.lengths,
-            workspace.table_scratch,
-            counted=workspace.heads is None,
+            scratch,
+            counted,
         )
 
     def finish(self, group: RowGroup, cache: LayerCache, workspace: Workspace) -> None:
-        """Fill in the rows that reuse a selection, remember the others', and count all.
-
-        An anchor also counts what its followers do for groups that follow: they launch nothing that could.
-        """
+        """Fill in the rows that reuse a selection, remember the others', and count all."""
+        if _finishes_while_writing(group, cache):
+            return
         finish_rows(
             group,
             self.block_table,
@@ -186,7 +206,7 @@ class GpuStep:
             cache.selections,
             workspace.table_of(group),
             workspace.counters,
-            cache.followers if group.follows else 0,
+            _counted_followers(group, cache),
         )
 
     def attend(
@@ -223,3 +243,13 @@ class GpuStep:
                 )
                 asking = rotated
             attention(asking, cache, part, own, scale, out[queries])
+
+
+def _finishes_while_writing(group: RowGroup, cache: LayerCache) -> bool:
+    """Whether no row reads what another one leaves in the Selection Cache."""
+    return cache.selections is None or group.single_rows
+
+
+def _counted_followers(group: RowGroup, cache: LayerCache) -> int:
+    """Layers that an anchor counts too: for groups that follow, they launch nothing that could."""
+    return cache.followers if group.follows else 0

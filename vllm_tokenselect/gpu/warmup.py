@@ -71,6 +71,11 @@ def compile_gpu_kernels(
             groups = step_rows(plan, seq_lens, device_lens, limits)
         head_size = cache.pages.shape[-1]
         query = torch.zeros((length, limits.num_heads, head_size), dtype=dtype, device=device)
-        step = GpuStep(groups, block_table)
-        for each in roles:
-            step.run_layer(query, each, 1.0, workspace, attention, torch.empty_like(query))
+        steps = [GpuStep(groups, block_table)]
+        if method.reuses_selections and length == 1:
+            # A request with several generated tokens in a step finishes its rows by a kernel of its own.
+            chained = [replace(group, single_rows=False) for group in groups]
+            steps.append(GpuStep(chained, block_table))
+        for step in steps:
+            for each in roles:
+                step.run_layer(query, each, 1.0, workspace, attention, torch.empty_like(query))

@@ -49,6 +49,7 @@ class RowArrays:
             selection nor becomes the last. Where rows of a chain select, its last one does.
         seat: int32 [R], of the row's request; -1 for a padded row and where there is no request: it does
             not count.
+        cached_seat: int32 [R], the same of a row that takes part; -1 of any other.
         candidate_end: int32 [R], `a - n_local`.
         context_end: int32 [R], `b`; 0 for a padded row.
         scored_end: int32 [R], where the candidates end that are scored: `candidate_end` of a row that
@@ -67,6 +68,7 @@ class RowArrays:
     query_len: torch.Tensor
     top_k: torch.Tensor
     seat: torch.Tensor
+    cached_seat: torch.Tensor
     candidate_end: torch.Tensor
     context_end: torch.Tensor
     scored_end: torch.Tensor
@@ -254,7 +256,7 @@ def _decide(
 
 
 @triton.jit
-def _add_counts(
+def add_counts(
     row_seats,
     query_len,
     top_k,
@@ -288,13 +290,13 @@ def _add_counts(
         hidden = queries * (queries - 1) // 2
         attended = tl.where(counts, queries * length - hidden, 0)
         context = tl.where(counts, queries * context_end - hidden, 0)
-        tl.atomic_add(counters + RESELECTED, tl.sum(selects.to(tl.int64), 0))
-        tl.atomic_add(counters + REUSED, tl.sum(reuses.to(tl.int64), 0))
+        tl.atomic_add(counters + RESELECTED, tl.sum(selects.to(tl.int64), 0), sem="relaxed")
+        tl.atomic_add(counters + REUSED, tl.sum(reuses.to(tl.int64), 0), sem="relaxed")
         shared = (selects | reuses).to(tl.int64) * followers
-        tl.atomic_add(counters + SHARED, tl.sum(shared, 0))
-        tl.atomic_add(counters + DENSE, tl.sum(dense.to(tl.int64), 0) * layers)
-        tl.atomic_add(counters + ATTENDED, tl.sum(attended, 0) * layers)
-        tl.atomic_add(counters + CONTEXT, tl.sum(context, 0) * layers)
+        tl.atomic_add(counters + SHARED, tl.sum(shared, 0), sem="relaxed")
+        tl.atomic_add(counters + DENSE, tl.sum(dense.to(tl.int64), 0) * layers, sem="relaxed")
+        tl.atomic_add(counters + ATTENDED, tl.sum(attended, 0) * layers, sem="relaxed")
+        tl.atomic_add(counters + CONTEXT, tl.sum(context, 0) * layers, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=ROW_ARRAYS + END_ARRAYS)
@@ -330,7 +332,7 @@ def _finish(
     piece, which = tl.program_id(0), tl.program_id(1)
     if which == tl.num_programs(1) - 1:
         if piece == 0:
-            _add_counts(
+            add_counts(
                 row_seats,
                 query_len,
                 top_k,
