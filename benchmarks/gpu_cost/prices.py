@@ -55,5 +55,5 @@ def added(*costs: Cost) -> Cost:
 
 
 def histogram_cycles(votes: int, bits: int) -> float:
-    """Cycles in which a program counts how often each digit of so many bits occurs; 0 bits are none."""
-    return (votes << bits) / HISTOGRAM_PAIRS_PER_CYCLE if bits else 0.0
+    """Cycles in which a program counts how often each digit of so many bits occurs."""
+    return (votes << bits) / HISTOGRAM_PAIRS_PER_CYCLE

@@ -72,10 +72,9 @@ def soft_vote(launch: Launch, rows: Rows, gpu: Gpu) -> Cost:
     counted = stored(4.0 * own.sum() * heads, gpu)
     # The largest score and the sum of every part, by each program.
     sums = 2 * 4.0 * working * heads * launch["PARTS"]
-    steps, counting = steps_of(own.max(initial=0), launch), 0.0
-    if "STEP" in launch.arguments:  # a program has one part, and goes through the heads
-        steps *= ceil(heads / launch["STEP"])
-        counting = parts_cycles(launch, own, EXPONENT_BITS)
+    # A program has one part of a row, and goes through the heads.
+    steps = ceil(heads / launch["STEP"]) if own.any() else 0
+    counting = parts_cycles(launch, own, EXPONENT_BITS)
     return Cost(
         hbm_bytes=counted.hbm_bytes,
         l2_bytes=counted.l2_bytes + sums + 4.0 * own.sum(),
@@ -85,23 +84,10 @@ def soft_vote(launch: Launch, rows: Rows, gpu: Gpu) -> Cost:
     )
 
 
-def zero(launch: Launch, rows: Rows, gpu: Gpu) -> Cost:
-    return Cost(l2_bytes=float(launch["out"].nbytes))
-
-
 def selecting(launch: Launch) -> Int64:
     """Candidates of the rows that select, 0 of others, int64 [R]."""
     candidates = values(launch["candidate_ends"]) - launch["n_init"]
     return np.where(candidates > values(launch["top_k"]), candidates, 0)
-
-
-def votes_cost(launch: Launch, own: Int64, histogram_bits: int, gpu: Gpu) -> Cost:
-    """Of one reading of the votes, with a histogram of digits of so many bits; 0 for none."""
-    steps = steps_of(own.max(initial=0), launch)
-    counting = histogram_cycles(steps * launch["TOKENS"], histogram_bits)
-    cycles = steps * STEP_CYCLES + counting
-    working = working_on(own, launch)
-    return stored(4.0 * own.sum(), gpu, cycles=cycles, working=working)
 
 
 def written_cost(launch: Launch, rows: Rows) -> Cost:
@@ -113,25 +99,6 @@ def written_cost(launch: Launch, rows: Rows) -> Cost:
     traffic = 2.0 * INT32 * tokens.sum()
     steps, working = steps_of(longest, launch), working_on(tokens, launch)
     return Cost(l2_bytes=traffic, cycles=steps * STEP_CYCLES, working=working)
-
-
-def build(launch: Launch, rows: Rows, gpu: Gpu) -> Cost:
-    own, bits = selecting(launch), (launch["BITS_0"], launch["BITS_1"], 0)
-    return added(*(votes_cost(launch, own, each, gpu) for each in bits), written_cost(launch, rows))
-
-
-def count_digit(launch: Launch, rows: Rows, gpu: Gpu) -> Cost:
-    bits = launch["BITS_1"] if launch["DIGIT"] else launch["BITS_0"]
-    return votes_cost(launch, selecting(launch), bits, gpu)
-
-
-def count_kept(launch: Launch, rows: Rows, gpu: Gpu) -> Cost:
-    return votes_cost(launch, selecting(launch), 0, gpu)
-
-
-def write_parts(launch: Launch, rows: Rows, gpu: Gpu) -> Cost:
-    own = selecting(launch)
-    return added(votes_cost(launch, own, 0, gpu), written_cost(launch, rows))
 
 
 def parts_cycles(launch: Launch, own: Int64, bits: int) -> float:
@@ -151,10 +118,6 @@ def digits_cost(launch: Launch, counts: str, gpu: Gpu) -> Cost:
         stored(4.0 * own.sum(), gpu, cycles=steps * STEP_CYCLES, working=int(parts.sum())),
         Cost(l2_bytes=float((parts * parts).sum()) * line),
     )
-
-
-def count_exponents(launch: Launch, rows: Rows, gpu: Gpu) -> Cost:
-    return votes_cost(launch, selecting(launch), EXPONENT_BITS, gpu)
 
 
 def count_mantissas(launch: Launch, rows: Rows, gpu: Gpu) -> Cost:
@@ -179,12 +142,6 @@ PRICES: dict[str, Price] = {
     "_score": score,
     "score_tile": score,
     "_soft_vote": soft_vote,
-    "aten::zero_": zero,
-    "_build": build,
-    "_count_digit": count_digit,
-    "_count_kept": count_kept,
-    "_write_parts": write_parts,
-    "_count_exponents": count_exponents,
     "_count_mantissas": count_mantissas,
     "_write_table": write_table,
     "_write_finished": write_table,
