@@ -32,6 +32,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--architecture", type=int, choices=ARCHITECTURES, default=90)
     parser.add_argument("--launches", action="store_true", help="compile nothing")
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        default=[""],
+        help="beginnings of names of kernels' variants, such as B16 D128 H28/4 (default: all)",
+    )
     parser.add_argument("--against", type=Path, help="file of an earlier run, to stand beside")
     parser.add_argument("--json", type=Path, help="write every count to this file")
     args, console = parser.parse_args(argv), wide_console()
@@ -47,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         "kernels": [],
     }
     console.print(layer_table(report, earlier))
-    for kernel in () if args.launches else kernels(args.architecture):
+    for kernel in () if args.launches else kernels(args.architecture, tuple(args.variants)):
         console.print(f"{kernel['kernel']:16} {kernel['variant']}", style="dim", highlight=False)
         report["kernels"].append(kernel)
         write_json(args.json, report)

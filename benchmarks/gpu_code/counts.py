@@ -37,10 +37,16 @@ def layers() -> Iterator[dict[str, Any]]:
         }
 
 
-def kernels(architecture: int) -> Iterator[dict[str, Any]]:
-    """Every kernel in the shapes that are served, compiled; one that two shapes share comes once."""
+def kernels(architecture: int, variants: tuple[str, ...] = ("",)) -> Iterator[dict[str, Any]]:
+    """Every kernel in the shapes that are served, compiled; one that two shapes share comes once.
+
+    Args:
+        variants: beginnings of the names of those that are compiled.
+    """
     seen: set[str] = set()
     for variant, launch in launches(architecture):
+        if not variant.startswith(variants):
+            continue
         compiled: list[Any] = []
         with compiling_for(architecture, compiled):
             launch()
