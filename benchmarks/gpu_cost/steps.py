@@ -15,6 +15,7 @@ import torch
 from benchmarks.attention.cases import BLOCK_SIZE, PREFILL_QUERIES, Work
 from benchmarks.gpu_cost.recording import Launch, recording
 from vllm_tokenselect.config import TokenSelectConfig
+from vllm_tokenselect.gpu.decoding_attention import DecodingAttention, make_scratch
 from vllm_tokenselect.gpu.flash_attention import PagedFlashAttention
 from vllm_tokenselect.gpu.limits import StepLimits
 from vllm_tokenselect.gpu.rows import RowGroup, graph_rows, step_rows
@@ -116,11 +117,13 @@ def record_layer(case: Case, multiprocessors: int) -> list[GroupLaunches]:
     out = torch.empty(query.shape, dtype=query.dtype, device=META)
     blocks = -(-case.max_model_len // BLOCK_SIZE)
     block_table = torch.empty((work.batch, blocks), dtype=torch.int32, device=META)
+    scratch = make_scratch(limits, shape.head_size, META)
     recorded = []
     for group in groups:
         step = GpuStep([group], block_table)
         with recording(multiprocessors) as recorder:
-            attention = PagedFlashAttention(recorder.flash_attention)
+            library = PagedFlashAttention(recorder.flash_attention)
+            attention = DecodingAttention(library, scratch)
             step.run_layer(query, cache, shape.scale, workspace, attention, out)
         rows = rows_of(case, plan, group)
         passes = 0 if cache.follows and group.follows else len(group.passes)

@@ -3,6 +3,7 @@
 import itertools
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -13,13 +14,13 @@ from benchmarks.gpu_cost.gpu import Cost, Gpu
 from benchmarks.gpu_cost.kernels import PRICES, UnknownKernel, cost_of
 from benchmarks.gpu_cost.recording import Launch, recording
 from benchmarks.gpu_cost.steps import ROLES, Case, Role, method_of, record_layer
+from vllm_tokenselect.gpu.decoding_attention import count_attending
 from vllm_tokenselect.gpu.graph_size import count_launches
 from vllm_tokenselect.method.settings import Method
 
 K = 1024
 QWEN2, LLAMA, QWEN3 = SHAPES
 GPU = Gpu()
-FLASH_LAUNCHES = 3
 
 
 def case(
@@ -57,9 +58,9 @@ def test_a_kernel_without_a_price_is_an_error():
 def test_the_launches_of_a_captured_step_are_those_that_are_counted_ahead(role, batch):
     step = case(role, batch=batch, shape=QWEN3)
     found = figures(step, GPU)
-    follows = role == "following"
+    follows, attending = role == "following", partial(count_attending, step.limits, 128)
     with recording(int(GPU.multiprocessors)):
-        ahead = count_launches(step.limits, batch, 1, lambda rows: FLASH_LAUNCHES, follows=follows)
+        ahead = count_launches(step.limits, batch, 1, attending, follows=follows)
     assert found["launches"] == ahead
 
 
