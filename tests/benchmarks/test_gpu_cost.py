@@ -36,15 +36,17 @@ def case(
     return Case(work, role, captured, max_model_len, method_of(role, Method()))
 
 
-def test_the_model_knows_the_kernels_that_layers_launch_and_no_others():
+def test_the_model_knows_every_kernel_that_a_layer_launches():
     launched = set()
     for shape, role in itertools.product(SHAPES, ROLES):
         steps = [case(role, batch=n, captured=c, shape=shape) for n, c in ((1, False), (32, True))]
         if role in ("reselecting", "dense"):
-            steps.append(case(role, 32 * K, queries=8 * K, captured=False, shape=shape))
+            steps += [
+                case(role, 32 * K, queries=n, captured=False, shape=shape) for n in (512, 8 * K)
+            ]
         groups = [group for step in steps for group in record_layer(step, 132)]
         launched |= {launch.kernel for group in groups for launch in group.launches}
-    assert launched == set(PRICES)
+    assert launched <= set(PRICES)
 
 
 def test_a_kernel_without_a_price_is_an_error():
