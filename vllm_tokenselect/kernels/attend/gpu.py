@@ -176,5 +176,7 @@ def attend_rows(
             HAS_SINKS=sinks is not None,
             CAPPED=soft_cap > 0,
             num_warps=num_warps,
-            num_stages=3,
+            # Keys wait for slots: four stages ahead are two steps of keys and values. There is no room
+            # for two of rotated keys, which come with their partners and angles.
+            num_stages=5 if cos_sin is None else 3,
         )
