@@ -229,7 +229,8 @@ TABLE = (
 )
 
 _WORDS = (
-    r"(?:::\w+)?(?:\.(?:relaxed|acquire|release|acq_rel|weak|volatile|nc|cta|gpu|sys|\w*::\w+))*"
+    r"(?:::\w+)?(?:\.(?:relaxed|acquire|release|acq_rel|weak|volatile|nc|ca|cg|cs|wb|wt"
+    r"|cta|gpu|sys|\w*::\w+))*"
 )
 _CLASSES = {
     "int": "[su](?:16|32|64)",

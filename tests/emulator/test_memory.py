@@ -32,6 +32,7 @@ def arrays(count: int = 32, dtype=np.uint32) -> tuple[np.ndarray, np.ndarray]:
             16,
         ),
         ("ld.acquire.gpu.global.b32 %r10, [%rd11]", "st.global.b32 [%rd12], %r10", 4),
+        ("ld.global.cg.b32 %r10, [%rd11]", "st.global.wb.b32 [%rd12], %r10", 4),
     ],
 )
 def test_what_is_loaded_is_stored(load: str, store: str, size: int):
