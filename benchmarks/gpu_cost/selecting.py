@@ -129,6 +129,12 @@ def write_table(launch: Launch, rows: Rows, gpu: Gpu) -> Cost:
     return added(digits_cost(launch, "mantissas", gpu), written_cost(launch, rows))
 
 
+def write_finished(launch: Launch, rows: Rows, gpu: Gpu) -> Cost:
+    """Rows that reuse a selection are written too, and those that select also keep theirs."""
+    kept = np.count_nonzero(selecting(launch)) * launch["selected_stride"]
+    return added(write_table(launch, rows, gpu), Cost(l2_bytes=float(INT32 * kept)))
+
+
 def finish(launch: Launch, rows: Rows, gpu: Gpu) -> Cost:
     chains = launch.grid[1] - 1
     # The stored selection is read, and the line or the selection written.
@@ -145,5 +151,6 @@ PRICES: dict[str, Price] = {
     "_count_mantissas": count_mantissas,
     "_write_table": write_table,
     "_write_finished": write_table,
+    "_write_finished": write_finished,
     "_finish": finish,
 }
