@@ -150,7 +150,6 @@ PRICES: dict[str, Price] = {
     "_soft_vote": soft_vote,
     "_count_mantissas": count_mantissas,
     "_write_table": write_table,
-    "_write_finished": write_table,
     "_write_finished": write_finished,
     "_finish": finish,
 }
