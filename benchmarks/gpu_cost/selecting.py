@@ -145,7 +145,6 @@ def finish(launch: Launch, rows: Rows, gpu: Gpu) -> Cost:
 PRICES: dict[str, Price] = {
     "_decide": decide,
     "_mean_queries": mean_queries,
-    "_score": score,
     "score_tile": score,
     "_soft_vote": soft_vote,
     "_count_mantissas": count_mantissas,
