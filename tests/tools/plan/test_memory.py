@@ -8,6 +8,7 @@ import torch
 from tests.tools.plan.sized import server, tiny_model
 from vllm_tokenselect.gpu import attention
 from vllm_tokenselect.gpu.attention import GatherBuffer
+from vllm_tokenselect.gpu.decoding_attention import make_scratch
 from vllm_tokenselect.gpu.workspace import Workspace
 from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
 from vllm_tokenselect.method.settings import SettingsError
@@ -65,6 +66,7 @@ def test_predicted_bytes_are_those_of_buffers_on_a_real_device(tmp_path, monkeyp
     assert buffers.selection_cache == stored_bytes(*layers)
     gathered = GatherBuffer(rank.num_kv_heads, rank.head_size, asked.dtype, limits.table_width, CPU)
     assert buffers.gather_buffer == (stored_bytes(gathered) if name == "reassigned" else 0)
+    assert buffers.partial_outputs == stored_bytes(make_scratch(limits, rank.head_size, CPU))
 
 
 def test_memory_adds_up_to_what_may_be_used(tmp_path):
@@ -155,6 +157,7 @@ def test_only_what_cannot_be_attended_in_place_needs_a_gather_buffer(tmp_path, c
     asked = server(**changed)
     (memory,) = memory_of(tiny_model(tmp_path), asked)
     assert asked.attends_in_place == in_place
+    assert asked.decodes_in_place == (in_place or asked.config.attention == "auto")
     assert (memory.buffers.gather_buffer == 0) == in_place
     assert step_limits(asked, RankShape(8, 2, 16)).full_attention == in_place
 

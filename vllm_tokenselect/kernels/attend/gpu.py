@@ -117,8 +117,11 @@ def attend_rows(
     group = num_heads // num_kv_heads
     lines = max(triton.next_power_of_2(group), SMALLEST_PRODUCT)
     padded_size = max(triton.next_power_of_2(head_size), 16)
-    # fp8 is widened in registers.
-    token_bytes = 2 * padded_size * max(kv_cache.dtype.itemsize, 2)
+    # fp8 is widened in registers, and rotated keys come with their partners and angles, in fp32 ones.
+    element_bytes = max(kv_cache.dtype.itemsize, 2)
+    if cos_sin is not None:
+        element_bytes *= 4 if is_fp8(kv_cache.dtype) else 2
+    token_bytes = 2 * padded_size * element_bytes
     tokens = min(max(STEP_BYTES // token_bytes, SMALLEST_PRODUCT), TOKENS_PER_STEP)
     num_warps = 8 if lines * padded_size > 4096 else 4
     members = triton.next_power_of_2(group)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 
 from vllm_tokenselect.gpu.attention import GatherBuffer
+from vllm_tokenselect.gpu.decoding_attention import make_scratch
 from vllm_tokenselect.gpu.graph_size import largest_graph
 from vllm_tokenselect.gpu.limits import StepLimits
 from vllm_tokenselect.gpu.workspace import Workspace
@@ -40,7 +41,8 @@ class Buffers:
         selection_cache: of the stage's layers, a line for each of `max_num_seqs` requests.
         workspace: scores, votes and mean queries of a group of rows, shared by the layers.
         sparse_block_table: of a group of rows, shared by the layers.
-        gather_buffer: keys and values of a few rows; 0 if attention reads them in the cache.
+        gather_buffer: keys and values of a few rows; 0 if a library reads them in the cache.
+        partial_outputs: of the own attention; 0 where a library attends all rows.
         block_tables: vLLM's, two of `max_num_seqs` times the longest context.
         activations: of the largest step, or of its logits. A guess.
         reserve: for CUDA, NCCL and CUDA graphs. A guess.
@@ -51,6 +53,7 @@ class Buffers:
     workspace: int
     sparse_block_table: int
     gather_buffer: int
+    partial_outputs: int
     block_tables: int
     activations: int
     reserve: int
@@ -153,6 +156,7 @@ def _buffers(
         workspace=workspace.num_bytes - table,
         sparse_block_table=table,
         gather_buffer=0 if server.attends_in_place else _gather_buffer(server, rank, limits),
+        partial_outputs=_partial_outputs(server, rank, limits),
         block_tables=2 * 4 * server.max_num_seqs * _pages(server, None),
         activations=_activations(model, server, layout, stage),
         reserve=server.reserve,
@@ -192,6 +196,12 @@ def _gather_buffer(server: PlannedServer, rank: RankShape, limits: StepLimits) -
     buffer = GatherBuffer(rank.num_kv_heads, rank.head_size, server.dtype, limits.table_width, META)
     size: int = buffer.keys.nbytes + buffer.values.nbytes
     return size
+
+
+def _partial_outputs(server: PlannedServer, rank: RankShape, limits: StepLimits) -> int:
+    if server.config.attention != "auto":
+        return 0
+    return make_scratch(limits, rank.head_size, META).num_bytes
 
 
 def _activations(model: ModelShape, server: PlannedServer, layout: Layout, stage: Stage) -> int:

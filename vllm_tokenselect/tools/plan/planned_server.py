@@ -115,6 +115,11 @@ class PlannedServer:
         as_cached = self.kv_dtype.itemsize > 1 and not method.reassigns_positions
         return reads_in_place(self.gpu.flash_attention if flash else None, as_cached)
 
+    @property
+    def decodes_in_place(self) -> bool:
+        """Whether that is so in decoding, where there is an own kernel."""
+        return self.attends_in_place or self.config.attention == "auto"
+
     def with_settings(self, **changed: object) -> PlannedServer:
         """The same server with some settings changed.
 

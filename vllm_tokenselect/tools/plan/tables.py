@@ -19,6 +19,7 @@ BUFFERS = {
     "workspace": "workspace of scores",
     "sparse_block_table": "sparse block table",
     "gather_buffer": "gather buffer",
+    "partial_outputs": "partial outputs of attention",
     "block_tables": "vLLM's block tables",
     "activations": "activations (a guess)",
     "reserve": "CUDA, NCCL, graphs (a guess)",

@@ -164,7 +164,7 @@ def _reads(
     attended: AttendedTokens,
     score_bytes: int,
 ) -> Reads:
-    times = 1 if server.attends_in_place else GATHERED_TIMES
+    times = 1 if server.decodes_in_place else GATHERED_TIMES
     # A stage may have no layer with full attention.
     selecting = memory.kv_token * stage.selecting // max(stage.full_attention, 1)
     # Only anchors score keys.
