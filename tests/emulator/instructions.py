@@ -81,6 +81,7 @@ TABLE = (
     Row("abs.<int>", "absolute(a)"),
     Row("min.<int>", "minimum(a, b)"),
     Row("max.<int>", "maximum(a, b)"),
+    Row("max.relu.<short>", "maximum(maximum(a, b), 0)"),
     # Bits.
     Row("and.<logic>", "a & b"),
     Row("or.<logic>", "a | b"),

@@ -55,6 +55,7 @@ WHOLE_NUMBERS = [
     ("min.s32 %r100, %r1, 3", [signed(-1, 5)], signed(-1, 3)),
     ("min.u32 %r100, %r1, 3", [signed(-1, 2)], [3, 2]),
     ("max.s32 %r100, %r1, 3", [signed(-1, 5)], [3, 5]),
+    ("max.relu.s32 %r100, %r1, -3", [signed(-1, 5)], [0, 5]),
     ("and.b32 %r100, %r1, -16", [[0x1F]], [0x10]),
     ("and.pred %p100, %p1, %p2", [[1, 1, 0], [1, 0, 1]], [True, False, False]),
     ("or.b32 %r100, %r1, 3", [[4]], [7]),

@@ -9,6 +9,8 @@ from tests.kernels.cases import SOFTMAX, Case, make_rotation, make_softmax
 from tests.kernels_gpu.cases import DEVICE, DTYPES, SHAPES, device_cache, int32
 from vllm_tokenselect.kernels.attend import gpu, reference
 from vllm_tokenselect.kernels.attend.gpu import MAX_SPLITS, SPLIT_TOKENS, AttendScratch, attend_rows
+from vllm_tokenselect.kernels.gpu_launch import INTERPRETED
+from vllm_tokenselect.kernels.rotate.reference import rotate
 
 TOLERANCE = {"fp32": 2e-5, "fp16": 2e-3, "bf16": 1e-2, "fp8": 2e-3}
 SMALL = Case(1, 300, 6, 2, 32, 16, "fp32")
@@ -82,11 +84,37 @@ class Rows:
         )
         return out
 
+    def expected_rounded(self, cos_sin: torch.Tensor) -> torch.Tensor:
+        """As `expected`, with rotated queries and keys rounded to the dtype of products."""
+        out = torch.full(self.query.shape, 9.0, device=DEVICE)
+        block_size = self.kv_cache.shape[3]
+        for row, length in enumerate(self.lengths.tolist()):
+            index = self.slots[row, :length].long()
+            tokens = self.kv_cache.float()[index // block_size, :, :, index % block_size]
+            keys, values = tokens.unbind(dim=2)  # [m, Hkv, D]
+            keys = rotate(keys.to(self.query.dtype), cos_sin[:length]).float()
+            query = rotate(self.query[row : row + 1], cos_sin[length - 1 : length])
+            for part, scale in zip((keys, values), self.scales, strict=True):
+                part *= 1.0 if scale is None else scale
+            reference.attend(
+                query.float(),
+                self.starts[:2],
+                torch.stack([keys, values], dim=2)[:, :, :, None],
+                torch.arange(length, device=DEVICE).int()[None],
+                int32(length),
+                0.3,
+                out[row : row + 1],
+            )
+        return out
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, case: Case) -> None:
+    tolerance = TOLERANCE[case.dtype]
+    torch.testing.assert_close(actual.float(), expected, rtol=tolerance, atol=tolerance)
+
 
 def assert_defined(rows: Rows, case: Case, **arguments) -> None:
-    tolerance = TOLERANCE[case.dtype]
-    actual, expected = rows.attend(**arguments).float(), rows.expected(**arguments)
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+    assert_close(rows.attend(**arguments), rows.expected(**arguments), case)
 
 
 @pytest.mark.parametrize("layout", ["tokens", "heads"])
@@ -99,7 +127,10 @@ def test_attention_is_that_of_the_definition(case: Case, layout: str):
 @pytest.mark.parametrize("case", SHAPES[:4] + SHAPES[5:6], ids=str)
 def test_tokens_are_rotated_in_their_order_and_the_query_as_the_last(case: Case, share: float):
     cos_sin = make_rotation(case, share, WIDTH).cos_sin.to(DEVICE)
-    assert_defined(Rows(case, [2, 1, 150]), case, cos_sin=cos_sin)
+    rows = Rows(case, [2, 1, 150])
+    # The interpreter multiplies in fp32.
+    expected = rows.expected(cos_sin) if INTERPRETED else rows.expected_rounded(cos_sin)
+    assert_close(rows.attend(cos_sin=cos_sin), expected, case)
 
 
 @pytest.mark.parametrize("name", SOFTMAX)
