@@ -47,7 +47,7 @@ def test_a_model_that_does_not_fit_is_refused_with_what_is_missing(tmp_path):
     result = plan("llama-3.1-70b", "--gpus", "1", "--context", "128K", "--json", file)
     assert result.exit_code == 2
     assert "llama-3.1-70b does not fit 1 x h200" in words(result)
-    assert "52.7 GiB are missing. What would fit: --weights-dtype fp8" in words(result)
+    assert "52.8 GiB are missing. What would fit: --weights-dtype fp8" in words(result)
     assert json.loads(file.read_text())["comparisons"][0]["plans"][0]["fits"] is False
     assert plan("llama-3.1-70b", "--weights-dtype", "fp8").exit_code == 0
     assert plan("llama-3.1-70b", "--gpus", "2", "--tp", "2", "--pp", "1").exit_code == 0
