@@ -26,7 +26,7 @@ from vllm_tokenselect.kernels.block_table import gpu_digits
 from vllm_tokenselect.kernels.block_table import reference as table_reference
 from vllm_tokenselect.kernels.block_table.gpu import TableScratch
 from vllm_tokenselect.kernels.block_table.table import SparseBlockTable
-from vllm_tokenselect.kernels.selection_cache import gpu, reference
+from vllm_tokenselect.kernels.selection_cache import gpu
 from vllm_tokenselect.kernels.selection_cache.gpu_table import build_finished_table
 from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
 from vllm_tokenselect.method.settings import FULL_ATTENTION
@@ -66,18 +66,7 @@ def defined(rows, state, blocks, votes) -> dict[str, torch.Tensor]:
     reused_end = torch.full_like(rows.candidate_end, -1)
     if state is not None:
         state = cases.copy_of(state)
-        reused_end = reference.decide(
-            query=rows.query,
-            num_kv_heads=KV_HEADS,
-            query_start=rows.query_start,
-            caches=takes_part,
-            seat=rows.seat,
-            owner=rows.owner,
-            candidate_ends=rows.candidate_end,
-            threshold=THRESHOLD,
-            refresh_interval=REFRESH,
-            state=state,
-        )
+        reused_end = cases.decided(rows, takes_part, state)
     reuses = reused_end != -1
     selects = rows.sparse & ~reuses
     slots, lengths = empty_table(rows)
@@ -94,31 +83,8 @@ def defined(rows, state, blocks, votes) -> dict[str, torch.Tensor]:
         lengths=lengths,
     )
     if state is not None:
-        reference.finish(
-            reused_ends=reused_end,
-            caches=takes_part,
-            seat=rows.seat,
-            block_table=blocks,
-            row_seq=rows.row_seq,
-            n_init=N_INIT,
-            top_k=rows.top_k,
-            context_ends=rows.context_end,
-            block_size=BLOCK_SIZE,
-            state=state,
-            slots=slots,
-            lengths=lengths,
-        )
-    counters = torch.arange(len(Counter), device=DEVICE)
-    reference.count_rows(
-        seat=rows.seat,
-        query_len=rows.query_len,
-        selects=selects,
-        reused_ends=reused_end,
-        context_ends=rows.context_end,
-        lengths=lengths,
-        counters=counters,
-        followers=FOLLOWERS,
-    )
+        cases.finish(rows, takes_part, reused_end, blocks, state, slots, lengths)
+    counters = cases.counters_of(rows, selects, reused_end, lengths)
     return outcome(reused_end, slots, lengths, counters, state)
 
 

@@ -134,10 +134,9 @@ def block_table() -> torch.Tensor:
     return torch.randperm(6 * 200, device=DEVICE).view(6, 200).to(torch.int32)
 
 
-def step_of_reference(rows: Rows, state: SelectionCacheState, blocks, seed=0) -> Outcome:
-    state = copy_of(state)
-    takes_part = rows.caches & rows.sparse
-    reused_end = reference.decide(
+def decided(rows: Rows, takes_part: torch.Tensor, state: SelectionCacheState) -> torch.Tensor:
+    """By definition, where the selections end that rows reuse; the others are remembered in the state."""
+    return reference.decide(
         query=rows.query,
         num_kv_heads=KV_HEADS,
         query_start=rows.query_start,
@@ -149,10 +148,10 @@ def step_of_reference(rows: Rows, state: SelectionCacheState, blocks, seed=0) ->
         refresh_interval=REFRESH,
         state=state,
     )
-    reuses = reused_end != reference.SELECTS
-    selects = rows.sparse & ~reuses
-    table_end = torch.where(reuses, 0, rows.context_end)
-    slots, lengths = built_table(rows, table_end, seed)
+
+
+def finish(rows: Rows, takes_part, reused_end, blocks, state, slots, lengths) -> None:
+    """By definition, complete a table by the rows that reuse."""
     reference.finish(
         reused_ends=reused_end,
         caches=takes_part,
@@ -167,6 +166,10 @@ def step_of_reference(rows: Rows, state: SelectionCacheState, blocks, seed=0) ->
         slots=slots,
         lengths=lengths,
     )
+
+
+def counters_of(rows: Rows, selects, reused_end, lengths) -> torch.Tensor:
+    """By definition, counters that were not zero, and what the rows add to them."""
     counters = torch.arange(len(Counter), device=DEVICE)
     reference.count_rows(
         seat=rows.seat,
@@ -178,6 +181,19 @@ def step_of_reference(rows: Rows, state: SelectionCacheState, blocks, seed=0) ->
         counters=counters,
         followers=FOLLOWERS,
     )
+    return counters
+
+
+def step_of_reference(rows: Rows, state: SelectionCacheState, blocks, seed=0) -> Outcome:
+    state = copy_of(state)
+    takes_part = rows.caches & rows.sparse
+    reused_end = decided(rows, takes_part, state)
+    reuses = reused_end != reference.SELECTS
+    selects = rows.sparse & ~reuses
+    table_end = torch.where(reuses, 0, rows.context_end)
+    slots, lengths = built_table(rows, table_end, seed)
+    finish(rows, takes_part, reused_end, blocks, state, slots, lengths)
+    counters = counters_of(rows, selects, reused_end, lengths)
     scored_end = torch.where(selects, rows.candidate_end, N_INIT)
     return Outcome(scored_end, table_end, reused_end, slots, lengths, counters, state)
 
