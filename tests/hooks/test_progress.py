@@ -157,3 +157,27 @@ def test_every_request_ends_and_no_chunk_is_split(make_vllm_config, workload):
     event("served")
     running.run(requests, most_steps(engine, requests))
     check_whole_chunks(engine, running)
+
+
+def test_who_waits_for_a_chunks_room_keeps_no_image_from_others(make_vllm_config):
+    # The second and third request see one image. When the step has room for one more token, and not for a
+    # chunk, the third waits. The fourth comes before it, and its image fits only without the other one.
+    engine = Engine(
+        query_chunk=32,
+        tail_queries=0,
+        block_size=8,
+        budget=35,
+        max_num_seqs=3,
+        scheduler={"policy": "priority"},
+        encoder_limit=200,
+        max_model_len=257,
+    )
+    running = start_engine(engine, make_vllm_config())
+    image = (0, 39, "seen by two")
+    requests = [
+        Arrival(step=0, text=[(101, 2)]),
+        Arrival(step=0, text=[(102, 39)], images=[image]),
+        Arrival(step=0, text=[(103, 39)], images=[image], priority=1),
+        Arrival(step=1, text=[(104, 162)], images=[(0, 162, "large")]),
+    ]
+    running.run(requests, most_steps(engine, requests))

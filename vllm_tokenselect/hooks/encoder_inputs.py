@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vllm.multimodal.utils import get_mm_features_in_window
+from vllm.v1.request import RequestStatus
 
 from vllm_tokenselect.method.prompt_steps import PromptSteps
 from vllm_tokenselect.method.settings import Method
@@ -96,3 +97,8 @@ class EncodeWholeChunks(_Scheduler):
         window = slice(*get_mm_features_in_window(features, start, start + num_new_tokens))
         needed = {f.identifier: f.mm_position.get_num_embeds() for f in features[window]}
         return bool(sum(needed.values()) > self._encoder_limit)
+
+    def _leave_encoder_cache(self, request: Request) -> None:
+        """Give up the images of a request that gets no step, if it has not started."""
+        if request.has_encoder_inputs and request.status != RequestStatus.RUNNING:
+            self.encoder_cache_manager.free(request)

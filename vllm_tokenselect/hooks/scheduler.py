@@ -159,7 +159,12 @@ class WholeChunks(EndStuckRequests, EncodeWholeChunks, EndStepsWithStates):
         num_new_tokens = super()._reserve_prefill_lookahead(
             request, num_computed_tokens, num_new_tokens
         )
-        return self.prompt_steps.fit(request.num_prompt_tokens, num_computed_tokens, num_new_tokens)
+        fitting = self.prompt_steps.fit(
+            request.num_prompt_tokens, num_computed_tokens, num_new_tokens
+        )
+        if not fitting:
+            self._leave_encoder_cache(request)
+        return fitting
 
     def _handle_blocked_waiting_request(self, request: Request) -> bool:
         """Keep adapters to the limit: vLLM does not count those of running requests without a step."""
