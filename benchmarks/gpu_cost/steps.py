@@ -15,6 +15,7 @@ import torch
 from benchmarks.attention.cases import BLOCK_SIZE, PREFILL_QUERIES, Work
 from benchmarks.gpu_cost.recording import Launch, recording
 from vllm_tokenselect.config import TokenSelectConfig
+from vllm_tokenselect.gpu.cutting import row_columns
 from vllm_tokenselect.gpu.decoding_attention import DecodingAttention, make_scratch
 from vllm_tokenselect.gpu.flash_attention import PagedFlashAttention
 from vllm_tokenselect.gpu.limits import StepLimits
@@ -153,7 +154,8 @@ def plan_of(case: Case) -> SelectionPlan:
 def groups_of(case: Case, plan: SelectionPlan, limits: StepLimits) -> list[RowGroup]:
     seq_lens = np.full(case.work.batch, case.work.context, np.int32)
     device_lens = torch.from_numpy(seq_lens)
-    if not case.captured:
+    # The scheduler keeps steps whose graph is replayed to contexts that fit at once.
+    if not case.captured or row_columns(plan, limits).sum() > limits.score_columns:
         return step_rows(plan, seq_lens, device_lens, limits)
     tokens = case.work.batch * case.work.queries
     buffers = RowBuffers(tokens, CPU)

@@ -29,7 +29,7 @@ from vllm_tokenselect.kernels.block_table.gpu import (  # noqa: E402
     TableScratch,
     build_sparse_block_table,
 )
-from vllm_tokenselect.kernels.block_table.gpu_digits import num_parts  # noqa: E402
+from vllm_tokenselect.kernels.columns import Columns  # noqa: E402
 from vllm_tokenselect.tools.common.files import write_json  # noqa: E402
 
 TOP_K, N_INIT, N_LOCAL, BLOCK_SIZE = 2048, 128, 512, 16
@@ -44,12 +44,14 @@ def ways(rows: int, width: int) -> dict[str, Callable[[int], object]]:
     ends = torch.full((rows,), width + N_INIT, dtype=torch.int32, device=DEVICE)
     slots = torch.empty((rows, N_INIT + TOP_K + N_LOCAL + 1), dtype=torch.int32, device=DEVICE)
     lengths = torch.empty_like(sequences)
-    scratch = TableScratch(rows * num_parts(width), DEVICE)
+    columns = Columns.equal(rows, width, DEVICE)
+    scratch = TableScratch(rows * width, rows, DEVICE)
     context_ends = ends + N_LOCAL + 1
 
     def own(counted: bool) -> Callable[[int], object]:
         return lambda turn: build_sparse_block_table(
-            votes=votes,
+            votes=votes.view(-1),
+            columns=columns,
             block_table=table,
             row_seq=sequences,
             n_init=N_INIT,

@@ -5,8 +5,9 @@
 A job's `path` is `cpu` or `gpu`. With `gpu` on a machine without one, the layers, the metadata builder and
 the Triton kernels of the GPU path serve requests on the CPU, interpreted. Stand-ins are what only a GPU
 has: the device itself, vLLM's CUDA kernel that writes keys and values, and the answers to "is this a GPU?".
-Prints a line of JSON for each job, a list for each round of its requests: tokens, log-probability and
-cached tokens of every answer. With `sleep` there is a third round, after a deep sleep.
+With `replayed`, decoding steps are cut and sent as for a CUDA graph. Prints a line of JSON for each job, a
+list for each round of its requests: tokens, log-probability and cached tokens of every answer. With `sleep`
+there is a third round, after a deep sleep.
 """
 
 from __future__ import annotations
@@ -78,10 +79,21 @@ def sleep_and_wake(engine: Any, pool: Any) -> None:
         cache.fill_(1e3)
 
 
+def replay_steps() -> None:
+    """Schedule and write decoding steps as those that a CUDA graph replays."""
+    from vllm_tokenselect.engine import replayed_steps
+
+    replayed_steps.replays_steps = lambda config: True
+    from vllm_tokenselect.backend import gpu_metadata
+
+    gpu_metadata.replays_steps = replayed_steps.replays_steps
+
+
 def serve(
     folder: str,
     path: str,
     settings: dict[str, Any],
+    replayed: bool = False,
     drafts: int = 0,
     max_model_len: int = 512,
     sleep: bool = False,
@@ -93,6 +105,8 @@ def serve(
     if path == "gpu":
         serve_gpu_path_on_cpu()
         load_models_into(pool)
+    if replayed:
+        replay_steps()
     from vllm import LLM, SamplingParams
 
     options: dict[str, Any] = {}

@@ -8,12 +8,11 @@ import pytest
 import torch
 
 from tests.gpu.test_selection_cache import COUNTED, KINDS, METHOD, Graph, Running, Server
+from tests.gpu.test_step import groups_of_rows
 from vllm_tokenselect.method.settings import FULL_ATTENTION, Method
 
 SHARING = replace(METHOD, anchor_layers=2)
 EVERY_SECOND = (1, None, 1, None)
-GROUPS = [1 << 20, 7200]
-GROUP_IDS = ["one pass", "several groups"]
 Part = tuple[list[Running], int, int]  # what each layer remembers of a request, first position, end
 
 
@@ -93,11 +92,12 @@ def decode(layers: Layers, running: list, ends: list[int], steps: int, graph=Non
 
 
 @pytest.mark.parametrize("captured", [False, True], ids=["eager", "replayed"])
-@pytest.mark.parametrize("workspace_bytes", GROUPS, ids=GROUP_IDS)
+@pytest.mark.parametrize("rows", [512, 2], ids=["one group", "several groups"])
 def test_decoding_layers_attend_to_what_the_anchor_below_selected_or_reused(
-    captured, workspace_bytes
+    captured, rows, monkeypatch
 ):
-    layers = Layers([250, 150, 90], workspace_bytes=workspace_bytes)
+    layers = Layers([250, 150, 90])
+    groups_of_rows(monkeypatch, layers.first.limits, rows)
     graph = Graph(layers.first, 5) if captured else None
     running = [
         layers.request(0, 2, 1, 100),
@@ -105,7 +105,7 @@ def test_decoding_layers_attend_to_what_the_anchor_below_selected_or_reused(
         layers.request(2, 3, 3, 40),
     ]
     groups = decode(layers, running, [234, 120, 44], 4, graph)
-    assert (len(groups) > 1) == (workspace_bytes == 7200)
+    assert (len(groups) > 1) == (rows == 2)
     assert all(layers.first.expected[kind] >= 4 for kind in (*KINDS, "shared"))
     assert running[0][1].kinds[235] == "shared"
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.gpu.flash_model import FlashAttentionModel, require
-from tests.gpu.test_step import REASSIGNING, Graph, Layer, groups_of
+from tests.gpu.test_step import REASSIGNING, Graph, Layer, groups_of, groups_of_rows
 from tests.kernels_gpu.cases import DEVICE
 from tests.method.definition import CONFIG, HEAD_SIZE, REQUESTS
 from vllm_tokenselect.gpu.attention import PAGE_TOKENS, GatherBuffer
@@ -62,9 +62,10 @@ def assert_attends(name: str, heads: tuple[int, int], method: Method, kind: str)
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("heads", [(6, 2), (2, 2)], ids=["6 heads share 2", "2 heads"])
-def test_flash_attention_gets_the_rows_of_a_captured_decoding_step(kind: str, heads):
+def test_flash_attention_gets_the_rows_of_a_captured_decoding_step(kind: str, heads, monkeypatch):
     requests = [(30, 31, 30), (180, 181, 100), (60, 61, 10), (150, 151, 100)]
-    layer = Layer(requests, heads, workspace_bytes=4 * 256 * (heads[0] + 5))
+    layer = Layer(requests, heads)
+    groups_of_rows(monkeypatch, layer.limits, 5)
     layer.query = torch.cat([layer.query, layer.query])  # queries of padded requests
     layer.attention = flash(layer, kind)
     graph = Graph(layer, num_tokens=8, queries=1)

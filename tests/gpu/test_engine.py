@@ -32,16 +32,28 @@ GEMMA_4_E = {
 }
 SHARING = {"folder": "Gemma 4 E"}
 # Without the Selection Cache; one of the two layers follows the other, and short contexts are dense.
-NO_CACHE = {"similarity_threshold": 1, "anchor_layers": 2, "min_context": 132}
+NO_CACHE = {
+    "similarity_threshold": 1,
+    "anchor_layers": 2,
+    "min_context": 132,
+    "tail_queries": 5,  # more than a graph of steps with drafts has of a request
+}
 REASSIGNED = {"positions": "reassigned"}
 JOBS = {
     "cpu": {"path": "cpu"},
-    "gpu": {"path": "gpu", "sleep": True},
+    "gpu": {"path": "gpu", "sleep": True, "replayed": True},
+    "gpu, eager": {"path": "gpu", "rounds": 1},
     "cpu, fitted length": {"path": "cpu", "max_model_len": -1},
     "gpu, fitted length": {"path": "gpu", "max_model_len": -1},
     "cpu, no cache": {"path": "cpu", "settings": NO_CACHE, "rounds": 1},
     "cpu, drafts": {"path": "cpu", "settings": NO_CACHE, "drafts": 3, "rounds": 1},
-    "gpu, drafts": {"path": "gpu", "settings": NO_CACHE, "drafts": 3, "rounds": 1},
+    "gpu, drafts": {
+        "path": "gpu",
+        "settings": NO_CACHE,
+        "drafts": 3,
+        "rounds": 1,
+        "replayed": True,
+    },
     "cpu, reassigned": {"path": "cpu", "settings": REASSIGNED, "rounds": 1},
     "gpu, reassigned": {"path": "gpu", "settings": REASSIGNED, "rounds": 1},
     "cpu, sharing": {"path": "cpu", **SHARING},
@@ -89,6 +101,7 @@ def test_the_gpu_path_says_what_the_cpu_path_says(rounds):
     # After a deep sleep.
     assert_same([woken], actual[:1])
     assert cached(woken) == cached(actual[0])
+    assert_same(rounds["gpu, eager"], expected[:1])
 
 
 @pytest.mark.parametrize("path", ["cpu", pytest.param("gpu", marks=pytest.mark.endurance)])

@@ -65,7 +65,7 @@ def test_a_step_allocates_little_for_partial_outputs(name, version, in_place, mo
         groups = step_rows(plan_of(step, method=LIMITS.method), ends, on_device(ends), LIMITS)
     else:
         drafts = 4 if "drafts" in name else 1
-        step = [(70000, 70000 + drafts, 50)] * (512 // drafts)
+        step = [(7000, 7000 + drafts, 50)] * (512 // drafts)
         ends, buffers = ends_of(step), RowBuffers(512, CPU)
         plan = plan_of(step, method=LIMITS.method)
         groups = graph_rows(plan, ends, on_device(ends), LIMITS, buffers, 512, drafts)

@@ -8,16 +8,25 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
 
 from tests.gpu.flash_model import FlashAttentionModel
-from tests.gpu.test_step import CONFIG, DEVICE, HEAD_SIZE, SCALE, Graph, Layer, ends_of
+from tests.gpu.test_step import (
+    CONFIG,
+    DEVICE,
+    HEAD_SIZE,
+    SCALE,
+    Graph,
+    Layer,
+    ends_of,
+    groups_of_rows,
+)
 from vllm_tokenselect.gpu.flash_attention import PagedFlashAttention
 from vllm_tokenselect.gpu.graph_size import (
     count_launches,
     fits_a_graph,
     largest_graph,
-    num_passes,
+    num_groups,
     workspace_for,
 )
-from vllm_tokenselect.gpu.limits import GRAPH_PASSES, StepLimits
+from vllm_tokenselect.gpu.limits import GRAPH_GROUPS, MAX_GROUP_ROWS, StepLimits
 from vllm_tokenselect.gpu.step import GpuStep
 from vllm_tokenselect.gpu.workspace import Workspace
 from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
@@ -25,7 +34,6 @@ from vllm_tokenselect.method.settings import Method
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="counts the interpreter's launches")
 STEP = [(150 + i, 151 + i, 100) for i in range(6)]
-GROUPS = 4 * 256 * (6 + 5)  # bytes: groups of five rows, passes of one
 
 
 class Launches(TorchDispatchMode):
@@ -62,14 +70,13 @@ class Nothing:
     def __call__(self, *arguments) -> None: ...
 
 
-@pytest.mark.parametrize("workspace_bytes", [1 << 20, GROUPS], ids=["one pass", "several groups"])
+@pytest.mark.parametrize("rows", [512, 4], ids=["one group", "several groups"])
 @pytest.mark.parametrize("reuses", [False, True], ids=["selecting", "reusing"])
 @pytest.mark.parametrize("follows", [False, True], ids=["anchor", "follower"])
-def test_the_launches_of_a_captured_step_are_counted_ahead(
-    workspace_bytes, reuses, follows, monkeypatch
-):
+def test_the_launches_of_a_captured_step_are_counted_ahead(rows, reuses, follows, monkeypatch):
     method = replace(CONFIG, anchor_layers=2, similarity_threshold=0.9 if reuses else 1)
-    layer = Layer(STEP, (6, 2), workspace_bytes=workspace_bytes, method=method)
+    layer = Layer(STEP, (6, 2), method=method)
+    groups_of_rows(monkeypatch, layer.limits, rows)
     layer.cache = replace(layer.cache, follows=follows)
     if reuses and not follows:
         state = SelectionCacheState.allocate(
@@ -78,6 +85,7 @@ def test_the_launches_of_a_captured_step_are_counted_ahead(
         layer.cache = replace(layer.cache, selections=state)
     layer.attention = Nothing()
     graph = Graph(layer, num_tokens=6, queries=1)
+    assert len(graph.captured) == -(-6 // rows)
     step, out = GpuStep(graph.captured, layer.block_table), torch.empty_like(layer.query)
     with Launches(monkeypatch) as launched:
         step.run_layer(layer.query, layer.cache, SCALE, layer.workspace, layer.attention, out)
@@ -85,42 +93,56 @@ def test_the_launches_of_a_captured_step_are_counted_ahead(
     assert launched.count == 0 if follows else launched.count > 3
 
 
-def run_captured(workspace_bytes: int) -> torch.Tensor:
-    layer = Layer(STEP, (6, 2), workspace_bytes=workspace_bytes)
+def test_groups_change_no_bit_of_what_is_attended(monkeypatch):
+    layer = Layer(STEP, (6, 2))
     layer.attention = PagedFlashAttention(FlashAttentionModel(3))
-    graph = Graph(layer, num_tokens=6, queries=1)
-    assert (len(graph.captured) > 1) == (workspace_bytes == GROUPS)
-    return graph.replay(STEP, ends_of(STEP))
-
-
-def test_groups_and_passes_change_no_bit_of_what_is_attended():
-    assert torch.equal(run_captured(GROUPS), run_captured(1 << 20))
+    found = []
+    for rows, groups in ((512, 1), (4, 2)):
+        groups_of_rows(monkeypatch, layer.limits, rows)
+        graph = Graph(layer, num_tokens=6, queries=1)
+        assert len(graph.captured) == groups
+        found.append(graph.replay(STEP, ends_of(STEP)))
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize(
-    ("heads", "max_model_len", "fits"),
+    ("heads", "max_model_len", "tokens", "groups"),
     [
-        ((32, 8), 1 << 17, 256),
-        ((32, 8), 1 << 20, 32),
-        ((8, 1), 1 << 20, 96),
-        ((64, 8), 1 << 15, 512),
+        ((32, 8), 1 << 17, 256, 1),
+        ((28, 4), 1 << 20, 32, 1),
+        ((64, 8), 1 << 20, 32, 1),
+        ((8, 1), 1 << 20, 96, 3),
+        ((64, 8), 1 << 15, 512, 1),
     ],
-    ids=["Llama-8B 128K", "Llama-8B 1M", "a rank of eight 1M", "Qwen3-32B 32K"],
+    ids=["Llama-8B 128K", "Qwen2-7B 1M", "Qwen3-32B 1M", "a rank of eight 1M", "Qwen3-32B 32K"],
 )
-def test_a_graph_of_long_contexts_is_a_few_dozen_kernels_a_layer(heads, max_model_len, fits):
+def test_a_graph_of_long_contexts_has_few_groups(heads, max_model_len, tokens, groups):
     limits = StepLimits(Method(), *heads, max_model_len, 512 << 20, full_attention=True)
-    assert fits_a_graph(limits, fits, 1)
+    assert fits_a_graph(limits, tokens, 1)
+    assert num_groups(limits, tokens, 1) == groups
+    assert count_launches(limits, tokens, 1, lambda rows: 1) == groups * 6
+
+
+def test_a_graph_of_too_many_groups_or_with_too_little_workspace_does_not_pay():
+    limits = StepLimits(Method(), 32, 8, 1 << 23, 2 << 30, full_attention=True)
     largest = largest_graph(limits, 512)
-    assert not fits_a_graph(limits, largest + 1, 1) or largest == 512
-    assert num_passes(limits, largest, 1) <= GRAPH_PASSES
-    assert count_launches(limits, largest, 1, lambda rows: 3) <= 110
+    assert num_groups(limits, largest, 1) == GRAPH_GROUPS
+    assert not fits_a_graph(limits, largest + 1, 1)
+    assert not fits_a_graph(limits, largest, 3), "the rows of a request do not fit"
 
 
-@pytest.mark.parametrize("num_tokens", [24, 100, 512])
-def test_the_workspace_that_is_advised_is_enough(num_tokens):
-    limits = StepLimits(Method(), 32, 8, 1 << 20, 512 << 20)
-    enough = replace(limits, workspace_bytes=workspace_for(limits, num_tokens))
-    assert fits_a_graph(enough, num_tokens, 1)
+@pytest.mark.parametrize("contexts", [1, 4, 9])
+def test_the_workspace_that_is_advised_is_enough(contexts):
+    limits = StepLimits(Method(), 32, 8, 1 << 20, 192 << 20)
+    enough = replace(limits, workspace_bytes=workspace_for(limits, contexts))
+    assert enough.score_columns >= contexts * enough.max_width
+    assert fits_a_graph(enough, contexts, contexts)
+
+
+def test_contexts_that_do_not_fit_at_once_are_refused_by_name():
+    layer = Layer(STEP, (6, 2), workspace_bytes=4 * 256 * 7)  # of one row
+    with pytest.raises(RuntimeError, match=r"\d+ candidates in 6 rows, .* the scores of \d+; "):
+        Graph(layer, num_tokens=6, queries=1).write(STEP, ends_of(STEP))
 
 
 def test_a_workspace_cut_for_longer_contexts_serves_shorter_ones():
@@ -137,12 +159,19 @@ def test_a_workspace_cut_for_longer_contexts_serves_shorter_ones():
 @pytest.mark.parametrize("full_attention", [False, True])
 def test_every_shorter_context_fits_a_workspace(full_attention):
     longest = StepLimits(Method(), 8, 8, 1 << 20, 512 << 20, full_attention=full_attention)
-    most_parts = longest.group_parts(4096)
     for length in (1 << 12, 80_000, 1 << 18, (1 << 20) - 1):
         shorter = replace(longest, max_model_len=length)
         assert shorter.table_rows * shorter.table_width <= longest.table_entries
-        rows, width = shorter.group_rows(shorter.max_width), shorter.max_width
-        lines = rows + shorter.num_heads * shorter.pass_rows(rows, width)
-        assert 4 * width * lines <= longest.score_bytes
-        for width in range(64, shorter.max_width + 1, 4096):  # of one part, of two, ...
-            assert shorter.group_rows(width) * -(-width // 4096) <= most_parts
+        columns = shorter.num_heads * shorter.score_columns + shorter.vote_columns
+        assert 4 * columns <= longest.score_bytes
+        assert shorter.vote_columns <= longest.most_vote_columns
+        assert shorter.max_width <= shorter.score_columns <= MAX_GROUP_ROWS * shorter.max_width
+
+
+@pytest.mark.parametrize("megabytes", [56, 100, 512, 4096])
+def test_a_workspace_holds_a_pass_beside_the_votes_of_a_group(megabytes):
+    limits = StepLimits(Method(), 12, 4, 1 << 20, megabytes << 20)
+    assert limits.score_columns >= limits.max_width
+    assert limits.vote_columns >= limits.score_columns
+    taken = 4 * (limits.num_heads * limits.score_columns + limits.vote_columns)
+    assert 0.9 * limits.workspace_bytes < taken <= limits.workspace_bytes

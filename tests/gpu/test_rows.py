@@ -59,11 +59,15 @@ def test_every_row_that_selects_is_in_one_tile_of_its_request(step, heads, log_b
         assert sorted(tiled_rows(group), key=lambda found: found[1]) == expected
         for part in group.passes:
             assert all(tiles.rows_per_tile <= tile_rows(*heads) for tiles in part.tiles)
-            lines = group.num_rows + heads[0] * (part.last - part.first)
-            assert 4 * lines * group.width <= limits.workspace_bytes
-        if len(selecting):
-            widest = plan.candidate_end[rows][selecting].max() - CONFIG.n_init
-            assert widest <= group.width
+            first_column, last_column = group.columns.starts[[part.first, part.last]].tolist()
+            assert last_column - first_column <= limits.score_columns
+        columns = np.diff(group.columns.starts.numpy())
+        assert group.columns.starts[0] == 0
+        assert columns.sum() == group.num_columns <= limits.vote_columns
+        candidates = plan.candidate_end[rows] - CONFIG.n_init
+        assert (columns[selecting] >= candidates[selecting]).all()
+        assert (columns[plan.dense[rows]] == 0).all()
+        assert columns.max() == group.columns.widest
         assert group.context_end.tolist() == plan.chunk_end[rows].tolist()
         assert group.candidate_end.tolist() == plan.candidate_end[rows].tolist()
         first += group.num_rows
@@ -80,17 +84,18 @@ def test_a_padded_row_of_a_captured_step_has_no_context_and_is_in_no_tile():
     assert group.scored_end.tolist()[2:] == [CONFIG.n_init] * 3
     assert group.query_start_loc.tolist() == [0, 1, 2, 2, 2, 2]
     (part,) = group.passes
+    assert group.columns.starts.diff().tolist() == [1536, 1408, 0, 0, 0]
     assert part.tiles[0].table.tolist() == [[0, 0, 1], [1, 1, 1], [0, 0, 0], [0, 0, 0], [0, 0, 0]]
 
 
 def test_the_tokens_of_a_request_share_a_tile_in_a_captured_step():
     step = [(1500, 1503, 20), (1400, 1403, 20)]
-    limits = StepLimits(CONFIG, 6, 2, MAX_LEN, 4 * (6 + 6 * 4) * 2048)  # passes of four rows
+    limits = StepLimits(CONFIG, 6, 2, MAX_LEN, 1 << 20)
     buffers = RowBuffers(6, torch.device(DEVICE))
     ends = ends_of(step)
     (group,) = graph_rows(plan_of(step), ends, on_device(ends), limits, buffers, 6, 3)
-    tables = [part.tiles[0].table[0].tolist() for part in group.passes]
-    assert tables == [[0, 0, 3], [1, 0, 3]]
+    (part,) = group.passes
+    assert part.tiles[0].table[:2].tolist() == [[0, 0, 3], [1, 3, 3]]
 
 
 def plan_with_seats(step: list[tuple[int, int, int]], top_k: list[int]) -> SelectionPlan:

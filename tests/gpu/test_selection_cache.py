@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.gpu.flash_model import FlashAttentionModel
-from tests.gpu.test_step import on_device, rotation_of
+from tests.gpu.test_step import groups_of_rows, on_device, rotation_of
 from tests.kernels_gpu.cases import DEVICE
 from tests.method.definition import CONFIG, HEAD_SIZE, SCALE, best, paged_step, turned
 from vllm_tokenselect.gpu.attention import GatherBuffer, RowAttention
@@ -262,9 +262,10 @@ def decode(server: Server, running: list[Running], ends: list[int], steps: int, 
 
 
 @pytest.mark.parametrize("captured", [False, True], ids=["eager", "replayed"])
-@pytest.mark.parametrize("workspace_bytes", [1 << 20, 12000], ids=["one pass", "several groups"])
-def test_decoding_reuses_and_selects_as_the_definition_does(captured, workspace_bytes):
-    server = Server([200, 150, 90], workspace_bytes=workspace_bytes)
+@pytest.mark.parametrize("rows", [512, 2], ids=["one group", "several groups"])
+def test_decoding_reuses_and_selects_as_the_definition_does(captured, rows, monkeypatch):
+    server = Server([200, 150, 90])
+    groups_of_rows(monkeypatch, server.limits, rows)
     graph = Graph(server, 5) if captured else None
     running = [Running(0, 2, 1, 100), Running(1, 0, 2, 100), Running(2, 3, 3, 40)]
     decode(server, running, [100, 120, 40], 20, graph)
@@ -387,9 +388,8 @@ def test_a_whole_prompt_with_selection_off_is_one_row_as_long_as_its_context():
 
 def test_a_long_context_has_few_lines_of_the_table():
     limits = StepLimits(METHOD, 28, 4, 1 << 20, 1 << 30, full_attention=True)
-    assert (limits.table_width, limits.table_rows) == (1 << 20, 16)
-    assert limits.group_rows(64) == 16
+    assert (limits.table_width, limits.table_rows) == (1 << 20, 32)
     gathered = replace(limits, full_attention=False)
     assert (gathered.table_width, gathered.table_rows) == (METHOD.max_attended, 512)
-    huge = replace(limits, max_model_len=1 << 25, workspace_bytes=1 << 33)
+    huge = replace(limits, max_model_len=1 << 25, workspace_bytes=6 << 30)
     assert huge.table_rows == 1

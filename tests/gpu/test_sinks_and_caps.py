@@ -5,7 +5,7 @@ import torch
 
 from tests.gpu.flash_model import FlashAttentionModel
 from tests.gpu.test_attention import KINDS, buffer_of
-from tests.gpu.test_step import Graph, Layer, groups_of
+from tests.gpu.test_step import Graph, Layer, groups_of, groups_of_rows
 from tests.kernels_gpu.cases import DEVICE
 from tests.method.definition import BLOCK_SIZE, HEAD_SIZE, REQUESTS, SCALE
 from vllm_tokenselect.gpu import plain_attention
@@ -95,9 +95,10 @@ def test_plain_attention_in_little_memory_gives_the_same(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["2 gathered", "plain"])
-def test_a_captured_decoding_step_attends_with_sinks_and_a_cap(kind):
+def test_a_captured_decoding_step_attends_with_sinks_and_a_cap(kind, monkeypatch):
     requests = [(30, 31, 30), (180, 181, 100), (60, 61, 10), (150, 151, 100)]
-    layer = Layer(requests, (6, 2), workspace_bytes=4 * 256 * 11, sinks=SINKS)
+    layer = Layer(requests, (6, 2), sinks=SINKS)
+    groups_of_rows(monkeypatch, layer.limits, 5)
     layer.query = torch.cat([layer.query, layer.query])  # queries of padded requests
     layer.attention = library(kind, layer, CAP)
     out = Graph(layer, num_tokens=8, queries=1).replay(requests)[:4]

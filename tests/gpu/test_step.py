@@ -16,6 +16,7 @@ from tests.method.definition import (
     paged_step,
     rotation,
 )
+from vllm_tokenselect.gpu import limits as limits_module
 from vllm_tokenselect.gpu.attention import GatherBuffer
 from vllm_tokenselect.gpu.limits import StepLimits
 from vllm_tokenselect.gpu.masked_attention import SdpaAttention
@@ -33,6 +34,11 @@ from vllm_tokenselect.method.settings import Method, SettingsError
 REASSIGNING = replace(CONFIG, positions="reassigned")
 MAX_LEN, MAX_TOKENS = 256, 256
 Request = tuple[int, int, int]  # first position, end, prompt length
+
+
+def groups_of_rows(monkeypatch, limits: StepLimits, rows: int) -> None:
+    """Cut groups of so many rows at most, as a sparse block table of few lines does."""
+    monkeypatch.setattr(limits_module, "TABLE_BYTES", 4 * limits.line_width * rows)
 
 
 class Layer:
@@ -155,7 +161,7 @@ def test_the_parts_of_a_row_change_no_bit(monkeypatch):
     monkeypatch.setattr(gpu_digits, "PART_TOKENS", 64)
     layer.workspace = Workspace(layer.limits, HEAD_SIZE, torch.device(DEVICE))
     groups = groups_of(requests, layer)
-    assert max(group.width for group in groups) > 64
+    assert max(group.columns.widest for group in groups) > 64
     assert torch.equal(layer.run(groups), whole)
 
 
@@ -186,15 +192,15 @@ class Graph:
         return self.layer.run(self.captured)
 
 
-@pytest.mark.parametrize("workspace_bytes", [1 << 20, 12000], ids=["one pass", "several groups"])
-def test_a_captured_decoding_step_serves_any_later_one(workspace_bytes):
+@pytest.mark.parametrize("rows", [512, 5], ids=["one group", "several groups"])
+def test_a_captured_decoding_step_serves_any_later_one(rows, monkeypatch):
     earlier = [(150, 151, 100), (30, 31, 20), (199, 200, 64), (45, 46, 45), (120, 121, 9)]
     requests = [(30, 31, 30), (180, 181, 100), (60, 61, 10)]
-    layer = Layer(requests, (6, 2), workspace_bytes=workspace_bytes)
+    layer = Layer(requests, (6, 2))
+    groups_of_rows(monkeypatch, layer.limits, rows)
     layer.query = torch.cat([layer.query, layer.query])  # queries of padded requests
     graph = Graph(layer, num_tokens=6, queries=1)
-    passes = [len(group.passes) for group in graph.captured]
-    assert passes == ([1] if workspace_bytes == 1 << 20 else [5, 1])
+    assert [group.num_rows for group in graph.captured] == ([6] if rows == 512 else [5, 1])
     graph.write(earlier, ends_of(earlier))
     out = graph.replay(requests)[: len(requests)]
     layer.query = layer.query[: len(requests)]
@@ -223,3 +229,9 @@ def test_the_device_decides_where_draft_tokens_were_rejected():
 def test_a_workspace_too_small_for_one_query_is_refused():
     with pytest.raises(SettingsError, match=r"workspace_mb=1 cannot hold .* at least 15\b"):
         StepLimits(Method(), 28, 4, 131072, 1 << 20)
+
+
+def test_a_workspace_larger_than_kernels_can_number_is_refused():
+    assert StepLimits(Method(), 28, 4, 131072, 8191 << 20).score_columns * 28 < 1 << 31
+    with pytest.raises(SettingsError, match=r"workspace_mb=8192 is more .* at most 8191\b"):
+        StepLimits(Method(), 28, 4, 131072, 8192 << 20)

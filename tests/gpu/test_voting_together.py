@@ -6,24 +6,34 @@ import pytest
 
 from tests.gpu.test_anchors import Layers
 from tests.gpu.test_anchors import decode as decode_layers
-from tests.gpu.test_selection_cache import KINDS, KV_HEADS, Graph, Running, Server, decode
+from tests.gpu.test_selection_cache import (
+    KINDS,
+    KV_HEADS,
+    MAX_LEN,
+    Graph,
+    Running,
+    Server,
+    decode,
+)
 from tests.method.ranks import GlooHeads, on_ranks
+from vllm_tokenselect.gpu import limits
 
 FIRST, SECOND = slice(0, 3), slice(3, 6)
 EXCHANGES = ["gather", "sum"]
 
 
-def serve(rank: int, workspace_bytes: int) -> None:
+def serve(rank: int, table_bytes: int) -> None:
     """Decode three requests on one rank, eagerly and replayed."""
+    limits.TABLE_BYTES = table_bytes  # this process is the rank's own
     for captured in (False, True):
-        decode_three(rank, captured, workspace_bytes)
-    follow(rank, workspace_bytes)
+        decode_three(rank, captured)
+    follow(rank)
 
 
-def decode_three(rank: int, captured: bool, workspace_bytes: int) -> None:
+def decode_three(rank: int, captured: bool) -> None:
     """Every step is compared with the definition."""
     together = GlooHeads(KV_HEADS)
-    server = Server([200, 150, 90], together=together, rank=rank, workspace_bytes=workspace_bytes)
+    server = Server([200, 150, 90], together=together, rank=rank)
     # Only one rank's heads ask for something else from there on.
     for text, position, heads in ((0, 108, FIRST), (0, 113, SECOND), (1, 127, SECOND)):
         server.texts[text].queries[position:, heads] *= -1
@@ -37,11 +47,10 @@ def decode_three(rank: int, captured: bool, workspace_bytes: int) -> None:
         assert together.calls == EXCHANGES * groups * 20, "the same in every step"
 
 
-def follow(rank: int, workspace_bytes: int) -> None:
+def follow(rank: int) -> None:
     """A layer that follows attends to what all ranks selected, and exchanges nothing."""
     together = GlooHeads(KV_HEADS)
-    options = {"together": together, "rank": rank, "workspace_bytes": workspace_bytes}
-    layers = Layers([200, 150], followers=(1, None), **options)
+    layers = Layers([200, 150], followers=(1, None), together=together, rank=rank)
     graph = Graph(layers.first, 3)
     together.calls.clear()
     requests = [layers.request(0, 2, 1, 100), layers.request(1, 0, 2, 100)]
@@ -50,6 +59,6 @@ def follow(rank: int, workspace_bytes: int) -> None:
     assert together.calls == EXCHANGES * len(graph.captured) * 3
 
 
-@pytest.mark.parametrize("workspace_bytes", [1 << 20, 12000], ids=["one pass", "several groups"])
-def test_ranks_select_what_one_process_with_all_heads_would(tmp_path, workspace_bytes):
-    on_ranks(tmp_path, serve, workspace_bytes)
+@pytest.mark.parametrize("rows", [512, 2], ids=["one group", "several groups"])
+def test_ranks_select_what_one_process_with_all_heads_would(tmp_path, rows):
+    on_ranks(tmp_path, serve, 4 * MAX_LEN * rows)

@@ -20,7 +20,7 @@ from tests.gpu_device.cases import (
 )
 from vllm_tokenselect.kernels.block_table import gpu as table_gpu
 from vllm_tokenselect.kernels.block_table import reference as table_reference
-from vllm_tokenselect.kernels.block_table.gpu_digits import num_parts
+from vllm_tokenselect.kernels.columns import Columns
 from vllm_tokenselect.kernels.gather import gpu as gather_gpu
 from vllm_tokenselect.kernels.gather import reference as gather_reference
 from vllm_tokenselect.kernels.score import gpu as score_gpu
@@ -56,15 +56,15 @@ def test_votes_of_rows_that_share_the_reading_of_keys(shape, dtype, rows):
     query = torch.randn((rows, shape.num_heads, shape.head_size), device=DEVICE)
     ends = torch.arange(CONTEXT - rows, CONTEXT, dtype=torch.int32, device=DEVICE)
     key_scale = torch.tensor([0.7], device=DEVICE) if dtype in FP8.values() else None
-    width = -(-CONTEXT // 4) * 4
-    logits = torch.empty((rows, shape.num_heads, width), device=DEVICE)
+    columns = Columns.equal(rows, -(-CONTEXT // 16) * 16, DEVICE)
+    logits = torch.empty((shape.num_heads, rows * columns.widest), device=DEVICE)
     parts = torch.empty((2, rows, shape.num_heads, score_gpu.NUM_PARTS), device=DEVICE)
     start, scale = 128, 3 * shape.scale  # peaked, as real attention is
-    scores = score_gpu.Scores(logits, *parts, start, ends)
+    scores = score_gpu.Scores(logits, columns, *parts, start, ends)
     tiles = torch.tensor(tiles, dtype=torch.int32, device=DEVICE)
     score_gpu.score_paged_keys(query, cache, table, tiles, per_tile, scale, key_scale, scores)
-    votes = torch.zeros((rows, CONTEXT), device=DEVICE)
-    vote_gpu.soft_vote(scores, votes)
+    votes = torch.zeros((rows, columns.widest), device=DEVICE)
+    vote_gpu.soft_vote(scores, votes.view(-1))
     sequences = torch.zeros(rows, dtype=torch.int32, device=DEVICE)
     true_scale = scale * (1 if key_scale is None else 0.7)
     expected = vote_reference.soft_vote(
@@ -78,20 +78,25 @@ def test_sparse_block_table_entry_by_entry(context):
     """Every tenth vote is a tie."""
     rows, top_k, n_init = 3, min(2048, context // 4), 128
     width = -(-context // BLOCK_SIZE)
-    votes = torch.rand((rows, context), device=DEVICE) ** 6
+    columns = Columns.equal(rows, -(-context // 4) * 4, DEVICE)
+    votes = torch.rand((rows, columns.widest), device=DEVICE) ** 6
     votes[:, ::10] = votes[:, :1]
     table = torch.randperm(width, device=DEVICE).to(torch.int32)[None].expand(rows, -1)
     sequences = torch.arange(rows, dtype=torch.int32, device=DEVICE)
     ends = (context - 512 - 3 * sequences).to(torch.int32)
     wanted = torch.full_like(ends, top_k)
-    arguments = (votes, table, sequences, n_init, wanted, ends, ends + 513, BLOCK_SIZE)
-    scratch = table_gpu.TableScratch(rows * num_parts(context), DEVICE)
+    arguments = (table, sequences, n_init, wanted, ends, ends + 513, BLOCK_SIZE)
+    scratch = table_gpu.TableScratch(rows * columns.widest, rows, DEVICE)
     results = []
     for operation in (table_gpu, table_reference):
         slots = torch.zeros((rows, top_k + n_init + 600), dtype=torch.int32, device=DEVICE)
         lengths = torch.zeros(rows, dtype=torch.int32, device=DEVICE)
-        more = (scratch,) if operation is table_gpu else ()
-        operation.build_sparse_block_table(*arguments, slots, lengths, *more)
+        if operation is table_gpu:
+            table_gpu.build_sparse_block_table(
+                votes.view(-1), columns, *arguments, slots, lengths, scratch
+            )
+        else:
+            table_reference.build_sparse_block_table(votes, *arguments, slots, lengths)
         results.append(torch.cat([slots, lengths[:, None]], dim=1))
     assert torch.equal(*results)
 

@@ -1,6 +1,7 @@
 """Which decoding steps vLLM captures as CUDA graphs."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 
@@ -26,23 +27,36 @@ def config(make_vllm_config):
     return config
 
 
-def limits(max_model_len: int) -> StepLimits:
-    return StepLimits(Method(), 32, 8, max_model_len, 512 << 20, full_attention=True)
+def limits(max_model_len: int, workspace_mb: int = 512) -> StepLimits:
+    return StepLimits(Method(), 32, 8, max_model_len, workspace_mb << 20, full_attention=True)
 
 
-def test_large_steps_of_a_server_of_a_million_tokens_are_not_captured(config, caplog):
+def test_large_steps_of_a_server_of_eight_million_tokens_are_not_captured(config, caplog):
     logging.getLogger("vllm").propagate = True
     with caplog.at_level(logging.WARNING):
-        graph_sizes.limit_captured_sizes(config, limits(1 << 20))
+        graph_sizes.limit_captured_sizes(config, limits(1 << 23, workspace_mb=2048))
     sizes = config.compilation_config.cudagraph_capture_sizes
-    assert 32 <= max(sizes) == config.compilation_config.max_cudagraph_capture_size < 64
-    assert sizes == [size for size in SIZES if size <= max(sizes)]
-    assert "set workspace_mb to" in caplog.text
+    assert max(sizes) == config.compilation_config.max_cudagraph_capture_size == 64
+    assert sizes == [size for size in SIZES if size <= 64]
+    assert "a group has 4 of them" in caplog.text
     assert graph_sizes.captured_steps(config) == sizes
 
 
-def test_what_is_captured_on_a_server_of_shorter_contexts_stays(config):
-    graph_sizes.limit_captured_sizes(config, limits(1 << 15))
+def test_steps_with_drafts_that_do_not_fit_the_workspace_are_not_captured(config, caplog):
+    logging.getLogger("vllm").propagate = True
+    config.speculative_config = SimpleNamespace(num_speculative_tokens=3)
+    with caplog.at_level(logging.WARNING):
+        graph_sizes.limit_captured_sizes(config, limits(1 << 20))
+    assert graph_sizes.captured_steps(config) == []
+    assert "Set workspace_mb to at least 640, " in caplog.text
+    config.compilation_config.cudagraph_capture_sizes = list(SIZES)
+    graph_sizes.limit_captured_sizes(config, limits(1 << 20, workspace_mb=640))
+    assert max(graph_sizes.captured_steps(config)) == 512
+
+
+@pytest.mark.parametrize("max_model_len", [1 << 15, 1 << 20])
+def test_what_is_captured_on_a_server_of_shorter_contexts_stays(config, max_model_len):
+    graph_sizes.limit_captured_sizes(config, limits(max_model_len))
     assert config.compilation_config.cudagraph_capture_sizes == SIZES
     assert max(graph_sizes.captured_steps(config)) == 256, "no step has more tokens than requests"
 

@@ -5,6 +5,7 @@ vLLM's real scheduler and block manager, under our rules, without a model.
 
 import dataclasses
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -50,6 +51,23 @@ def check_whole_chunks(engine: Engine, workload: Workload) -> None:
             next_block = (start // block + 1) * block
             shared = next_block <= method.shareable_tokens(request.num_prompt_tokens)
             assert start % block == 0 or end <= next_block or not shared, (start, end)
+
+
+def check_graph_contexts(engine: Engine, workload: Workload) -> None:
+    """What CUDA graphs replay has no more context than the workspace holds the scores of."""
+    limits = engine.graph_limits
+    if limits is None:
+        return
+    ends = [*workload.first_of_steps[1:], len(workload.steps)]
+    for first, last in zip(workload.first_of_steps, ends, strict=True):
+        rows = [(start, end) for _, start, end, _ in workload.steps[first:last]]
+        if all(end - start <= 1 + engine.drafts for start, end in rows):
+            ends_of_candidates = [
+                token - limits.method.n_local for start, end in rows for token in range(start, end)
+            ]
+            selecting = limits.method.n_init + limits.method.top_k
+            taken = [limits.width_of(end) for end in ends_of_candidates if end > selecting]
+            assert sum(taken) <= limits.score_columns, rows
 
 
 @st.composite
@@ -99,6 +117,7 @@ def engines(draw) -> Engine:
         max_loras=draw(st.sampled_from([0, 0, 1, 2])),
         encoder_limit=draw(st.sampled_from([0, 100, 200])),
         shares=draw(st.booleans()),
+        workspace=draw(st.sampled_from([0, 0, 1, 2])),
     )
 
 
@@ -157,6 +176,7 @@ def test_every_request_ends_and_no_chunk_is_split(make_vllm_config, workload):
     event("served")
     running.run(requests, most_steps(engine, requests))
     check_whole_chunks(engine, running)
+    check_graph_contexts(engine, running)
 
 
 def test_who_waits_for_a_chunks_room_keeps_no_image_from_others(make_vllm_config):
@@ -181,3 +201,19 @@ def test_who_waits_for_a_chunks_room_keeps_no_image_from_others(make_vllm_config
         Arrival(step=1, text=[(104, 162)], images=[(0, 162, "large")]),
     ]
     running.run(requests, most_steps(engine, requests))
+
+
+def test_requests_of_a_long_shared_prefix_decode_by_turns(make_vllm_config):
+    # All have their place in the KV cache, since they share a prefix. The workspace holds two of them.
+    engine = Engine(max_model_len=1024, budget=600, workspace=2, max_num_seqs=5, spare_blocks=40)
+    running = start_engine(engine, make_vllm_config())
+    requests = [Arrival(step=6 * n, text=[(101, 900), (n, 60)], max_tokens=30) for n in range(1, 6)]
+    running.run(requests, most_steps(engine, requests))
+    check_graph_contexts(engine, running)
+    at_once = [
+        [(request.request_id, end - start) for request, start, end, _ in running.steps[a:b]]
+        for a, b in pairwise(running.first_of_steps)
+    ]
+    decoding = [step for step in at_once if step and all(tokens == 1 for _, tokens in step)]
+    assert max(len(step) for step in decoding) == 2
+    assert not any(request.num_preemptions for request in running.requests.values())

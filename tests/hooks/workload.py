@@ -6,7 +6,7 @@ import copy
 import math
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -38,7 +38,11 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
+from vllm_tokenselect.engine import graph_sizes
+from vllm_tokenselect.gpu.graph_size import workspace_for
+from vllm_tokenselect.gpu.limits import StepLimits
 from vllm_tokenselect.hooks.scheduler import TokenSelectAsyncScheduler, TokenSelectScheduler
+from vllm_tokenselect.method.settings import Method
 
 # With these, prompts of more than 20 tokens may select.
 SHORT = {"n_init": 4, "n_local": 12, "top_k": 3}
@@ -67,6 +71,7 @@ class Engine:
     max_loras: int = 0
     encoder_limit: int = 0  # tokens of images in the cache, and in a step
     shares: bool = False  # layers share selections, and CUDA graphs replay decoding steps
+    workspace: int = 0  # CUDA graphs replay steps of so many of the longest contexts at once
 
     def configure(self, template: Any) -> Any:
         """A `VllmConfig` like `template`."""
@@ -92,6 +97,9 @@ class Engine:
         config.compilation_config = copy.copy(template.compilation_config)
         if self.shares:
             config.additional_config["tokenselect"] |= {"anchor_layers": 2} | SHORT
+        if self.workspace:
+            config.additional_config["tokenselect"] |= SHORT
+        if self.shares or self.workspace:
             config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
         if self.drafts:
             config.speculative_config = SpeculativeConfig(
@@ -105,6 +113,16 @@ class Engine:
         if self.max_loras:
             config.lora_config = LoRAConfig(max_loras=self.max_loras, max_cpu_loras=8)
         return config
+
+    @property
+    def graph_limits(self) -> StepLimits | None:
+        """Limits of steps that CUDA graphs replay; None where these never fill the workspace."""
+        if not self.workspace:
+            return None
+        method = Method(**SHORT, query_chunk=self.query_chunk, tail_queries=self.tail_queries)
+        limits = StepLimits(method, 2, 1, self.max_model_len, 1 << 30)
+        contexts = max(self.workspace, 1 + self.drafts)
+        return replace(limits, workspace_bytes=workspace_for(limits, contexts))
 
     def num_blocks(self) -> int:
         """As many as vLLM insists on when an engine starts, and the spare ones."""
@@ -155,6 +173,7 @@ def start_engine(engine: Engine, template: Any) -> Workload:
     with pytest.MonkeyPatch.context() as patch:
         # Reading vLLM's source for each scheduler would take most of the time of these tests.
         patch.setattr("vllm_tokenselect.hooks.scheduler.SEAMS", ())
+        patch.setattr(graph_sizes, "replayed_limits", lambda _: engine.graph_limits)
         if engine.encoder_limit:
             # What vLLM would find out by loading the processor of a model that sees images.
             budget = SimpleNamespace(
@@ -193,6 +212,7 @@ class Workload:
         self.continued: dict[str, int] = {}
         self.unanswered: deque[SchedulerOutput] = deque()
         self.steps: list[tuple[Request, int, int, bool]] = []
+        self.first_of_steps: list[int] = []  # among `steps`, of each step that the scheduler made
         self.ends: dict[str, Any] = {}  # the last output of each request that ended
 
     def add(self, arrival: Arrival, request_id: str | None = None) -> Request:
@@ -236,6 +256,7 @@ class Workload:
         starts = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
         starting = {*starts, *cached.resumed_req_ids}
         starts |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        self.first_of_steps.append(len(self.steps))
         for id_, tokens in output.num_scheduled_tokens.items():
             start = starts[id_]
             self.steps.append((self.requests[id_], start, start + tokens, id_ in starting))

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from tests.kernels_gpu.cases import DEVICE, int32
+from tests.kernels_gpu.cases import DEVICE, columns_for, int32, packed
 from vllm_tokenselect.kernels.block_table import gpu, gpu_digits, reference
+from vllm_tokenselect.kernels.columns import Columns
 from vllm_tokenselect.method.settings import FULL_ATTENTION
 
 UNTOUCHED = -7
@@ -17,9 +18,9 @@ def short_parts(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(gpu_digits, "PART_TOKENS", PART)
 
 
-def scratch_for(rows: int, width: int) -> gpu.TableScratch:
-    """For so many rows of votes; what lies in it means nothing."""
-    scratch = gpu.TableScratch(rows * gpu_digits.num_parts(width), DEVICE)
+def scratch_for(columns: Columns) -> gpu.TableScratch:
+    """For votes in these columns; what lies in it means nothing."""
+    scratch = gpu.TableScratch(int(columns.starts[-1]), columns.num_rows, DEVICE)
     for tensor in vars(scratch).values():
         tensor.fill_(9999)
     return scratch
@@ -33,9 +34,14 @@ def assert_same_table(votes, block_table, row_seq, n_init, top_k, ends, context,
     for operation in (gpu, reference):
         slots = torch.full((len(ends), int(context.max()) + 5), UNTOUCHED, device=DEVICE)
         slots, lengths = slots.to(torch.int32), int32(*[UNTOUCHED] * len(ends))
-        width = 0 if votes is None else votes.shape[1]
-        more = () if operation is reference else (scratch_for(len(ends), width),)
-        operation.build_sparse_block_table(*arguments, slots, lengths, *more)
+        if operation is reference:
+            reference.build_sparse_block_table(*arguments, slots, lengths)
+        else:
+            columns = columns_for([0 if votes is None else votes.shape[1]] * len(ends))
+            own = None if votes is None else packed(votes, columns)
+            table = arguments[1:]
+            scratch = scratch_for(columns)
+            gpu.build_sparse_block_table(own, columns, *table, slots, lengths, scratch)
         tables.append((slots, lengths))
     assert torch.equal(tables[0][1], tables[1][1])
     assert torch.equal(tables[0][0], tables[1][0])

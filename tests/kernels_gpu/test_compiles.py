@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for the GPUs that are supported, fits them and spills nothing."""
+"""Every Triton kernel compiles for the GPUs that are supported, fits them and spills next to nothing."""
 
 import os
 import subprocess

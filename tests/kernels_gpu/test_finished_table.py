@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.kernels_gpu import test_selection_cache as cases
-from tests.kernels_gpu.cases import DEVICE, int32
+from tests.kernels_gpu.cases import DEVICE, columns_for, int32, packed
 from tests.kernels_gpu.test_selection_cache import (
     BLOCK_SIZE,
     FOLLOWERS,
@@ -107,14 +107,16 @@ def launched(rows, state, blocks, votes) -> dict[str, torch.Tensor]:
         )
     slots, lengths = empty_table(rows)
     counters = torch.arange(len(Counter), device=DEVICE)
+    columns = columns_for([votes.shape[1]] * len(slots))
     build_finished_table(
-        votes=votes,
+        votes=packed(votes, columns),
+        columns=columns,
         block_table=blocks,
         rows=arrays,
         n_init=N_INIT,
         block_size=BLOCK_SIZE,
         table=SparseBlockTable(slots, lengths),
-        scratch=TableScratch(len(slots) * gpu_digits.num_parts(votes.shape[1]), DEVICE),
+        scratch=TableScratch(int(columns.starts[-1]), len(slots), DEVICE),
         counted=False,
         state=state,
         counters=counters,

@@ -9,7 +9,16 @@ import torch
 import triton
 
 from tests.kernels.cases import Case
-from tests.kernels_gpu.cases import DEVICE, DTYPES, SHAPES, device_cache, int32
+from tests.kernels_gpu.cases import (
+    DEVICE,
+    DTYPES,
+    SHAPES,
+    columns_for,
+    device_cache,
+    empty_columns,
+    int32,
+    unpacked,
+)
 from vllm_tokenselect.kernels.score import gpu, reference
 from vllm_tokenselect.kernels.vote import gpu as vote_gpu
 from vllm_tokenselect.kernels.vote import reference as vote_reference
@@ -48,10 +57,11 @@ def tiles_of_one(row_seq: torch.Tensor) -> torch.Tensor:
 def run(step: Step) -> tuple[gpu.Scores, torch.Tensor]:
     """What the kernels make of the step, in buffers that were full of NaNs; and the votes."""
     rows, heads = len(step.ends), step.query.shape[1]
-    width = triton.cdiv(max(int(step.ends.max()) - step.start, 1) + 5, 4) * 4
-    logits = torch.full((rows, heads, width), float("nan"), device=DEVICE)
+    columns = columns_for((step.ends - step.start).tolist())
+    first, last = columns.starts[[0, -1]].tolist()
+    logits = empty_columns(last - first, heads)
     maxima = torch.full((rows, heads, gpu.NUM_PARTS), float("nan"), device=DEVICE)
-    scores = gpu.Scores(logits, maxima, maxima.clone(), step.start, step.ends)
+    scores = gpu.Scores(logits, columns, maxima, maxima.clone(), step.start, step.ends)
     quantized = step.kv_cache.dtype.itemsize == 1
     gpu.score_paged_keys(
         query=step.query,
@@ -65,9 +75,13 @@ def run(step: Step) -> tuple[gpu.Scores, torch.Tensor]:
         query_start=step.query_start,
         programs=step.programs,
     )
-    votes = torch.full((rows, width), float("nan"), device=DEVICE)
+    votes = torch.full((last + 4,), float("nan"), device=DEVICE)
     vote_gpu.soft_vote(scores, votes)
-    return scores, votes
+    assert logits[:, last - first :].isnan().all()
+    assert votes[:first].isnan().all()
+    assert votes[last:].isnan().all()
+    by_row = unpacked(logits, columns, first)
+    return replace(scores, logits=by_row), unpacked(votes, columns)
 
 
 def defined_scores(step: Step) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.kernels_gpu.cases import DEVICE, int32
+from tests.kernels_gpu.cases import DEVICE, columns_for, empty_columns, int32, packed, unpacked
 from vllm_tokenselect.kernels.block_table import gpu_digits
 from vllm_tokenselect.kernels.block_table.reference import order_keys
 from vllm_tokenselect.kernels.score.gpu import NUM_PARTS, Scores
@@ -23,6 +23,7 @@ def short_parts(monkeypatch: pytest.MonkeyPatch):
 def scores_of(logits: torch.Tensor, candidates: list[int]) -> Scores:
     """As they are left for the vote: NaNs behind each row's candidates, parts of some size."""
     rows, heads, width = logits.shape
+    columns = columns_for(candidates)
     maxima = torch.full((rows, heads, NUM_PARTS), float("-inf"), device=DEVICE)
     sums = torch.zeros_like(maxima)
     logits, size = logits.clone(), width // NUM_PARTS + 7
@@ -31,16 +32,25 @@ def scores_of(logits: torch.Tensor, candidates: list[int]) -> Scores:
             maxima[row, :, part] = own.amax(1)
             sums[row, :, part] = (own - own.amax(1, keepdim=True)).exp().sum(1)
         logits[row, :, count:] = float("nan")
-    return Scores(logits, maxima, sums, START, int32(*candidates) + START)
+    first, last = columns.starts[[0, -1]].tolist()
+    by_head = empty_columns(last - first, heads)
+    for head, own in enumerate(logits.unbind(1)):
+        by_head[head, : last - first] = packed(own, columns)[first:last]
+    return Scores(by_head, columns, maxima, sums, START, int32(*candidates) + START)
 
 
-def vote(scores: Scores, counts: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
-    rows, _, width = scores.logits.shape
-    votes = torch.full((rows, width), float("nan"), device=DEVICE)
-    lines = (rows, gpu_digits.num_parts(width), gpu_digits.EXPONENTS)
+def vote(scores: Scores, counts: bool = True) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Votes of each row, and the lines of its parts with those that follow up to the next row's."""
+    columns = scores.columns
+    last = int(columns.starts[-1])
+    votes = torch.full((last + 4,), float("nan"), device=DEVICE)
+    lines = (gpu_digits.num_lines(last, columns.num_rows), gpu_digits.EXPONENTS)
     exponents = torch.full(lines, UNTOUCHED, dtype=torch.int16, device=DEVICE)
     gpu.soft_vote(scores, votes, exponents if counts else None)
-    return votes, exponents
+    firsts = columns.starts[:-1] // PART + torch.arange(columns.num_rows, device=DEVICE)
+    lines_of_rows = exponents.tensor_split(firsts[1:].cpu().long())
+    assert (exponents[: firsts[0]] == UNTOUCHED).all()
+    return unpacked(votes, columns), [lines_of_rows[0][firsts[0] :], *lines_of_rows[1:]]
 
 
 def assert_counted(votes: torch.Tensor, exponents: torch.Tensor) -> None:
@@ -68,18 +78,18 @@ def test_votes_and_counts_are_those_of_the_definition(heads: int):
 def test_a_nan_among_the_scores_is_counted_as_the_lowest_vote():
     logits = torch.randn(1, 3, 64, device=DEVICE)
     scores = scores_of(logits, [64])
-    scores.logits[0, 1, 5] = float("nan")
+    scores.logits[1, 5] = float("nan")
     votes, exponents = vote(scores)
     assert votes[0].isnan().tolist() == [token == 5 for token in range(64)]
     assert_counted(votes[0], exponents[0])
-    assert exponents[0, 0, 0] == 1
+    assert exponents[0][0, 0] == 1
 
 
 def test_votes_need_not_be_counted():
     logits = torch.randn(1, 9, 400, device=DEVICE)
     votes, exponents = vote(scores_of(logits, [400]), counts=False)
     torch.testing.assert_close(votes, reference.soft_vote(logits))
-    assert (exponents == UNTOUCHED).all()
+    assert (exponents[0] == UNTOUCHED).all()
 
 
 def test_a_row_votes_the_same_bits_beside_any_neighbors():
@@ -88,5 +98,6 @@ def test_a_row_votes_the_same_bits_beside_any_neighbors():
     votes, exponents = vote(scores_of(logits, candidates))
     for row, count in enumerate(candidates):
         alone, counted = vote(scores_of(logits[row : row + 1], [count]))
-        assert torch.equal(alone[0].nan_to_num(), votes[row].nan_to_num())
-        assert torch.equal(counted[0], exponents[row])
+        assert torch.equal(alone[0, :count], votes[row, :count])
+        parts = gpu_digits.num_parts(count)
+        assert torch.equal(counted[0][:parts], exponents[row][:parts])

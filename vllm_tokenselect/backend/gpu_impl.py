@@ -163,12 +163,11 @@ def _shared(shape: LayerShape) -> tuple[Workspace, RowAttention]:
     )
     shared = f", {workspace.kept.num_bytes >> 20} of them for selections that layers share"
     logger.info(
-        "TOKENSELECT: %d MiB of workspace%s, scores of %d queries at a time over %d tokens, "
+        "TOKENSELECT: %d MiB of workspace%s, scores of %d candidates at a time, "
         "top-k by the own radix selection",
         workspace.num_bytes >> 20,
         shared if limits.kept_rows else "",
-        limits.scored_rows,
-        limits.max_model_len,
+        limits.score_columns,
     )
     return workspace, make_attention(shape)
 

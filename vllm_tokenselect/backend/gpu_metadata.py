@@ -20,7 +20,7 @@ from vllm_tokenselect.engine.graph_sizes import captured_steps, step_limits
 from vllm_tokenselect.engine.log import get_logger
 from vllm_tokenselect.engine.replayed_steps import queries_per_request, replays_steps
 from vllm_tokenselect.gpu.decoding_attention import count_attending
-from vllm_tokenselect.gpu.graph_size import count_launches, num_passes
+from vllm_tokenselect.gpu.graph_size import count_launches, num_groups
 from vllm_tokenselect.gpu.rows import graph_rows, step_rows
 from vllm_tokenselect.gpu.sending import RowBuffers
 from vllm_tokenselect.gpu.step import GpuStep
@@ -86,11 +86,12 @@ class GpuTokenSelectMetadataBuilder(TokenSelectMetadataBuilder[GpuTokenSelectMet
         )
         followers = num_layers - num_anchors
         logger.info(
-            "TOKENSELECT: CUDA graphs of %d step sizes, the largest of %d tokens: scored in %d passes, "
-            "about %d kernels a layer that selects%s, %d in %d layers",
+            "TOKENSELECT: CUDA graphs of %d step sizes, the largest of %d tokens in %d groups, "
+            "contexts of up to %d tokens in all, about %d kernels a layer that selects%s, %d in %d layers",
             len(sizes),
             sizes[-1],
-            num_passes(self.limits, sizes[-1], self.queries_per_request),
+            num_groups(self.limits, sizes[-1], self.queries_per_request),
+            self.limits.score_columns,
             selecting,
             f", {following} a layer that follows one" if followers else "",
             num_anchors * selecting + followers * following,
@@ -147,18 +148,17 @@ class GpuTokenSelectMetadataBuilder(TokenSelectMetadataBuilder[GpuTokenSelectMet
             RuntimeError: for a prompt that selects in such a step, which takes it for generated tokens.
         """
         if (
-            common.max_query_len > self.queries_per_request
+            not replays_steps(self.vllm_config)
+            or common.max_query_len > self.queries_per_request
             or common.num_actual_tokens > self.graph_rows
         ):
             return False
         prompts = ~plan.dense & ~plan.follows & (plan.seat != NO_SEAT)
-        if not self.method.shares_selections or not prompts.any():
-            return True
-        if replays_steps(self.vllm_config):
+        if self.method.shares_selections and prompts.any():
             raise RuntimeError(
                 f"a step of up to {common.max_query_len} tokens a request has position "
                 f"{plan.chunk_start[prompts][0]} of a prompt, which selects in every layer. A CUDA graph "
                 "that may replay the step would take it for a generated token; the scheduler should have "
                 "kept it out. Please report this with the server's options. --enforce-eager serves it."
             )
-        return False
+        return True

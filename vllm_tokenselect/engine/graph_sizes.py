@@ -1,8 +1,7 @@
-"""How large a decoding step vLLM may capture as a CUDA graph.
+"""How large a decoding step vLLM may capture as a CUDA graph, and how much context it may have.
 
-A captured step is cut for the longest context that the model may have. On a server of long contexts a
-large captured step would have thousands of kernels, however short its contexts are. A step without a graph
-is cut for the contexts that it has.
+A captured step is scored at once, so the workspace has to hold the scores of all its contexts. The
+scheduler sees to it (`hooks.graph_contexts`). A step without a graph is cut for the contexts that it has.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from vllm_tokenselect.config import TokenSelectConfig
 from vllm_tokenselect.engine.log import get_logger
 from vllm_tokenselect.engine.replayed_steps import queries_per_request, replays_steps
 from vllm_tokenselect.gpu.graph_size import fits_a_graph, workspace_for
-from vllm_tokenselect.gpu.limits import StepLimits
+from vllm_tokenselect.gpu.limits import GRAPH_GROUPS, StepLimits
 
 
 def captured_steps(vllm_config: Any) -> list[int]:
@@ -56,9 +55,13 @@ def limit_engine(vllm_config: Any) -> None:
     Raises:
         SettingsError: when the setting `workspace_mb` is too small for the longest context.
     """
+    limit_captured_sizes(vllm_config, _limits_of_model(vllm_config))
+
+
+def _limits_of_model(vllm_config: Any) -> StepLimits:
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     heads = model.get_num_attention_heads(parallel), model.get_num_kv_heads(parallel)
-    limit_captured_sizes(vllm_config, step_limits(vllm_config, *heads))
+    return step_limits(vllm_config, *heads)
 
 
 def limit_captured_sizes(vllm_config: Any, limits: StepLimits) -> None:
@@ -79,14 +82,31 @@ def limit_captured_sizes(vllm_config: Any, limits: StepLimits) -> None:
     compilation.cudagraph_capture_sizes = sizes
     compilation.max_cudagraph_capture_size = largest
     get_logger(__name__).warning(
-        "TOKENSELECT: steps of more than %d tokens run without CUDA graphs: for up to %d tokens of "
-        "context, workspace_mb=%d holds the scores of %d queries of %d heads at a time. For graphs of up "
-        "to %d tokens set workspace_mb to %d, or lower --max-model-len or --max-num-seqs.",
+        "TOKENSELECT: steps of more than %d tokens run without CUDA graphs: %s",
         largest,
-        limits.max_model_len,
-        limits.workspace_bytes >> 20,
-        limits.scored_rows,
-        limits.num_heads,
-        steps[-1],
-        -(-workspace_for(limits, steps[-1]) // 2**20),
+        _why_no_graph(limits, queries),
     )
+
+
+def _why_no_graph(limits: StepLimits, queries: int) -> str:
+    needed = queries * limits.max_width
+    if needed > limits.score_columns:
+        enough = -(-workspace_for(limits, queries) // 2**20)
+        return (
+            f"workspace_mb={limits.workspace_bytes >> 20} holds the scores of {limits.score_columns} "
+            f"tokens of context, and the {queries} tokens of a request may need {needed}. Set workspace_mb "
+            f"to at least {enough}, or lower --max-model-len."
+        )
+    return (
+        f"with contexts of up to {limits.max_model_len} tokens a group has {limits.table_rows} of them, "
+        f"and a graph pays up to {GRAPH_GROUPS} groups. Lower --max-model-len or --max-num-seqs."
+    )
+
+
+def replayed_limits(vllm_config: Any) -> StepLimits | None:
+    """What steps that CUDA graphs may replay have to fit; None where there are none.
+
+    Raises:
+        SettingsError: when the setting `workspace_mb` is too small for the longest context.
+    """
+    return _limits_of_model(vllm_config) if captured_steps(vllm_config) else None

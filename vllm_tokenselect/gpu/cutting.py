@@ -1,7 +1,8 @@
 """How the host cuts the rows of a step into groups, and those of a group into passes.
 
 A group is selected and attended together: its votes fit the workspace beside the scores of one of its
-passes. Everything here is NumPy; `sending` takes what was cut to the device.
+passes. How much a row takes of either follows from its own candidates. Everything here is NumPy; `sending`
+takes what was cut to the device.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 
 from vllm_tokenselect.gpu.limits import StepLimits
 from vllm_tokenselect.kernels.score.gpu import tile_rows
-from vllm_tokenselect.method.plan import SelectionPlan
+from vllm_tokenselect.method.plan import Int64, SelectionPlan
 from vllm_tokenselect.method.requests import Int32
 
 Table = TypeVar("Table", Int32, torch.Tensor)  # on the host, on the device
@@ -49,7 +50,12 @@ class ScorePass(NamedTuple, Generic[Table]):
 
 @dataclass(frozen=True)
 class GroupCut:
-    """Rows [first, last) of a step; the other attributes are those of `rows.RowGroup`, on the host."""
+    """Rows [first, last) of a step; the other attributes are those of `rows.RowGroup`, on the host.
+
+    Attributes:
+        columns: int32 [R + 1], where those of each row start.
+        widest: of them.
+    """
 
     first: int
     last: int
@@ -59,7 +65,9 @@ class GroupCut:
     chains: Int32
     single_rows: bool
     passes: tuple[ScorePass[Int32], ...]
-    width: int
+    columns: Int32
+    widest: int
+    num_columns: int
     max_query_len: int
     max_length: int
     table_width: int
@@ -72,10 +80,11 @@ def cut_step(plan: SelectionPlan, limits: StepLimits) -> list[GroupCut]:
     """
     most_rows = tile_rows(limits.num_heads, limits.num_kv_heads)
     groups = []
-    for first, last, follows in _cut_groups(plan, limits):
-        width = _width(plan, first, last, limits)
+    widths = row_columns(plan, limits)
+    for first, last, follows in _cut_groups(plan, widths, limits):
+        columns = _columns(widths[first:last], last - first)
         passes = []
-        for start, end in _cut_passes(first, last, limits.pass_rows(last - first, width)):
+        for start, end in _cut_rows(widths, first, last, limits.score_columns, last - first):
             runs = _tile_runs(plan, start, end, most_rows)
             # A tile of one row is padded to a small product, any other to a full one: two compiled
             # kernels serve every step.
@@ -98,7 +107,9 @@ def cut_step(plan: SelectionPlan, limits: StepLimits) -> list[GroupCut]:
                 chains=chains,
                 single_rows=int(chains[:, 1].max(initial=0)) <= 1,
                 passes=tuple(part for part in passes if part.tiles),
-                width=width,
+                columns=columns,
+                widest=int(widths[first:last].max()),
+                num_columns=int(columns[-1]),
                 max_query_len=int(plan.query_len[first:last].max()),
                 max_length=_max_length(plan, first, last, limits),
                 table_width=limits.kept_width if follows else limits.line_width,
@@ -113,16 +124,29 @@ def cut_graph_step(
     """Groups whose shapes depend on `num_tokens` and `queries_per_request` alone.
 
     There is a row for every token, padded ones behind those of the plan, with a tile and a chain each:
-    those behind the plan's are without rows. All of them follow where layers share selections.
+    those behind the plan's are without rows. All of them follow where layers share selections. A group is
+    one pass.
+
+    Raises:
+        RuntimeError: when the contexts of a group do not fit the workspace at once.
     """
     most_rows = min(queries_per_request, tile_rows(limits.num_heads, limits.num_kv_heads))
+    widths = row_columns(plan, limits)
     groups = []
-    for first, last, spans in graph_spans(limits, num_tokens, queries_per_request):
+    for first, last in graph_spans(limits, num_tokens, queries_per_request):
+        columns = _columns(widths[first:last], last - first)
+        if columns[-1] > limits.score_columns:
+            raise RuntimeError(
+                f"a step that a CUDA graph may replay has {columns[-1]} candidates in {last - first} rows, "
+                f"and the workspace holds the scores of {limits.score_columns}; the scheduler should have "
+                "kept the step smaller. Please report this with the server's options. --enforce-eager "
+                "serves it."
+            )
         passes = []
-        for start, end in spans:
-            runs = _tile_runs(plan, start, min(end, plan.num_rows), most_rows)
-            tiles = Tiles(_padded(runs, end - start), most_rows)
-            passes.append(ScorePass(start - first, end - first, (tiles,)))
+        if limits.max_width:
+            runs = _tile_runs(plan, first, min(last, plan.num_rows), most_rows)
+            tiles = Tiles(_padded(runs, last - first), most_rows)
+            passes.append(ScorePass(0, last - first, (tiles,)))
         chains = _chain_runs(plan, first, min(last, plan.num_rows))
         # A row has a query at least: those of row `r` are not before query `r`.
         queries = slice(first, min(last * queries_per_request, num_tokens))
@@ -136,7 +160,9 @@ def cut_graph_step(
                 chains=_padded(chains, last - first if limits.method.reuses_selections else 0),
                 single_rows=queries_per_request == 1,
                 passes=tuple(passes),
-                width=limits.max_width,
+                columns=columns,
+                widest=limits.max_width,
+                num_columns=min((last - first) * limits.max_width, limits.score_columns),
                 max_query_len=queries_per_request,
                 max_length=limits.table_width,
                 table_width=limits.line_width,
@@ -147,17 +173,11 @@ def cut_graph_step(
 
 def graph_spans(
     limits: StepLimits, num_tokens: int, queries_per_request: int
-) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:
-    """First and last row of each group that a CUDA graph may replay, and the rows of its passes.
-
-    They are cut for the longest context that the model may have.
-    """
-    width = limits.max_width
-    rows = _whole_requests(limits.group_rows(width), queries_per_request)
+) -> Iterator[tuple[int, int]]:
+    """First and last row of each group that a CUDA graph may replay."""
+    rows = _whole_requests(limits.table_rows, queries_per_request)
     for first in range(0, num_tokens, rows):
-        last = min(first + rows, num_tokens)
-        pass_rows = _whole_requests(limits.pass_rows(last - first, width), queries_per_request)
-        yield first, last, _cut_passes(first, last, pass_rows) if width else []
+        yield first, min(first + rows, num_tokens)
 
 
 def _whole_requests(rows: int, queries_per_request: int) -> int:
@@ -165,16 +185,14 @@ def _whole_requests(rows: int, queries_per_request: int) -> int:
     return rows - rows % queries_per_request if rows > queries_per_request else rows
 
 
-def _cut_passes(first: int, last: int, rows: int) -> list[tuple[int, int]]:
-    return [(start, min(start + rows, last)) for start in range(first, last, rows)]
-
-
-def _cut_groups(plan: SelectionPlan, limits: StepLimits) -> list[tuple[int, int, bool]]:
+def _cut_groups(
+    plan: SelectionPlan, widths: Int64, limits: StepLimits
+) -> list[tuple[int, int, bool]]:
     """First and last row of each group, and whether it follows."""
     return [
         (*rows, follows)
         for first, last, follows in _cut_kinds(plan, limits)
-        for rows in _cut_rows(plan, first, last, limits)
+        for rows in _cut_rows(widths, first, last, limits.vote_columns, limits.table_rows)
     ]
 
 
@@ -198,25 +216,31 @@ def _cut_kinds(plan: SelectionPlan, limits: StepLimits) -> list[tuple[int, int, 
 
 
 def _cut_rows(
-    plan: SelectionPlan, first: int, last: int, limits: StepLimits
+    widths: Int64, first: int, last: int, most_columns: int, most_rows: int
 ) -> list[tuple[int, int]]:
-    """The rows [first, last) in groups that fit."""
-    if last - first <= limits.group_rows(_width(plan, first, last, limits)):
-        return [(first, last)]
-    groups = []
-    widest = 0
-    for row in range(first, last):
-        width = 0 if plan.dense[row] else limits.width_of(int(plan.candidate_end[row]))
-        widest = max(widest, width)
-        if row > first and row - first + 1 > limits.group_rows(widest):
-            groups.append((first, row))
-            first, widest = row, width
-    return [*groups, (first, last)]
+    """The rows [first, last) in runs of so many columns and rows at most; a row alone fits always."""
+    runs = []
+    ends = np.cumsum(widths[first:last])
+    start, taken = 0, 0
+    while start < len(ends):
+        fitting = int(np.searchsorted(ends, taken + most_columns, side="right"))
+        end = min(max(fitting, start + 1), start + most_rows)
+        runs.append((first + start, first + end))
+        start, taken = end, int(ends[end - 1])
+    return runs
 
 
-def _width(plan: SelectionPlan, first: int, last: int, limits: StepLimits) -> int:
-    ends = plan.candidate_end[first:last][~plan.dense[first:last]]
-    return limits.width_of(int(ends.max())) if len(ends) else 0
+def row_columns(plan: SelectionPlan, limits: StepLimits) -> Int64:
+    """Columns of each row, int64 [R]: none of a row that may not select."""
+    return np.where(plan.dense, 0, limits.widths_of(plan.candidate_end.astype(np.int64)))
+
+
+def _columns(widths: Int64, num_rows: int) -> Int32:
+    """Where the columns of each row start, int32 [num_rows + 1]; padded rows have none."""
+    starts = np.zeros(num_rows + 1, np.int32)
+    np.cumsum(widths, out=starts[1 : len(widths) + 1])
+    starts[len(widths) + 1 :] = starts[len(widths)]
+    return starts
 
 
 def _max_length(plan: SelectionPlan, first: int, last: int, limits: StepLimits) -> int:

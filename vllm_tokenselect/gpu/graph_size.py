@@ -5,21 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from vllm_tokenselect.gpu.cutting import graph_spans
-from vllm_tokenselect.gpu.limits import GRAPH_PASSES, StepLimits
+from vllm_tokenselect.gpu.limits import GRAPH_GROUPS, GROUP_PASSES, StepLimits
 from vllm_tokenselect.kernels.block_table.gpu import num_launches
 
 
-def num_passes(limits: StepLimits, num_tokens: int, queries_per_request: int) -> int:
-    """Passes of scoring of a captured step."""
-    groups = graph_spans(limits, num_tokens, queries_per_request)
-    return sum(len(passes) for _, _, passes in groups)
+def num_groups(limits: StepLimits, num_tokens: int, queries_per_request: int) -> int:
+    """Groups of rows of a captured step."""
+    return len(list(graph_spans(limits, num_tokens, queries_per_request)))
 
 
 def fits_a_graph(limits: StepLimits, num_tokens: int, queries_per_request: int) -> bool:
-    """Whether a graph of such a step pays: a captured step does the passes of its longest possible
-    contexts, however short they are.
-    """
-    return num_passes(limits, num_tokens, queries_per_request) <= GRAPH_PASSES
+    """Whether a graph of such a step pays, and the workspace holds any request in it."""
+    few = num_groups(limits, num_tokens, queries_per_request) <= GRAPH_GROUPS
+    return few and queries_per_request * limits.max_width <= limits.score_columns
 
 
 def largest_graph(limits: StepLimits, most_tokens: int) -> int:
@@ -28,11 +26,9 @@ def largest_graph(limits: StepLimits, most_tokens: int) -> int:
     return next(fitting, 0)
 
 
-def workspace_for(limits: StepLimits, num_tokens: int) -> int:
-    """Bytes of the workspace with which a step of so many single queries has `GRAPH_PASSES` passes."""
-    rows = -(-num_tokens // GRAPH_PASSES)
-    group = min(num_tokens, limits.table_rows)
-    return 4 * limits.max_width * (group + limits.num_heads * min(rows, group))
+def workspace_for(limits: StepLimits, contexts: int) -> int:
+    """Bytes of the workspace that holds the scores of so many of the longest contexts at once."""
+    return 4 * contexts * limits.max_width * (limits.num_heads + GROUP_PASSES)
 
 
 def count_launches(
@@ -54,9 +50,9 @@ def count_launches(
         follows: whether the layer attends to what another one has selected.
     """
     method = limits.method
-    launches = 0
-    for first, last, passes in graph_spans(limits, num_tokens, queries_per_request):
-        rows, selects = last - first, bool(passes)
+    launches, selects = 0, limits.max_width > 0
+    for first, last in graph_spans(limits, num_tokens, queries_per_request):
+        rows = last - first
         rotates, attend = method.reassigns_positions, attention(rows)
         if follows:
             launches += attend
@@ -65,11 +61,10 @@ def count_launches(
         decide = method.reuses_selections * (1 + 3 * together)
         # Average the queries of a row, and rotate the means.
         averages = rotates or queries_per_request > 1
-        score = selects * averages + len(passes)
-        vote = len(passes)
+        score_and_vote = selects * (averages + 2)
         # Votes that are exchanged are counted behind it.
         build_table = selects * together + num_launches(selects, counted=not together)
         # Where no request has several rows, the kernel that writes the table finishes.
         finish = method.reuses_selections and queries_per_request > 1
-        launches += decide + score + vote + build_table + finish + attend
+        launches += decide + score_and_vote + build_table + finish + attend
     return launches

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
+from vllm_tokenselect.method.plan import Int64
 from vllm_tokenselect.method.settings import Method, SettingsError
 
+# Kernels number the scores with 32 bits.
+MOST_WORKSPACE_BYTES = (4 << 31) - 1
 # Most rows of a group: lines of the sparse block table.
 MAX_GROUP_ROWS = 512
 # Size of the sparse block table, which has one line at least.
-TABLE_BYTES = 64 << 20
+TABLE_BYTES = 128 << 20
 # Most passes that a group is scored in. The workspace keeps the votes of a whole group, but every head's
 # scores of one pass only: more passes make larger groups and smaller passes.
 GROUP_PASSES = 8
-# Most passes of a step in a CUDA graph: with more, launching its kernels takes longer than their work.
-GRAPH_PASSES = 16
-# Widths of the scores are multiples of it, so that one compiled kernel fits all of them.
+# Most groups of a step in a CUDA graph: with more, launching its kernels takes longer than their work.
+GRAPH_GROUPS = 16
+# Columns of a row are multiples of it, so that one compiled kernel fits all of them.
 WIDTH_STEP = 64
 # So are lines of the sparse block table.
 LINE_STEP = 16
@@ -39,7 +44,8 @@ class StepLimits:
         graph_rows: most rows of a step that a CUDA graph may replay. Needed where layers share selections.
 
     Raises:
-        SettingsError: when the workspace cannot hold one query's scores over the longest context.
+        SettingsError: when the workspace cannot hold one query's scores over the longest context, or is of
+            8 GiB or more.
     """
 
     method: Method
@@ -52,6 +58,11 @@ class StepLimits:
     graph_rows: int = 0
 
     def __post_init__(self) -> None:
+        if self.workspace_bytes > MOST_WORKSPACE_BYTES:
+            raise SettingsError(
+                f"tokenselect workspace_mb={self.workspace_bytes >> 20} is more than a GPU's kernels can "
+                f"number. Set workspace_mb to at most {MOST_WORKSPACE_BYTES >> 20}."
+            )
         if self.workspace_bytes < self.row_bytes(self.max_width):
             needed = -(-self.row_bytes(self.max_width) // 2**20)
             raise SettingsError(
@@ -62,12 +73,17 @@ class StepLimits:
 
     @property
     def max_width(self) -> int:
-        """Width of the scores of the longest context's last token, which has most candidates."""
+        """Columns of the longest context's last token, which has most candidates."""
         return self.width_of(self.max_model_len - 1 - self.method.n_local)
 
     def width_of(self, candidate_end: int) -> int:
-        """Width of the scores of a row whose candidates end there."""
-        return -(-max(candidate_end - self.method.n_init, 0) // WIDTH_STEP) * WIDTH_STEP
+        """Columns of a row whose candidates end there."""
+        return int(self.widths_of(np.array([candidate_end]))[0])
+
+    def widths_of(self, candidate_ends: Int64) -> Int64:
+        """The same of rows, int64 [R]."""
+        candidates = np.maximum(candidate_ends - self.method.n_init, 0)
+        return -(-candidates // WIDTH_STEP) * WIDTH_STEP
 
     @property
     def table_width(self) -> int:
@@ -118,50 +134,43 @@ class StepLimits:
         entries = max(self.max_tokens * self.kept_width, self.graph_rows * self.line_width)
         return entries if self.method.shares_selections else 0
 
-    def group_rows(self, width: int) -> int:
-        """Most rows of a group whose rows have up to `width` candidates."""
-        return min(self._voting_rows(width), self.table_rows)
-
-    def group_parts(self, part_tokens: int) -> int:
-        """Most parts of so many candidates that a group's rows have, in contexts up to the longest.
-
-        Args:
-            part_tokens: a multiple of `WIDTH_STEP`.
-        """
-        narrowest = range(WIDTH_STEP, self.max_width + 1, part_tokens)  # of one part, of two, ...
-        # A shorter longest context has more lines of the sparse block table.
-        rows = (min(self._voting_rows(width), MAX_GROUP_ROWS) for width in narrowest)
-        return max((count * parts for parts, count in enumerate(rows, start=1)), default=0)
-
-    def _voting_rows(self, width: int) -> int:
-        """Most rows whose votes fit the workspace beside the scores of a pass."""
-        lines = self._lines(width)
-        rows = GROUP_PASSES * (lines // (self.num_heads + GROUP_PASSES))
+    @property
+    def score_columns(self) -> int:
+        """Columns of every head's scores, which the rows of a pass share."""
         # A workspace that is small for the context leaves a pass one row.
-        return rows or lines - self.num_heads
-
-    def pass_rows(self, num_rows: int, width: int) -> int:
-        """Most rows of a pass of a group of `num_rows`, whose votes are kept besides."""
-        return min((self._lines(width) - num_rows) // self.num_heads, num_rows)
+        columns = max(self._wanted_columns, self.max_width)
+        return min(columns, MAX_GROUP_ROWS * self.max_width)
 
     @property
-    def scored_rows(self) -> int:
-        """Rows of a pass of the largest group whose contexts are the longest."""
-        return self.pass_rows(self.group_rows(self.max_width), self.max_width)
+    def _wanted_columns(self) -> int:
+        return _whole_columns(self.workspace_bytes // 4 // (self.num_heads + GROUP_PASSES))
+
+    @property
+    def vote_columns(self) -> int:
+        """Columns of the votes, which the rows of a group share: beside the scores of a pass."""
+        left = self.workspace_bytes // 4 - self.num_heads * self.score_columns
+        return min(_whole_columns(left), MAX_GROUP_ROWS * self.max_width)
+
+    @property
+    def most_vote_columns(self) -> int:
+        """The same in any shorter context."""
+        left = self.workspace_bytes // 4 - self.num_heads * min(
+            self._wanted_columns, self.score_columns
+        )
+        return min(_whole_columns(left), MAX_GROUP_ROWS * self.max_width)
 
     @property
     def score_bytes(self) -> int:
-        """What the largest group needs of the workspace."""
+        """What the scores and the votes of any step take of the workspace, at most."""
         return min(self.workspace_bytes, MAX_GROUP_ROWS * self.row_bytes(self.max_width))
 
     def row_bytes(self, width: int) -> int:
         """Every head's scores of a row of `width` candidates, and its votes."""
         return 4 * width * (self.num_heads + 1)
 
-    def _lines(self, width: int) -> int:
-        """Lines of `width` scores or votes that the workspace holds."""
-        # Without candidates there is nothing to hold.
-        return self.score_bytes // (4 * width) if width else MAX_GROUP_ROWS * (self.num_heads + 1)
+
+def _whole_columns(columns: int) -> int:
+    return columns // WIDTH_STEP * WIDTH_STEP
 
 
 def _whole_lines(width: int) -> int:

@@ -16,6 +16,7 @@ import torch
 from vllm_tokenselect.gpu.cutting import GroupCut, ScorePass, Tiles, cut_graph_step, cut_step
 from vllm_tokenselect.gpu.limits import StepLimits
 from vllm_tokenselect.gpu.sending import DeviceRows, RowBuffers, pack_rows, send_rows
+from vllm_tokenselect.kernels.columns import Columns
 from vllm_tokenselect.kernels.selection_cache.gpu import RowArrays
 from vllm_tokenselect.method.plan import SelectionPlan
 from vllm_tokenselect.method.requests import Int32
@@ -28,6 +29,7 @@ class RowGroup(RowArrays):
     """Consecutive rows of a step that are selected and attended together.
 
     Attributes:
+        limits: by which the step was cut.
         first: the first of them in the step.
         follows: whether its rows attend to what an anchor selects in every layer that follows it; their
             lines of the sparse block table are kept for the step.
@@ -36,20 +38,24 @@ class RowGroup(RowArrays):
             every row has one query, query `r` of the group is row `r`'s.
         query_start_loc: int32 [R + 1], where the queries of each row start among the group's.
         passes: over the rows that may select; empty if none may.
-        width: most candidates of a row that may select, rounded up; 0 if none may.
+        columns: of the rows in the workspace; a row that may not select has none. The widest is 0 if none
+            may.
+        num_columns: of all rows, at most.
         query_starts, query_lens: `query_start_loc` without its last entry and `query_len`, on the host.
         max_query_len: most queries of a row.
         max_length: most tokens that a row attends to.
         table_width: of the sparse block table.
     """
 
+    limits: StepLimits
     first: int
     follows: bool
     single_rows: bool
     queries: slice
     query_start_loc: torch.Tensor
     passes: tuple[ScorePass[torch.Tensor], ...]
-    width: int
+    columns: Columns
+    num_columns: int
     query_starts: Int32
     query_lens: Int32
     max_query_len: int
@@ -115,13 +121,15 @@ def graph_rows(
     """Groups of a step that a CUDA graph may replay.
 
     Shapes and addresses depend on `num_tokens` and `queries_per_request` alone: there is a row for
-    every token, padded ones behind those that the plan has, and groups and passes are cut for the
-    longest context that the model may have.
+    every token, padded ones behind those that the plan has. A group is scored in one pass.
 
     Args:
         buffers: persistent, for at least `num_tokens` rows.
         num_tokens: tokens of the step, padding included.
         queries_per_request: most tokens of a request.
+
+    Raises:
+        RuntimeError: when the contexts of a group do not fit the workspace at once.
     """
     groups = cut_graph_step(plan, limits, num_tokens, queries_per_request)
     packed = pack_rows(plan, seq_lens, groups, num_tokens, limits.method)
@@ -137,6 +145,7 @@ def _groups(cuts: list[GroupCut], rows: DeviceRows, limits: StepLimits) -> list[
         candidate_end, context_end, scored_end, table_end, reused_end = rows.ends[:, first:last]
         groups.append(
             RowGroup(
+                limits=limits,
                 first=first,
                 follows=cut.follows,
                 queries=cut.queries,
@@ -154,7 +163,8 @@ def _groups(cuts: list[GroupCut], rows: DeviceRows, limits: StepLimits) -> list[
                 chains=rows.chains[first:][: len(cut.chains)],
                 single_rows=cut.single_rows,
                 passes=tuple(_score_pass(part, rows.tiles[first:]) for part in cut.passes),
-                width=cut.width,
+                columns=Columns(rows.columns[first + number :][: last - first + 1], cut.widest),
+                num_columns=cut.num_columns,
                 query_starts=cut.query_start_loc[:-1],
                 query_lens=np.diff(cut.query_start_loc),
                 max_query_len=cut.max_query_len,

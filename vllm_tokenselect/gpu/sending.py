@@ -17,9 +17,10 @@ from vllm_tokenselect.method.plan import SelectionPlan
 from vllm_tokenselect.method.requests import NO_SEAT, Int32
 from vllm_tokenselect.method.settings import FULL_ATTENTION, Method
 
-# Entries of what the host sends of a row: seven numbers, a tile, a chain and where its queries start (one
-# more for each group, of which there are no more than rows); and of what the device computes of it.
-FIELDS, SENT_FIELDS, COMPUTED = 7, 7 + 3 + 4 + 2, 6
+# Entries of what the host sends of a row: seven numbers, a tile, a chain, and where its queries and its
+# columns start (one more of each for each group, of which there are no more than rows); and of what the
+# device computes of it.
+FIELDS, SENT_FIELDS, COMPUTED = 7, 7 + 3 + 4 + 2 + 2, 6
 
 
 class RowBuffers:
@@ -53,6 +54,7 @@ class DeviceRows(NamedTuple):
     tiles: torch.Tensor
     chains: torch.Tensor
     query_start_loc: torch.Tensor
+    columns: torch.Tensor
 
 
 def pack_rows(
@@ -70,7 +72,7 @@ def pack_rows(
         method: the settings.
     """
     packed = np.zeros(SENT_FIELDS * _field_size(num_rows), np.int32)
-    fields, tiles, chains, starts = _split(packed, num_rows)
+    fields, tiles, chains, starts, columns = _split(packed, num_rows)
     row_seq, query_len, after, top_k, dense_end, seat, cached_seat = fields
     rows = slice(plan.num_rows)
     row_seq[rows] = plan.row_seq
@@ -84,7 +86,10 @@ def pack_rows(
     cached_seat[rows] = np.where(plan.caches, plan.seat, NO_SEAT)
     for number, group in enumerate(groups):
         chains[group.first :][: len(group.chains)] = group.chains
-        starts[group.first + number :][: len(group.query_start_loc)] = group.query_start_loc
+        # Each group has one entry more than rows.
+        own = slice(group.first + number, group.last + number + 1)
+        starts[own] = group.query_start_loc
+        columns[own] = group.columns
         for part in group.passes:
             table = np.concatenate([each.table for each in part.tiles])
             tiles[group.first + part.first :][: len(table)] = table
@@ -105,7 +110,7 @@ def send_rows(
         source = source.pin_memory()  # a copy from pageable memory would wait for the device
     sent = buffers.sent[: len(source)]
     sent.copy_(source, non_blocking=True)
-    fields, tiles, chains, starts = _split(sent, num_rows)
+    fields, tiles, chains, starts, columns = _split(sent, num_rows)
     row_seq, query_len, after, top_k, dense_end, seat, cached_seat = fields
     # As `SelectionPlan.build`, of the real lengths: `after` is how far a row ends before its request does.
     context_end = (seq_lens[row_seq.long()] - after) * (query_len > 0)
@@ -128,6 +133,7 @@ def send_rows(
         tiles,
         chains,
         starts,
+        columns,
     )
 
 
@@ -136,13 +142,19 @@ def _field_size(num_rows: int) -> int:
     return -(-(num_rows + 1) // 4) * 4
 
 
-def _split(sent: Any, num_rows: int) -> tuple[Any, Any, Any, Any]:
-    """Fields, tiles, chains and starts in an array or tensor that is sent."""
+def _split(sent: Any, num_rows: int) -> tuple[Any, Any, Any, Any, Any]:
+    """Fields, tiles, chains, and starts of queries and of columns, in an array or tensor that is sent."""
     size = _field_size(num_rows)
-    fields, tiles, chains = FIELDS * size, (FIELDS + 3) * size, (FIELDS + 7) * size
+    fields, tiles, chains, starts = (
+        FIELDS * size,
+        (FIELDS + 3) * size,
+        (FIELDS + 7) * size,
+        (FIELDS + 9) * size,
+    )
     return (
         sent[:fields].reshape(FIELDS, size),
         sent[fields:tiles].reshape(-1, 3),
         sent[tiles:chains].reshape(-1, 4),
-        sent[chains:],
+        sent[chains:starts],
+        sent[starts:],
     )

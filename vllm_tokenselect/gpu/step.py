@@ -150,7 +150,7 @@ class GpuStep:
         buffers = workspace.for_scores(group, part)
         # Votes that are summed with those of other processes have other exponents.
         exponents = buffers.exponents if workspace.heads is None else None
-        soft_vote(buffers.scores, buffers.votes, exponents)
+        soft_vote(buffers.scores, workspace.votes(group), exponents)
 
     def build_table(self, group: RowGroup, cache: LayerCache, workspace: Workspace) -> None:
         """Fill the group's lines of the sparse block table, but for rows that reuse a selection.
@@ -160,13 +160,14 @@ class GpuStep:
         votes = workspace.votes(group) if group.passes else None  # without passes no row may select
         if votes is not None and workspace.heads is not None:
             # Behind a row's candidates lies what was there before, and stays unread when summed.
-            votes = workspace.heads.sum_votes(votes)
+            votes = workspace.heads.sum_votes(votes[: group.num_columns])
         table, scratch = workspace.table_of(group), workspace.table_scratch
         counted = workspace.heads is None
         n_init, block_size = workspace.limits.method.n_init, cache.pages.shape[3]
         if _finishes_while_writing(group, cache):
             build_finished_table(
                 votes,
+                group.columns,
                 self.block_table,
                 group,
                 n_init,
@@ -181,6 +182,7 @@ class GpuStep:
             return
         build_sparse_block_table(
             votes,
+            group.columns,
             self.block_table,
             group.row_seq,
             n_init,

@@ -11,7 +11,6 @@ from vllm_tokenselect.device_memory import make_lasting
 from vllm_tokenselect.gpu.cutting import ScorePass
 from vllm_tokenselect.gpu.limits import MAX_GROUP_ROWS, StepLimits
 from vllm_tokenselect.gpu.rows import RowGroup
-from vllm_tokenselect.kernels.block_table import gpu_digits
 from vllm_tokenselect.kernels.block_table.gpu import TableScratch
 from vllm_tokenselect.kernels.block_table.table import SparseBlockTable
 from vllm_tokenselect.kernels.head_group import HeadGroup
@@ -28,7 +27,6 @@ class ScoreBuffers:
 
     mean_queries: torch.Tensor
     scores: Scores
-    votes: torch.Tensor
     exponents: torch.Tensor
 
 
@@ -100,8 +98,7 @@ class Workspace:
         self.row_numbers = make_lasting(
             lambda: torch.arange(rows, dtype=torch.int32, device=device)
         )
-        parts = limits.group_parts(gpu_digits.PART_TOKENS)
-        self.table_scratch = TableScratch(parts, device)
+        self.table_scratch = TableScratch(limits.most_vote_columns, rows, device)
         if counters is None:
             counters = torch.zeros(len(Counter), dtype=torch.int64, device=device)
         self.counters = counters
@@ -125,24 +122,24 @@ class Workspace:
         return SparseBlockTable(self.slots[: rows * width].view(rows, width), self.lengths[:rows])
 
     def votes(self, group: RowGroup) -> torch.Tensor:
-        """The group's votes, fp32 [R, N]: before the scores of its passes."""
-        return self.scores[: group.num_rows * group.width].view(group.num_rows, group.width)
+        """Votes of the group's columns, fp32 [vote columns]: before the scores of its passes."""
+        return self.scores[: group.limits.vote_columns]
 
     def for_scores(self, group: RowGroup, part: ScorePass[torch.Tensor]) -> ScoreBuffers:
         """Views for the scores of a pass of a group that has candidates."""
-        rows, heads, width = part.last - part.first, self.limits.num_heads, group.width
-        parts = gpu_digits.num_parts(width)
-        exponents = self.table_scratch.exponents[part.first * parts : part.last * parts]
-        scores = self.scores[group.num_rows * width :][: rows * heads * width]
+        rows, limits = slice(part.first, part.last), group.limits
+        shape = limits.num_heads, limits.score_columns
+        maxima, sums = self.parts[:, : part.last - part.first]
         return ScoreBuffers(
-            mean_queries=self.mean_queries[part.first : part.last],
+            mean_queries=self.mean_queries[rows],
             scores=Scores(
-                logits=scores.view(rows, heads, width),
-                maxima=self.parts[0, :rows],
-                sums=self.parts[1, :rows],
-                start=self.limits.method.n_init,
-                ends=group.scored_end[part.first : part.last],
+                logits=self.scores[limits.vote_columns :][: shape[0] * shape[1]].view(shape),
+                columns=group.columns.part(part.first, part.last),
+                maxima=maxima,
+                sums=sums,
+                start=limits.method.n_init,
+                ends=group.scored_end[rows],
             ),
-            votes=self.votes(group)[part.first : part.last],
-            exponents=exponents.view(rows, parts, gpu_digits.EXPONENTS),
+            # A row's lines are counted from that of its own number on.
+            exponents=self.table_scratch.exponents[part.first :],
         )

@@ -16,7 +16,8 @@ prefix-cache hit is cut, and limits what a request puts into the prefix cache. N
 
 `block_hashes` keeps what other settings computed apart, `preemption` chooses whom to preempt,
 `engine.step_size` refuses options that make a step too small, `encoder_inputs` encodes all images of a
-chunk, `hybrid_steps` ends steps where states are kept, `watchdog` ends a request that would wait for ever.
+chunk, `hybrid_steps` ends steps where states are kept, `graph_contexts` keeps a decoding step to what the
+workspace holds, `watchdog` ends a request that would wait for ever.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from vllm_tokenselect.engine.replayed_steps import prompt_steps
 from vllm_tokenselect.engine.step_size import check_steps
 from vllm_tokenselect.hooks import block_hashes
 from vllm_tokenselect.hooks.encoder_inputs import EncodeWholeChunks
+from vllm_tokenselect.hooks.graph_contexts import LimitGraphContexts
 from vllm_tokenselect.hooks.hybrid_steps import EndStepsWithStates
 from vllm_tokenselect.hooks.preemption import PreemptFewestComputed
 from vllm_tokenselect.hooks.scheduler_seams import SEAMS
@@ -43,7 +45,7 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 
-class WholeChunks(EndStuckRequests, EncodeWholeChunks, EndStepsWithStates):
+class WholeChunks(EndStuckRequests, EncodeWholeChunks, EndStepsWithStates, LimitGraphContexts):
     """The rules, to be put before vLLM's scheduler among the bases of a class."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -61,6 +63,7 @@ class WholeChunks(EndStuckRequests, EncodeWholeChunks, EndStepsWithStates):
         self._alignment = math.lcm(self.chunks.query_chunk, self.block_size)
         self._limit_prefix_cache()
         self._make_encoder_room()
+        self._limit_contexts()
         block_hashes.install()  # in the process where requests are hashed, and before any is
 
     def _check_steps(self) -> None:
@@ -162,6 +165,8 @@ class WholeChunks(EndStuckRequests, EncodeWholeChunks, EndStepsWithStates):
         fitting = self.prompt_steps.fit(
             request.num_prompt_tokens, num_computed_tokens, num_new_tokens
         )
+        if not self._take_columns(request, num_computed_tokens, fitting):
+            fitting = 0
         if not fitting:
             self._leave_encoder_cache(request)
         return fitting

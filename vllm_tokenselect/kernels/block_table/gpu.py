@@ -27,35 +27,39 @@ from vllm_tokenselect.kernels.block_table.gpu_digits import (
     count_above,
     count_exponents,
     find_digit,
+    first_line,
     load_keys,
     sum_counts,
 )
 from vllm_tokenselect.kernels.block_table.gpu_write import write_row
+from vllm_tokenselect.kernels.columns import Columns
 
 RANGE_TOKENS = 1024  # of a sink or a local window that are written at once
 # A kernel is compiled once, not again for every number that 16 happens to divide.
 NUMBERS = ["n_init"]
-ROW_ARRAYS = ["row_seq", "top_k", "candidate_ends", "context_ends"]
+ROW_ARRAYS = ["row_seq", "top_k", "candidate_ends", "context_ends", "columns"]
 
 
 class TableScratch:
-    """What the programs of a row tell each other, in the lines of their parts.
+    """What the programs of a row tell each other, a line for each part: see `gpu_digits.first_line`.
 
     Args:
-        parts: most parts of all rows of a call.
+        columns: of all rows of a call, at most.
+        rows: of a call, at most.
         device: where it lies.
 
     Attributes:
-        exponents: int16 [parts, EXPONENTS], how often each occurs in a part.
-        mantissas: int16 [parts, MANTISSAS], the same of those behind the threshold's exponent.
-        found: int32 [parts, 3], the threshold's exponent, how many of those that share it are kept, and
+        exponents: int16 [lines, EXPONENTS], how often each occurs in a part.
+        mantissas: int16 [lines, MANTISSAS], the same of those behind the threshold's exponent.
+        found: int32 [lines, 3], the threshold's exponent, how many of those that share it are kept, and
             how many higher ones are in the row's parts before.
     """
 
-    def __init__(self, parts: int, device: torch.device) -> None:
-        self.exponents = torch.empty((parts, EXPONENTS), dtype=torch.int16, device=device)
-        self.mantissas = torch.empty((parts, MANTISSAS), dtype=torch.int16, device=device)
-        self.found = torch.empty((parts, 3), dtype=torch.int32, device=device)
+    def __init__(self, columns: int, rows: int, device: torch.device) -> None:
+        lines = gpu_digits.num_lines(columns, rows)
+        self.exponents = torch.empty((lines, EXPONENTS), dtype=torch.int16, device=device)
+        self.mantissas = torch.empty((lines, MANTISSAS), dtype=torch.int16, device=device)
+        self.found = torch.empty((lines, 3), dtype=torch.int32, device=device)
 
     @property
     def num_bytes(self) -> int:
@@ -69,6 +73,7 @@ def num_launches(selects: bool, counted: bool) -> int:
 
 def build_sparse_block_table(
     votes: torch.Tensor | None,
+    columns: Columns,
     block_table: torch.Tensor,
     row_seq: torch.Tensor,
     n_init: int,
@@ -87,13 +92,17 @@ def build_sparse_block_table(
     end at 0, a padded one for example, gets a length of 0.
 
     Args:
-        votes: None when no row has more candidates than its `top_k`.
-        scratch: for the parts of all rows, `R * num_parts(N)`; overwritten.
+        votes: fp32 [C], of all columns, from the one on that is numbered 0; None when no row has more
+            candidates than its `top_k`.
+        columns: of the rows, where there are votes.
+        scratch: for all columns and rows; overwritten.
         counted: whether `soft_vote` has counted the exponents of these votes there.
     """
     if not len(slots):
         return
-    launch = count_digits(votes, slots, lengths, n_init, top_k, candidate_ends, scratch, counted)
+    launch = count_digits(
+        votes, columns, slots, lengths, n_init, top_k, candidate_ends, scratch, counted
+    )
     _write_table[launch.grid](
         **launch.rows,
         **launch.found,
@@ -126,6 +135,7 @@ class PartLaunch:
 
 def count_digits(
     votes: torch.Tensor | None,
+    columns: Columns,
     slots: torch.Tensor,
     lengths: torch.Tensor,
     n_init: int,
@@ -139,18 +149,17 @@ def count_digits(
     Args: as those of `build_sparse_block_table`.
     """
     selects = votes is not None
-    width = slots.shape[1] if votes is None else votes.shape[1]
+    width = columns.widest if selects else slots.shape[1]
     if votes is None:
         # Never read; of the kind that votes are, so that no other kernel is compiled.
-        votes = lengths.view(torch.float32)[None]
+        votes = lengths.view(torch.float32)
     grid = (gpu_digits.num_parts(width), len(slots))
     rows: dict[str, Any] = {
         "votes": votes,
         "candidate_ends": candidate_ends,
         "top_k": top_k,
+        "columns": columns.starts,
         "n_init": n_init,
-        "width": width,
-        "votes_stride": votes.stride(0) if selects else 0,
         "TOKENS": gpu_digits.PART_TOKENS,
         "MANTISSA_BITS": MANTISSA_BITS,
         "num_warps": 8,
@@ -169,10 +178,9 @@ def _count_exponents(
     votes,
     candidate_ends,
     top_k,
+    columns,
     exponents,
     n_init,
-    width,
-    votes_stride,
     TOKENS: tl.constexpr,
     MANTISSA_BITS: tl.constexpr,
     EXPONENTS: tl.constexpr,
@@ -181,9 +189,10 @@ def _count_exponents(
     part, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     num_candidates = tl.load(candidate_ends + row) - n_init
     if (num_candidates > tl.load(top_k + row)) & (part * TOKENS < num_candidates):
-        key, visible = load_keys(votes + row * votes_stride, num_candidates, width, TOKENS)
+        first_column = tl.multiple_of(tl.load(columns + row), 4)
+        key, visible = load_keys(votes + first_column, num_candidates, TOKENS)
         counts = count_exponents(key, visible, EXPONENTS, MANTISSA_BITS)
-        line = exponents + (row * tl.num_programs(0) + part) * EXPONENTS
+        line = exponents + (first_line(first_column, row, TOKENS) + part) * EXPONENTS
         # [EXPONENTS]
         tl.store(line + tl.arange(0, EXPONENTS), counts)
 
@@ -193,12 +202,11 @@ def _count_mantissas(
     votes,
     candidate_ends,
     top_k,
+    columns,
     exponents,
     mantissas,
     found,
     n_init,
-    width,
-    votes_stride,
     TOKENS: tl.constexpr,
     MANTISSA_BITS: tl.constexpr,
     EXPONENTS: tl.constexpr,
@@ -210,8 +218,9 @@ def _count_mantissas(
     wanted = tl.load(top_k + row)
     if (num_candidates > wanted) & (part * TOKENS < num_candidates):
         bins: tl.constexpr = 1 << MANTISSA_BITS
-        key, visible = load_keys(votes + row * votes_stride, num_candidates, width, TOKENS)
-        first = row * tl.num_programs(0)
+        first_column = tl.multiple_of(tl.load(columns + row), 4)
+        key, visible = load_keys(votes + first_column, num_candidates, TOKENS)
+        first = first_line(first_column, row, TOKENS)
         parts = tl.cdiv(num_candidates, TOKENS)
         counts, before = sum_counts(exponents + first * EXPONENTS, parts, part, EXPONENTS, PARTS)
         exponent, sharing = find_digit(counts, wanted, EXPONENTS)
@@ -237,9 +246,8 @@ def _write_table(
     slots,
     lengths,
     top_k,
+    columns,
     n_init,
-    width,
-    votes_stride,
     table_stride,
     slots_stride,
     BLOCK_SIZE: tl.constexpr,
@@ -251,7 +259,8 @@ def _write_table(
     """All programs of a row together write what `reference.build_sparse_block_table` does."""
     row = tl.program_id(1).to(tl.int64)
     write_row(
-        votes + row * votes_stride,
+        votes,
+        columns,
         block_table + tl.load(row_seq + row).to(tl.int64) * table_stride,
         tl.load(candidate_ends + row),
         tl.load(context_ends + row),
@@ -263,7 +272,6 @@ def _write_table(
         None,
         False,
         n_init,
-        width,
         BLOCK_SIZE,
         TOKENS,
         RANGE,

@@ -29,6 +29,20 @@ def num_parts(width: int) -> int:
     return int(triton.cdiv(width, PART_TOKENS))
 
 
+def num_lines(columns: int, rows: int) -> int:
+    """Lines that hold the counts of all parts of so many rows, which share so many columns."""
+    return columns // PART_TOKENS + rows
+
+
+@triton.jit
+def first_line(first_column, row, TOKENS: tl.constexpr):
+    """The line of the first part of a row that has the columns from `first_column` on.
+
+    The rows before leave it free: each has one part more, at most, than its columns hold whole ones.
+    """
+    return first_column // TOKENS + row
+
+
 @triton.jit
 def order_keys(votes):
     """The first bits of votes, as integers of the same order; NaN (and -0) count as zero."""
@@ -37,15 +51,15 @@ def order_keys(votes):
 
 
 @triton.jit
-def load_keys(votes_line, num_candidates, width, TOKENS: tl.constexpr):
+def load_keys(votes_line, num_candidates, TOKENS: tl.constexpr):
     """Order keys of this program's part of a row, and which of them are candidates.
 
     Args:
-        votes_line: fp32 [width], undefined from `num_candidates` on.
+        votes_line: fp32, the row's votes; undefined from `num_candidates` on.
     """
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     # Whole 16 bytes are loaded at once.
-    loaded = token < tl.minimum(tl.cdiv(num_candidates, 4) * 4, width)
+    loaded = token < tl.cdiv(num_candidates, 4) * 4
     # [TOKENS]
     return order_keys(tl.load(votes_line + token, loaded, 0.0)), token < num_candidates
 

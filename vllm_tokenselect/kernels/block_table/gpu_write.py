@@ -10,6 +10,7 @@ import triton.language as tl
 from vllm_tokenselect.kernels.block_table.gpu_digits import (
     count_above,
     find_digit,
+    first_line,
     load_keys,
     sum_counts,
 )
@@ -31,7 +32,8 @@ def write_range(
 
 @triton.jit
 def write_row(
-    votes_line,
+    votes,
+    columns,
     line,
     candidate_end,
     context_end,
@@ -43,7 +45,6 @@ def write_row(
     selected_line,
     remembers,
     n_init,
-    width,
     BLOCK_SIZE: tl.constexpr,
     TOKENS: tl.constexpr,
     RANGE: tl.constexpr,
@@ -55,6 +56,7 @@ def write_row(
     The first part also writes the sink, what lies behind the candidates, and the length.
 
     Args:
+        columns: where the votes of each row begin.
         line: of the row in the block table.
         selected_line: where the sink and the kept candidates are written too if the row `remembers` them.
     """
@@ -67,8 +69,9 @@ def write_row(
         if part == 0:
             tl.store(lengths + row, context_end)
     elif part * TOKENS < num_candidates:
-        key, visible = load_keys(votes_line, num_candidates, width, TOKENS)
-        first = row * tl.num_programs(0)
+        first_column = tl.multiple_of(tl.load(columns + row), 4)
+        key, visible = load_keys(votes + first_column, num_candidates, TOKENS)
+        first = first_line(first_column, row, TOKENS)
         parts = tl.cdiv(num_candidates, TOKENS)
         kept, before = _place_kept(
             key, visible, mantissas, found, first, parts, MANTISSA_BITS, PARTS

@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_tokenselect.kernels.columns import Columns
 from vllm_tokenselect.kernels.gpu_launch import (
     INTERPRETED,
     LARGEST_PRODUCT,
@@ -44,8 +45,10 @@ class Scores:
     """Buffers for the scores of rows, written by `score_paged_keys` and read by `soft_vote`.
 
     Attributes:
-        logits: fp32 [R, Hq, N], contiguous, N a multiple of 4, at least max(ends) - start; undefined from a
-            row's own end on.
+        logits: fp32 [Hq, C], contiguous; of every head the columns of all rows, counted from the first
+            row's. C is a multiple of 16: for other numbers another kernel would be compiled, which might
+            add up in another order. Undefined from a row's own end on.
+        columns: of the rows; row `r` has `max(ends[r] - start, 0)` candidates.
         maxima, sums: fp32 [R, Hq, NUM_PARTS], contiguous: largest score of each part of the candidates,
             and the sum of exp(score - largest) over it; -inf and 0 for an empty part.
         start: first candidate, the same for all rows.
@@ -53,6 +56,7 @@ class Scores:
     """
 
     logits: torch.Tensor
+    columns: Columns
     maxima: torch.Tensor
     sums: torch.Tensor
     start: int
@@ -101,9 +105,9 @@ def score_paged_keys(
     """
     if not len(tiles):
         return
-    width = scores.logits.shape[2]
-    if width % 4:
-        raise ValueError(f"a line of scores holds {width} of them, which is no multiple of 4")
+    num_columns = scores.logits.shape[1]
+    if num_columns % 16:
+        raise ValueError(f"a head has {num_columns} scores, which is no multiple of 16")
     num_heads, head_size = query.shape[1:]
     num_kv_heads, block_size = kv_cache.shape[1], kv_cache.shape[3]
     group = num_heads // num_kv_heads
@@ -117,7 +121,7 @@ def score_paged_keys(
     splits = needed // lines  # of a tile, whose lines programs share
     many = lines > 64 or lines * line_bytes == QUERY_BYTES
     if programs is None:
-        programs = choose_programs(splits * len(tiles), num_kv_heads, width)
+        programs = choose_programs(splits * len(tiles), num_kv_heads, scores.columns.widest)
     score_tile[(num_kv_heads, programs, splits * len(tiles))](
         query,
         query_start,
@@ -125,13 +129,14 @@ def score_paged_keys(
         block_table,
         tiles,
         scores.ends,
+        scores.columns.starts,
         key_scale,
         scores.logits,
         scores.maxima,
         scores.sums,
         scale,
         scores.start,
-        width,
+        num_columns,
         num_heads,
         query.stride(0),
         query.stride(1),

@@ -22,7 +22,7 @@ def part_size(num_candidates, SMALLEST: tl.constexpr, PARTS: tl.constexpr):
 
 @triton.jit(
     do_not_specialize=["start"],
-    do_not_specialize_on_alignment=["query_start", "tiles", "ends"],
+    do_not_specialize_on_alignment=["query_start", "tiles", "ends", "columns"],
 )
 def score_tile(
     query,
@@ -31,13 +31,14 @@ def score_tile(
     block_table,
     tiles,
     ends,
+    columns,
     key_scale,
     logits,
     maxima,
     sums,
     scale,
     start,
-    width,
+    num_columns,
     num_heads,
     query_stride,
     query_head_stride,
@@ -59,11 +60,12 @@ def score_tile(
     WIDEN: tl.constexpr,
     QUANTIZED: tl.constexpr,
 ):
-    """`logits[r, h, c] = scale * query[r, h] . key[start + c, h // GROUP]` of the rows of a tile.
+    """`logits[h, first[r] + c] = scale * query[r, h] . key[start + c, h // GROUP]` of the rows of a tile.
 
-    Beside them, of every part `p` of a row's candidates, `maxima[r, h, p] = max over c of logits` and
-    `sums[r, h, p] = sum over c of exp(logits - maxima)`. The scores are those of
-    `reference.score_paged_keys`. With two products a query is the sum of two numbers of 16 bits.
+    `first[r] = columns[r] - columns[0]`. Beside them, of every part `p` of a row's candidates,
+    `maxima[r, h, p] = max over c of logits` and `sums[r, h, p] = sum over c of exp(logits - maxima)`. The
+    scores are those of `reference.score_paged_keys`. With two products a query is the sum of two numbers of
+    16 bits.
     """
     # KV heads vary fastest: the keys that they read lie beside each other.
     kv_head, share, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2) // SPLITS
@@ -108,7 +110,10 @@ def score_tile(
     share_size = tl.cdiv(tl.cdiv(reach, unit), tl.num_programs(1)) * unit
     first = tl.multiple_of(share * share_size, TOKENS)
     last = tl.minimum(first + share_size, reach)
+    # Numbers of 32 bits: the workspace has fewer than 2^31 scores.
     row_head = row.to(tl.int64) * num_heads + head
+    column = tl.load(columns + row, in_tile, 0) - tl.load(columns)
+    scored = head * num_columns + tl.multiple_of(column, 4)
     # One loop over all parts: it loads the next keys while it works on these.
     own_part = first // part
     largest = tl.full([LINES], float("-inf"), tl.float32)
@@ -132,10 +137,11 @@ def score_tile(
             score = tl.dot(high, keys, score, input_precision="ieee") * scale
         else:
             score = tl.dot(high, keys, input_precision="ieee") * scale
-        own = candidate[None, :] < tl.minimum(length, last)[:, None]
+        end = tl.minimum(length, last)[:, None]
+        own = candidate[None, :] < end
         # Four scores at a time: those behind a row's own end are not looked at.
-        stored = candidate[None, :] < (tl.cdiv(tl.minimum(length, last), 4) * 4)[:, None]
-        tl.store(logits + row_head[:, None] * width + candidate[None, :], score, stored)
+        stored = (candidate // 4 * 4)[None, :] < end
+        tl.store(logits + (scored[:, None] + candidate[None, :]), score, stored)
         score = tl.where(own, score, float("-inf"))
         above = tl.maximum(largest, tl.max(score, 1))
         shift = tl.where(above == float("-inf"), 0.0, above)

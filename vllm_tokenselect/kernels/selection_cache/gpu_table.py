@@ -15,6 +15,7 @@ import triton.language as tl
 from vllm_tokenselect.kernels.block_table.gpu import RANGE_TOKENS, TableScratch, count_digits
 from vllm_tokenselect.kernels.block_table.gpu_write import write_range, write_row
 from vllm_tokenselect.kernels.block_table.table import SparseBlockTable
+from vllm_tokenselect.kernels.columns import Columns
 from vllm_tokenselect.kernels.selection_cache.gpu import (
     END_ARRAYS,
     NUMBERS,
@@ -29,6 +30,7 @@ from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
 
 def build_finished_table(
     votes: torch.Tensor | None,
+    columns: Columns,
     block_table: torch.Tensor,
     rows: RowArrays,
     n_init: int,
@@ -44,14 +46,14 @@ def build_finished_table(
 
     Args:
         rows: as `decide_rows` left them; of chains of one row.
-        scratch, counted: as `build_sparse_block_table` takes them.
+        votes, columns, scratch, counted: as `build_sparse_block_table` takes them.
         state, counters, followers: as `finish_rows` takes them.
     """
     num_rows, slots, lengths = len(rows.row_seq), table.slots, table.lengths
     if not num_rows:
         return
     launch = count_digits(
-        votes, slots, lengths, n_init, rows.top_k, rows.scored_end, scratch, counted
+        votes, columns, slots, lengths, n_init, rows.top_k, rows.scored_end, scratch, counted
     )
     parts, _ = launch.grid
     _write_finished[(parts, num_rows + 1)](
@@ -82,7 +84,13 @@ def build_finished_table(
 
 @triton.jit(
     do_not_specialize=NUMBERS,
-    do_not_specialize_on_alignment=[*ROW_ARRAYS, *END_ARRAYS, "cached_seats", "row_ends"],
+    do_not_specialize_on_alignment=[
+        *ROW_ARRAYS,
+        *END_ARRAYS,
+        "cached_seats",
+        "row_ends",
+        "columns",
+    ],
 )
 def _write_finished(
     votes,
@@ -92,6 +100,7 @@ def _write_finished(
     cached_seats,
     query_len,
     top_k,
+    columns,
     candidate_ends,
     row_ends,
     context_ends,
@@ -105,8 +114,6 @@ def _write_finished(
     lengths,
     n_init,
     followers,
-    width,
-    votes_stride,
     table_stride,
     selected_stride,
     slots_stride,
@@ -157,7 +164,8 @@ def _write_finished(
         reused_end = tl.load(reused_ends + row)
     if reused_end == SELECTS:
         write_row(
-            votes + row * votes_stride,
+            votes,
+            columns,
             line,
             tl.load(candidate_ends + row),
             tl.load(table_ends + row),
@@ -169,7 +177,6 @@ def _write_finished(
             selected_line,
             remembers,
             n_init,
-            width,
             BLOCK_SIZE,
             TOKENS,
             RANGE,

@@ -13,6 +13,7 @@ from vllm_tokenselect.kernels.block_table.gpu_digits import (
     EXPONENTS,
     MANTISSA_BITS,
     count_exponents,
+    first_line,
     order_keys,
 )
 from vllm_tokenselect.kernels.score.gpu import NUM_PARTS, Scores
@@ -21,18 +22,22 @@ HEADS_PER_STEP = 4
 
 
 def soft_vote(scores: Scores, votes: torch.Tensor, exponents: torch.Tensor | None = None) -> None:
-    """As `reference.soft_vote`, into `votes` fp32 [R, N], written below each row's own end.
+    """As `reference.soft_vote`, into the rows' columns of `votes`, written below each row's own end.
 
     Every program works on a part of one row; fp32 throughout.
 
     Args:
-        exponents: int16 [R, num_parts(N), EXPONENTS], written for the parts of each row: how often each
-            exponent occurs among their votes, which is where building a table begins. None leaves it out.
+        votes: fp32 [C], of all columns, from the one on that is numbered 0.
+        exponents: int16 [lines, EXPONENTS], written for the parts of each row, whose lines
+            `gpu_digits.first_line` tells: how often each exponent occurs among their votes, which is where
+            building a table begins. None leaves it out.
     """
-    num_rows, num_heads, width = scores.logits.shape
+    num_heads, num_columns = scores.logits.shape
+    num_rows, width = scores.columns.num_rows, scores.columns.widest
     if not num_rows or not width:
         return
     _soft_vote[(gpu_digits.num_parts(width), num_rows)](
+        scores.columns.starts,
         scores.logits,
         scores.maxima,
         scores.sums,
@@ -40,8 +45,7 @@ def soft_vote(scores: Scores, votes: torch.Tensor, exponents: torch.Tensor | Non
         votes,
         exponents,
         scores.start,
-        width,
-        votes.stride(0),
+        num_columns,
         HEADS=num_heads,
         STEP=min(triton.next_power_of_2(num_heads), HEADS_PER_STEP),
         PARTS=NUM_PARTS,
@@ -52,8 +56,12 @@ def soft_vote(scores: Scores, votes: torch.Tensor, exponents: torch.Tensor | Non
     )
 
 
-@triton.jit(do_not_specialize=["start"], do_not_specialize_on_alignment=["ends"])
+@triton.jit(
+    do_not_specialize=["start"],
+    do_not_specialize_on_alignment=["ends", "columns"],
+)
 def _soft_vote(
+    columns,
     logits,
     maxima,
     sums,
@@ -61,8 +69,7 @@ def _soft_vote(
     votes,
     exponents,
     start,
-    width,
-    votes_stride,
+    num_columns,
     HEADS: tl.constexpr,
     STEP: tl.constexpr,
     PARTS: tl.constexpr,
@@ -71,6 +78,9 @@ def _soft_vote(
     MANTISSA_BITS: tl.constexpr,
 ):
     """`votes[r, t] = sum over h of exp(logits[r, h, t] - M[r, h]) / Z[r, h]`, as `reference.soft_vote`.
+
+    `votes[r, t]` lies in column `columns[r] + t`, and `logits[r, h, t]` in head `h`'s column
+    `columns[r] - columns[0] + t`.
 
     Known of each part `p` of the candidates: `m[r, h, p]`, the largest score, and `z[r, h, p]`, the sum
     of `exp(score - m)`. So `M = max over p of m` and `Z = sum over p of z * exp(m - M)`.
@@ -81,14 +91,16 @@ def _soft_vote(
         token = part * TOKENS + tl.arange(0, TOKENS)
         visible = token < num_candidates
         # Whole 16 bytes are loaded at once; what lies behind the candidates is not looked at.
-        loaded = token < tl.minimum(tl.cdiv(num_candidates, 4) * 4, width)
+        loaded = token < tl.cdiv(num_candidates, 4) * 4
+        first_column = tl.multiple_of(tl.load(columns + row), 4)
+        scored = tl.multiple_of(first_column - tl.load(columns), 4)
         vote = tl.zeros([TOKENS], tl.float32)
         for first in range(0, HEADS, STEP):
             head, split = first + tl.arange(0, STEP), tl.arange(0, PARTS)
             is_head = head < HEADS
             # [STEP, TOKENS]
             score = tl.load(
-                logits + (row * HEADS + head)[:, None] * width + token[None, :],
+                logits + head.to(tl.int64)[:, None] * num_columns + scored + token[None, :],
                 is_head[:, None] & loaded[None, :],
                 float("-inf"),
             )
@@ -104,9 +116,9 @@ def _soft_vote(
             weight = tl.where(total > 0, 1 / total, 0.0)
             vote += tl.sum(tl.exp(score - largest[:, None]) * weight[:, None], 0)
         # [TOKENS]
-        tl.store(votes + row * votes_stride + token, vote, visible)
+        tl.store(votes + first_column + token, vote, visible)
         if exponents is not None:
             counts = count_exponents(order_keys(vote), visible, EXPONENTS, MANTISSA_BITS)
-            line = exponents + (row * tl.num_programs(0) + part) * EXPONENTS
+            line = exponents + (first_line(first_column, row, TOKENS) + part) * EXPONENTS
             # [EXPONENTS]
             tl.store(line + tl.arange(0, EXPONENTS), counts)

@@ -127,7 +127,7 @@ def settings_table(plan: LayoutPlan, variants: Sequence[tuple[str, LayoutPlan | 
             show_bytes(buffers.total - buffers.weights),
             show_bytes(buffers.selection_cache),
             show_bytes(buffers.workspace),
-            str(limits.scored_rows),
+            f"{limits.score_columns:,}",
             show_bytes(buffers.sparse_block_table + buffers.block_tables),
             show_bytes(buffers.gather_buffer),
             str(changed.contexts)
