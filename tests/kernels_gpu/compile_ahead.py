@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +48,8 @@ SHAPES = [
     (128, 8, 128),
     (8, 2, 512),
 ]
+# Those that differ from a shape above in nothing but how many heads there are.
+MORE_HEADS = [(64, 8, 128), (128, 8, 128)]
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,10 @@ def compiling_for(architecture: int, compiled: list[Any]) -> Iterator[None]:
         JITFunction.run = run
 
 
-def launches(architecture: int) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Every launcher, in the shapes of models that are served."""
+def launches(
+    architecture: int, left_out: Sequence[tuple[int, int, int]] = ()
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Every launcher, in the shapes of models that are served but for those that are left out."""
     from vllm_tokenselect.counters import Counter
     from vllm_tokenselect.kernels.block_table.gpu import TableScratch, build_sparse_block_table
     from vllm_tokenselect.kernels.block_table.gpu_digits import EXPONENTS, num_lines
@@ -209,7 +213,7 @@ def launches(architecture: int) -> Iterator[tuple[str, Callable[[], object]]]:
                     counters=torch.zeros(len(Counter), dtype=torch.int64),
                 ),
             )
-    for heads, kv_heads, head_size in SHAPES:
+    for heads, kv_heads, head_size in (shape for shape in SHAPES if shape not in left_out):
         query = torch.zeros(rows, heads, head_size, dtype=torch.bfloat16)
         means = query.float()
         state = selections(heads, head_size)
@@ -340,8 +344,10 @@ def resources(kernel: Any, architecture: int) -> tuple[int, int]:
     return registers, sum(map(int, re.findall(r"(\d+) bytes spill", report)))
 
 
-def compile_all(architecture: int) -> Iterator[Compiled]:
-    for variant, launch in launches(architecture):
+def compile_all(
+    architecture: int, left_out: Sequence[tuple[int, int, int]] = ()
+) -> Iterator[Compiled]:
+    for variant, launch in launches(architecture, left_out):
         kernels: list[Any] = []
         with compiling_for(architecture, kernels):
             launch()
@@ -354,14 +360,16 @@ def compile_all(architecture: int) -> Iterator[Compiled]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--architecture", type=int, choices=ARCHITECTURES, help="default: all")
-    architecture = parser.parse_args().architecture
+    parser.add_argument("--fewer-heads", action="store_true", help=f"leaves out {MORE_HEADS}")
+    arguments = parser.parse_args()
+    architecture = arguments.architecture
     if architecture is None:
         # Triton keeps what it compiled by device, of which there is one: a process each.
         command = [sys.executable, "-m", "tests.kernels_gpu.compile_ahead", "--architecture"]
         return max(subprocess.run([*command, str(each)]).returncode for each in ARCHITECTURES)
     bad = 0
     print(f"{'kernel':14} {'variant':36} sm  registers  shared B  spilled B")
-    for one in compile_all(architecture):
+    for one in compile_all(architecture, MORE_HEADS if arguments.fewer_heads else ()):
         bad += not one.fits
         print(
             f"{one.kernel:14} {one.variant:36} {one.architecture:3} {one.registers:6} "

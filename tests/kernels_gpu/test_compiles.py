@@ -10,7 +10,14 @@ from tests.kernels_gpu.compile_ahead import ARCHITECTURES
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_kernels_compile_and_fit(architecture: int):
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        pytest.param((), marks=pytest.mark.endurance, id="all shapes"),
+        pytest.param(("--fewer-heads",), id="fewer heads"),
+    ],
+)
+def test_kernels_compile_and_fit(architecture: int, shapes: tuple[str, ...]):
     # In a process of its own: here Triton interprets.
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
@@ -20,6 +27,7 @@ def test_kernels_compile_and_fit(architecture: int):
             "tests.kernels_gpu.compile_ahead",
             "--architecture",
             str(architecture),
+            *shapes,
         ],
         capture_output=True,
         text=True,

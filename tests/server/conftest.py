@@ -20,8 +20,12 @@ from vllm_tokenselect.tools.common.server import ServerFailed, VllmServer
 SPARSE = asdict(SETTINGS)
 BLOCK_SIZE = 128  # vLLM's default on CPUs
 FP32 = ("--dtype", "float32", "--max-num-batched-tokens", "1024", "--max-num-seqs", "16")
-# One thread for each of the server's workers, wherever this process may run.
-ONE_THREAD = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+# One thread and one GiB of KV cache for each of the server's workers, wherever this process may run.
+SMALL_WORKERS = {
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+}
 
 
 @dataclass(frozen=True)

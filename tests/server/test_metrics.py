@@ -81,7 +81,7 @@ def test_every_one_of_several_api_servers_tells_the_same_and_nothing_is_left_beh
 ):
     with tempfile.TemporaryDirectory() as folder:
         extra_args = (*FP32, "--api-server-count", "2")
-        environment = {"TMPDIR": folder}
+        environment = {"TMPDIR": folder, "VLLM_CPU_KVCACHE_SPACE": "1"}
         with serving(smollm2, settings=SPARSE, extra_args=extra_args, env=environment) as client:
             first = complete_and_count(client, prompts(903, 1000), layers)
             # Connections are spread over the servers.

@@ -9,7 +9,7 @@ import pytest
 
 from tests.models.shortened import first_layers
 from tests.oracle.cases import CACHED_SETTINGS
-from tests.server.conftest import FP32, ONE_THREAD, serving
+from tests.server.conftest import FP32, SMALL_WORKERS, serving
 
 pytestmark = pytest.mark.server
 
@@ -29,7 +29,7 @@ def test_two_stages_say_what_one_process_says(smollm2, tokenizer, tmp_path, posi
             model,
             settings=settings,
             extra_args=(*FP32, "--pipeline-parallel-size", stages),
-            env=ONE_THREAD,
+            env=SMALL_WORKERS,
             enforce_eager=stages == "1",
         ) as client:
             said.append([c.tokens for c in client.complete_all(asked, 24)])

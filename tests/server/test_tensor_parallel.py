@@ -16,7 +16,7 @@ import pytest
 from tests.models.divisible import with_divisible_heads
 from tests.models.shortened import first_layers
 from tests.oracle.cases import CACHED_SETTINGS
-from tests.server.conftest import FP32, ONE_THREAD, Client, Completion, serving
+from tests.server.conftest import FP32, SMALL_WORKERS, Client, Completion, serving
 from tests.server.test_client import wait_until
 from tests.server.test_killed_worker import is_alive
 from tests.server.two_hosts import RayCluster, two_hosts
@@ -28,9 +28,9 @@ TOGETHER = {**asdict(CACHED_SETTINGS), "vote": "global"}
 APART = {**asdict(CACHED_SETTINGS), "vote": "local"}
 RAY_ON_CPU = Path(__file__).parent.parent / "ray_on_cpu"
 RANKS: dict[str, dict[str, str]] = {
-    "mp": ONE_THREAD,
+    "mp": SMALL_WORKERS,
     "ray": {
-        **ONE_THREAD,
+        **SMALL_WORKERS,
         "RAY_OVERRIDE_RESOURCES": '{"GPU": 2}',
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_worker_niceness": "0",  # as vLLM's own workers are

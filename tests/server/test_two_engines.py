@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.models.shortened import first_layers
-from tests.server.conftest import ONE_THREAD
+from tests.server.conftest import SMALL_WORKERS
 
 pytestmark = pytest.mark.server
 
@@ -25,8 +25,8 @@ def answers(smollm2, tmp_path_factory) -> dict[str, dict[str, list[float] | str]
     """What an engine with top_k 256 answers after one on CPU_ATTN was made, and what that one does."""
     folder = tmp_path_factory.mktemp("engines")
     model = first_layers(smollm2, folder / "shortened", 2)
-    environment = os.environ | ONE_THREAD
-    environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    environment = os.environ | SMALL_WORKERS
+    environment |= {"VLLM_NO_USAGE_STATS": "1"}
     environment |= {"HF_HUB_OFFLINE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     out = folder / "answers.json"
     command = [sys.executable, "-m", "tests.server.engines", str(model), str(out)]
