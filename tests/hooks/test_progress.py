@@ -5,7 +5,6 @@ vLLM's real scheduler and block manager, under our rules, without a model.
 
 import dataclasses
 import math
-from itertools import pairwise
 
 import pytest
 
@@ -58,9 +57,7 @@ def check_graph_contexts(engine: Engine, workload: Workload) -> None:
     limits = engine.graph_limits
     if limits is None:
         return
-    ends = [*workload.first_of_steps[1:], len(workload.steps)]
-    for first, last in zip(workload.first_of_steps, ends, strict=True):
-        rows = [(start, end) for _, start, end, _ in workload.steps[first:last]]
+    for rows in workload.spans_by_step():
         if all(end - start <= 1 + engine.drafts for start, end in rows):
             ends_of_candidates = [
                 token - limits.method.n_local for start, end in rows for token in range(start, end)
@@ -210,10 +207,7 @@ def test_requests_of_a_long_shared_prefix_decode_by_turns(make_vllm_config):
     requests = [Arrival(step=6 * n, text=[(101, 900), (n, 60)], max_tokens=30) for n in range(1, 6)]
     running.run(requests, most_steps(engine, requests))
     check_graph_contexts(engine, running)
-    at_once = [
-        [(request.request_id, end - start) for request, start, end, _ in running.steps[a:b]]
-        for a, b in pairwise(running.first_of_steps)
-    ]
-    decoding = [step for step in at_once if step and all(tokens == 1 for _, tokens in step)]
+    steps = running.spans_by_step()
+    decoding = [step for step in steps if step and all(end - start == 1 for start, end in step)]
     assert max(len(step) for step in decoding) == 2
     assert not any(request.num_preemptions for request in running.requests.values())

@@ -7,6 +7,7 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -96,10 +97,9 @@ class Engine:
         }
         config.compilation_config = copy.copy(template.compilation_config)
         if self.shares:
-            config.additional_config["tokenselect"] |= {"anchor_layers": 2} | SHORT
-        if self.workspace:
-            config.additional_config["tokenselect"] |= SHORT
+            config.additional_config["tokenselect"]["anchor_layers"] = 2
         if self.shares or self.workspace:
+            config.additional_config["tokenselect"] |= SHORT
             config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
         if self.drafts:
             config.speculative_config = SpeculativeConfig(
@@ -283,6 +283,11 @@ class Workload:
         )
         for of_client in outputs.values():
             self.ends |= {o.request_id: o for o in of_client.outputs if o.finish_reason is not None}
+
+    def spans_by_step(self) -> list[list[tuple[int, int]]]:
+        """First and last token of each request that the scheduler gave tokens to, step by step."""
+        cuts = pairwise([*self.first_of_steps, len(self.steps)])
+        return [[(start, end) for _, start, end, _ in self.steps[a:b]] for a, b in cuts]
 
     def go_on_with_streams(self) -> None:
         for id_, request in self.requests.items():

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 from vllm_tokenselect.method.plan import Int64
 from vllm_tokenselect.method.settings import Method, SettingsError
+
+Number = TypeVar("Number", int, Int64)
 
 # Kernels number the scores with 32 bits.
 MOST_WORKSPACE_BYTES = (4 << 31) - 1
@@ -78,12 +81,11 @@ class StepLimits:
 
     def width_of(self, candidate_end: int) -> int:
         """Columns of a row whose candidates end there."""
-        return int(self.widths_of(np.array([candidate_end]))[0])
+        return _rounded_up(max(candidate_end - self.method.n_init, 0), WIDTH_STEP)
 
     def widths_of(self, candidate_ends: Int64) -> Int64:
         """The same of rows, int64 [R]."""
-        candidates = np.maximum(candidate_ends - self.method.n_init, 0)
-        return -(-candidates // WIDTH_STEP) * WIDTH_STEP
+        return _rounded_up(np.maximum(candidate_ends - self.method.n_init, 0), WIDTH_STEP)
 
     @property
     def table_width(self) -> int:
@@ -98,7 +100,7 @@ class StepLimits:
     @property
     def line_width(self) -> int:
         """Entries of a line of the sparse block table."""
-        return _whole_lines(self.table_width)
+        return _rounded_up(self.table_width, LINE_STEP)
 
     @property
     def table_rows(self) -> int:
@@ -117,7 +119,7 @@ class StepLimits:
 
         Longer rows, of requests without selection, are not kept: all layers write the same into them.
         """
-        return _whole_lines(self.generated_width)
+        return _rounded_up(self.generated_width, LINE_STEP)
 
     @property
     def kept_rows(self) -> int:
@@ -173,5 +175,5 @@ def _whole_columns(columns: int) -> int:
     return columns // WIDTH_STEP * WIDTH_STEP
 
 
-def _whole_lines(width: int) -> int:
-    return -(-width // LINE_STEP) * LINE_STEP
+def _rounded_up(number: Number, step: int) -> Number:
+    return -(-number // step) * step

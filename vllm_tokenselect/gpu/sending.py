@@ -6,6 +6,7 @@ What follows from the contexts' real lengths, which only the device knows, is co
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,10 +18,11 @@ from vllm_tokenselect.method.plan import SelectionPlan
 from vllm_tokenselect.method.requests import NO_SEAT, Int32
 from vllm_tokenselect.method.settings import FULL_ATTENTION, Method
 
-# Entries of what the host sends of a row: seven numbers, a tile, a chain, and where its queries and its
-# columns start (one more of each for each group, of which there are no more than rows); and of what the
-# device computes of it.
-FIELDS, SENT_FIELDS, COMPUTED = 7, 7 + 3 + 4 + 2 + 2, 6
+# Numbers that the host sends of a row, and that the device computes of it.
+FIELDS, COMPUTED = 7, 6
+# Entries of all that the host sends of a row: its numbers, a tile, a chain, and where its queries and its
+# columns start (one more of each for each group, of which there are no more than rows).
+SENT = (FIELDS, 3, 4, 2, 2)
 
 
 class RowBuffers:
@@ -34,7 +36,7 @@ class RowBuffers:
     def __init__(self, capacity: int, device: torch.device) -> None:
         self.capacity = capacity
         size = _field_size(capacity)
-        self.sent = torch.zeros(SENT_FIELDS * size, dtype=torch.int32, device=device)
+        self.sent = torch.zeros(sum(SENT) * size, dtype=torch.int32, device=device)
         self.computed = torch.zeros(COMPUTED * size, dtype=torch.int32, device=device)
 
 
@@ -71,7 +73,7 @@ def pack_rows(
         num_rows: of the groups; those that the plan lacks are padded rows.
         method: the settings.
     """
-    packed = np.zeros(SENT_FIELDS * _field_size(num_rows), np.int32)
+    packed = np.zeros(sum(SENT) * _field_size(num_rows), np.int32)
     fields, tiles, chains, starts, columns = _split(packed, num_rows)
     row_seq, query_len, after, top_k, dense_end, seat, cached_seat = fields
     rows = slice(plan.num_rows)
@@ -145,16 +147,12 @@ def _field_size(num_rows: int) -> int:
 def _split(sent: Any, num_rows: int) -> tuple[Any, Any, Any, Any, Any]:
     """Fields, tiles, chains, and starts of queries and of columns, in an array or tensor that is sent."""
     size = _field_size(num_rows)
-    fields, tiles, chains, starts = (
-        FIELDS * size,
-        (FIELDS + 3) * size,
-        (FIELDS + 7) * size,
-        (FIELDS + 9) * size,
-    )
+    ends = [size * entries for entries in accumulate(SENT, initial=0)]
+    fields, tiles, chains, starts, columns = (sent[first:end] for first, end in pairwise(ends))
     return (
-        sent[:fields].reshape(FIELDS, size),
-        sent[fields:tiles].reshape(-1, 3),
-        sent[tiles:chains].reshape(-1, 4),
-        sent[chains:starts],
-        sent[starts:],
+        fields.reshape(FIELDS, size),
+        tiles.reshape(-1, 3),
+        chains.reshape(-1, 4),
+        starts,
+        columns,
     )

@@ -35,6 +35,7 @@ class LimitGraphContexts(_Scheduler):
             from vllm_tokenselect.engine.graph_sizes import replayed_limits  # needs Triton
 
             self._replayed = replayed_limits(self.vllm_config)
+        self._most_columns = self._replayed.score_columns if self._replayed is not None else 0
         self._most_queries = queries_per_request(self.vllm_config)
         self._columns = 0  # of the step that is being made
         self._is_replayed = True
@@ -50,26 +51,25 @@ class LimitGraphContexts(_Scheduler):
             return True
         if num_tokens > self._most_queries:
             self._is_replayed = False
-        columns = num_tokens * self._width(request, start + num_tokens)
-        if self._is_replayed and self._columns + columns > limits.score_columns:
+        columns = num_tokens * _width(limits, request, start + num_tokens)
+        if self._is_replayed and self._columns + columns > self._most_columns:
             get_logger(__name__).warning_once(
                 "TOKENSELECT: the contexts of a step come to more than the %d tokens of which the "
                 "workspace holds the scores, so the last requests wait for others to end. For more of them "
                 "at a time set workspace_mb higher than %d.",
-                limits.score_columns,
+                self._most_columns,
                 limits.workspace_bytes >> 20,
             )
             return False
         self._columns += columns
         return True
 
-    def _width(self, request: Request, context: int) -> int:
-        """Columns of the last of a request's rows, which has most; none of a row that sees all."""
-        assert self._replayed is not None
-        method = self._replayed.method
-        params = request.sampling_params
-        top_k = requested_top_k(getattr(params, "extra_args", None), method.top_k)
-        candidate_end = context - 1 - method.n_local
-        if candidate_end - method.n_init <= top_k:
-            return 0
-        return self._replayed.width_of(candidate_end)
+
+def _width(limits: StepLimits, request: Request, context: int) -> int:
+    """Columns of the last of a request's rows, which has most; none of a row that sees all."""
+    method = limits.method
+    extra_args = getattr(request.sampling_params, "extra_args", None)
+    candidate_end = context - 1 - method.n_local
+    if candidate_end - method.n_init <= requested_top_k(extra_args, method.top_k):
+        return 0
+    return limits.width_of(candidate_end)
