@@ -8,6 +8,7 @@ A process of its own, because transformers dequantizes into fp32 first: its memo
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -49,9 +50,18 @@ def convert(gguf: Path, target: Path) -> None:
         pad_token_id=tokenizer.pad_token_id,
     )
     _check(model, tokenizer)
+    write(model, tokenizer, target)
+
+
+def write(model: Any, tokenizer: Any, target: Path) -> None:
+    """Write the folder that a server loads. Its files are as readable as the umask leaves new files."""
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
     _portable(target / "tokenizer_config.json")
+    os.umask(umask := os.umask(0))
+    for path in target.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~umask)  # safetensors makes its files for their owner alone
 
 
 def _dequantize() -> dict[str, Any]:
