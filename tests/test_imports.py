@@ -39,10 +39,12 @@ REPORT = """
 tools = {name for name in sys.modules if name.startswith("vllm_tokenselect.tools")}
 print(json.dumps(sorted(found | tools)))
 """
+# Triton is installed on GPUs alone: to take it away is to import it in vain.
 PLUGINS = """
+sys.modules["triton"] = None
 from vllm.plugins import load_general_plugins
 load_general_plugins()
-assert "vllm_tokenselect.hooks.seam" in sys.modules
+assert "vllm_tokenselect.hooks.engine_config" in sys.modules
 """
 WORKER = """
 import importlib, pkgutil

@@ -16,7 +16,7 @@ from vllm_tokenselect.config import (
     DEFAULT_WORKSPACE_MB,
     TokenSelectConfig,
 )
-from vllm_tokenselect.engine import dense_layers, graph_sizes
+from vllm_tokenselect.engine import dense_layers
 from vllm_tokenselect.engine.kv_cache import check_kv_cache_dtype
 from vllm_tokenselect.engine.log import get_logger
 from vllm_tokenselect.engine.step_size import check_steps
@@ -104,6 +104,8 @@ def configure(vllm_config: VllmConfig, device: str) -> None:
     metrics.serve_counters()
     request_validation.install()
     if device == "cuda":
+        from vllm_tokenselect.engine import graph_sizes  # needs Triton
+
         graph_sizes.limit_engine(vllm_config)
     if device == "cpu":
         # A worker starts bound to one core, and numba, which vLLM's model runner imports, would count
