@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from safetensors.torch import save_file
 
 from tests.models.shortened import first_layers
 from tests.server.conftest import FP32, Client, serving
+from tests.server.open_paths import answered_without_a_key, operations
 
 pytestmark = pytest.mark.server
 
@@ -67,20 +70,60 @@ def answers(client: Client, batch: list[list[int]]) -> dict[str, list[str]]:
     }
 
 
+KEY = {"VLLM_API_KEY": "none"}  # the clients' of these tests
+GUARD = ("--middleware", "vllm_tokenselect.guard.ClientsOnly")
+SECURITY = Path(__file__).parents[2] / "SECURITY.md"
+OPEN_PATHS = {
+    *("/invocations", "/generative_scoring", "/tokenize", "/detokenize"),
+    *("/scale_elastic_ep", "/is_scaling_elastic_ep"),
+    *("/metrics", "/load", "/version", "/kv_event_sources", "/docs", "/redoc", "/openapi.json"),
+    *("/health", "/ping"),
+}
 OPTIONS = ("--no-enable-prefix-caching", "--speculative-config", json.dumps(NGRAM))
 
 
-def test_combined_options_change_nothing_that_is_said(model, adapter, prompts):
-    """Compiled, without prefix caching, with drafts, adapters and structured output, all at once."""
+@dataclass(frozen=True)
+class Said:
+    """What a server answers to three kinds of requests, and which paths it answers without a key."""
+
+    answers: dict[str, list[str]]
+    open_paths: set[str]
+
+
+@pytest.fixture(scope="module")
+def said(model, adapter, prompts) -> dict[str, Said]:
+    """Of vLLM's own backend as it is, and of TOKENSELECT with all options at once."""
     batch = [prompts(700, 300), prompts(701, 1500)]
     lora = ("--enable-lora", "--max-lora-rank", str(RANK), "--lora-modules", f"adapter={adapter}")
-    with serving(model, backend="CPU_ATTN", extra_args=(*FP32, *lora)) as client:
-        expected = answers(client, batch)
+    arguments = (*FP32, *lora)
+    with serving(model, backend="CPU_ATTN", extra_args=arguments, env=KEY) as client:
+        url = client.server.base_url
+        asked = operations(url)
+        plain = Said(answers(client, batch), answered_without_a_key(url, asked))
+    arguments += (*OPTIONS, *GUARD)
+    with serving(
+        model, settings=COVERING, extra_args=arguments, enforce_eager=False, env=KEY
+    ) as client:
+        url = client.server.base_url
+        combined = Said(answers(client, batch), answered_without_a_key(url, asked))
+    return {"plain": plain, "combined": combined}
+
+
+def test_combined_options_change_nothing_that_is_said(said):
+    """Compiled, without prefix caching, with drafts, adapters and structured output, all at once."""
+    expected = said["plain"].answers
     assert expected["adapter"] != expected["plain"]
     assert {*expected["choice"]} <= {*CHOICES}
-    arguments = (*FP32, *lora, *OPTIONS)
-    with serving(model, settings=COVERING, extra_args=arguments, enforce_eager=False) as client:
-        assert answers(client, batch) == expected
+    assert said["combined"].answers == expected
+
+
+def test_vllms_key_guards_some_paths_and_the_documentation_names_the_others(said):
+    assert said["plain"].open_paths == OPEN_PATHS
+    assert {*re.findall(r"`(/\w+(?:\.json)?)`", SECURITY.read_text())} >= OPEN_PATHS
+
+
+def test_the_guard_closes_all_but_what_probes_and_prometheus_ask(said):
+    assert said["combined"].open_paths == {"/health", "/metrics"}
 
 
 @pytest.mark.endurance
