@@ -75,9 +75,12 @@ SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 
 # "ray" for serving on several machines, "xformers"; several are separated by commas.
 ARG EXTRAS=""
-# Everything that is there stays at its version; a requirement that this contradicts ends the build.
+# Everything that is there stays at its version; a requirement that this contradicts ends the build. Ray is the
+# release that was tested: the RayCluster names it.
 RUN --mount=type=bind,from=wheel,source=/dist,target=/dist \
+    --mount=type=bind,from=wheel,source=/src/constraints,target=/src/constraints \
     uv pip freeze --system --exclude-editable | grep -E '^[^ ]+==' > /tmp/installed.txt \
+    && grep '^ray==' /src/constraints/gpu.txt >> /tmp/installed.txt \
     && uv pip install --system --no-cache --constraint /tmp/installed.txt \
         "$(echo /dist/*.whl)${EXTRAS:+[${EXTRAS}]}" \
     && rm /tmp/installed.txt

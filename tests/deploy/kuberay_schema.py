@@ -28,7 +28,18 @@ RAY_CLUSTER = _closed(
         rayVersion={"type": "string"},
         authOptions=_closed([], mode={"enum": ["disabled", "token"]}),
         headGroupSpec=_closed(
-            ["rayStartParams", "template"], rayStartParams=_TEXTS, template={"type": "object"}
+            ["rayStartParams", "template"],
+            # A Service of Kubernetes; KubeRay adds its name, selector and ports.
+            headService=_closed(
+                [],
+                spec=_closed(
+                    [],
+                    clusterIP={"const": "None"},
+                    publishNotReadyAddresses={"type": "boolean"},
+                ),
+            ),
+            rayStartParams=_TEXTS,
+            template={"type": "object"},
         ),
         workerGroupSpecs={
             "type": "array",

@@ -1,6 +1,7 @@
 """The Kubernetes objects that kustomize makes of `deploy/kubernetes`, and parts of them."""
 
 import os
+import re
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,6 +13,8 @@ from tests.deploy.tools import REPOSITORY, run
 
 ROOT = REPOSITORY / "deploy/kubernetes"
 Manifest = dict[str, Any]
+# `# key:`, `# key: value`, `#   - key: value` and `# - ../../components/monitoring`; no sentence looks so.
+OFFERED = re.compile(r"^( *)# ( *(?:(?:- )?[\w./]+:(?: \S+)?|- \.\./\S+))$", re.MULTILINE)
 
 # What a user applies: a folder, and the optional components that its file offers.
 VARIANTS = {
@@ -21,6 +24,7 @@ VARIANTS = {
     "gpu, monitored": ("overlays/gpu", ["monitoring"]),
     "gpu, autoscaled": ("overlays/gpu", ["monitoring", "autoscaling"]),
     "gpu-tp": ("overlays/gpu-tp", []),
+    "gpu-tp, monitored": ("overlays/gpu-tp", ["monitoring"]),
     "gpu-tp, autoscaled": ("overlays/gpu-tp", ["monitoring", "autoscaling"]),
     "kuberay": ("kuberay", []),
     "kuberay, monitored": ("kuberay", ["monitoring"]),
@@ -28,8 +32,8 @@ VARIANTS = {
 
 
 @cache
-def build(variant: str) -> tuple[Manifest, ...]:
-    """Every object of one of the VARIANTS."""
+def build(variant: str, name_suffix: str = "") -> tuple[Manifest, ...]:
+    """Every object of one of the VARIANTS, with what a user's own kustomization puts behind all names."""
     folder, components = VARIANTS[variant]
     with TemporaryDirectory() as work:
         # kustomize takes folders of other trees by a relative path only.
@@ -37,22 +41,50 @@ def build(variant: str) -> tuple[Manifest, ...]:
         kustomization = {
             "resources": [str(above / folder)],
             "components": [str(above / "components" / component) for component in components],
+            "nameSuffix": name_suffix,
         }
         Path(work, "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
-        return tuple(yaml.safe_load_all(run("kubectl", "kustomize", work)))
+        return kustomize(work)
 
 
-def objects(variant: str, kind: str) -> list[Manifest]:
+def kustomize(folder: str | Path) -> tuple[Manifest, ...]:
+    """Every object that kustomize makes of a folder."""
+    return tuple(yaml.safe_load_all(run("kubectl", "kustomize", folder)))
+
+
+def uncomment(folder: Path) -> None:
+    """Take the `#` off every line of YAML below a folder that is offered as a comment."""
+    for path in folder.rglob("*.yaml"):
+        path.write_text(OFFERED.sub(r"\1\2", path.read_text()))
+
+
+def objects(variant: str, kind: str, name_suffix: str = "") -> list[Manifest]:
     """The objects of one kind."""
-    return [manifest for manifest in build(variant) if manifest["kind"] == kind]
+    return [manifest for manifest in build(variant, name_suffix) if manifest["kind"] == kind]
 
 
-def pod_templates(variant: str) -> list[Manifest]:
+def pod_templates(variant: str, name_suffix: str = "") -> list[Manifest]:
     """Pod templates of a variant; the first one is that of the server."""
-    templates = [deployment["spec"]["template"] for deployment in objects(variant, "Deployment")]
-    for cluster in objects(variant, "RayCluster"):
-        groups = [cluster["spec"]["headGroupSpec"], *cluster["spec"]["workerGroupSpecs"]]
-        templates += [group["template"] for group in groups]
+    return templates_of(build(variant, name_suffix))
+
+
+def templates_of(manifests: tuple[Manifest, ...]) -> list[Manifest]:
+    """Pod templates of Deployments and RayClusters, with the labels that KubeRay adds."""
+    templates = []
+    for manifest in manifests:
+        if manifest["kind"] == "Deployment":
+            templates.append(manifest["spec"]["template"])
+        elif manifest["kind"] == "RayCluster":
+            groups = [manifest["spec"]["headGroupSpec"], *manifest["spec"]["workerGroupSpecs"]]
+            for group, node_type in zip(groups, ("head", "worker"), strict=True):
+                template = group["template"]
+                metadata = template.get("metadata", {})
+                added = {
+                    "ray.io/cluster": manifest["metadata"]["name"],
+                    "ray.io/node-type": node_type,
+                }
+                labels = {**metadata.get("labels", {}), **added}
+                templates.append({**template, "metadata": {**metadata, "labels": labels}})
     return templates
 
 

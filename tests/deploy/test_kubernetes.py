@@ -1,7 +1,9 @@
 """Every way to deploy on Kubernetes builds, is valid, runs without rights and opens one port."""
 
 import re
+import shutil
 import tomllib
+from ipaddress import ip_address, ip_network
 
 import jsonschema
 import kubernetes_validate
@@ -15,17 +17,22 @@ from tests.deploy.manifests import (
     VARIANTS,
     build,
     config_map,
+    kustomize,
     objects,
     pod_templates,
     serve_settings,
     server,
+    templates_of,
+    uncomment,
 )
 from tests.deploy.tools import REPOSITORY
 
 # The oldest with the preStop hook `sleep` in every cluster, and the newest that is known.
 KUBERNETES = ["1.30", "1.36"]
 OTHERS = {"RayCluster", "PodMonitor"}
+NODE_LOCAL_DNS, METADATA_SERVICE = "169.254.20.10", "169.254.169.254"
 AUTOSCALED = [name for name in VARIANTS if "autoscaled" in name]
+DOWNLOADING = [name for name in VARIANTS if not name.startswith("cpu")]
 MONITORED = [name for name in VARIANTS if "monitored" in name or "autoscaled" in name]
 
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
@@ -48,18 +55,44 @@ def test_ray_clusters_are_what_kuberay_and_kubernetes_accept(version):
         kubernetes_validate.validate(pod, version, strict=True)
 
 
+# What the level "restricted" of Kubernetes' Pod Security Standards lets a pod mount.
+RESTRICTED_VOLUMES = {
+    *("configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim"),
+    *("projected", "secret"),
+}
+
+
 @every_variant
 def test_pods_run_without_rights(variant):
+    """As "restricted" asks, with a read-only root file system beside it."""
     for template in pod_templates(variant):
         pod = template["spec"]
+        assert not {"hostIPC", "hostNetwork", "hostPID", "initContainers"} & set(pod)
+        assert not [
+            kind for v in pod["volumes"] for kind in v.keys() - RESTRICTED_VOLUMES - {"name"}
+        ]
+        assert set(pod["securityContext"]) == {
+            *("runAsNonRoot", "runAsUser", "runAsGroup", "fsGroup", "fsGroupChangePolicy"),
+            "seccompProfile",
+        }
         assert pod["securityContext"]["runAsNonRoot"]
         assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
         assert pod["automountServiceAccountToken"] is False
         for container in pod["containers"]:
-            rights = container["securityContext"]
-            assert rights["capabilities"] == {"drop": ["ALL"]}
-            assert rights["readOnlyRootFilesystem"]
-            assert rights["allowPrivilegeEscalation"] is False
+            assert not [port for port in container.get("ports", []) if "hostPort" in port]
+            assert container["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "capabilities": {"drop": ["ALL"]},
+                "readOnlyRootFilesystem": True,
+            }
+
+
+@every_variant
+def test_a_shared_volume_belongs_to_the_pods_group_and_is_looked_through_once(variant):
+    for template in pod_templates(variant):
+        rights = template["spec"]["securityContext"]
+        assert rights["fsGroup"] == rights["runAsGroup"] == 2000
+        assert rights["fsGroupChangePolicy"] == "OnRootMismatch"
 
 
 @every_variant
@@ -113,15 +146,86 @@ def test_services_and_policies_select_the_server_and_its_port(variant):
     [service] = objects(variant, "Service")
     assert service["spec"]["ports"][0]["targetPort"] == "http"
     assert [port["name"] for port in server(variant)["ports"]] == ["http"]
-    # KubeRay adds these two to the head.
-    labels = {"ray.io/cluster": "vllm-tokenselect", "ray.io/node-type": "head"}
-    labels |= pod_templates(variant)[0]["metadata"]["labels"]
+    labels = pod_templates(variant)[0]["metadata"]["labels"]
     selectors = [service["spec"]["selector"]]
     for kind in ("NetworkPolicy", "PodDisruptionBudget", "PodMonitor"):
         for manifest in objects(variant, kind):
             spec = manifest["spec"]
             selectors.append((spec.get("podSelector") or spec["selector"])["matchLabels"])
     assert all(selector.items() <= labels.items() for selector in selectors)
+
+
+SELECTORS = {
+    "Deployment": lambda spec: spec["selector"]["matchLabels"],
+    "NetworkPolicy": lambda spec: spec["podSelector"]["matchLabels"],
+    "PodDisruptionBudget": lambda spec: spec["selector"]["matchLabels"],
+    "PodMonitor": lambda spec: spec["selector"]["matchLabels"],
+    "Service": lambda spec: spec["selector"],
+}
+
+
+@every_variant
+def test_two_installations_of_one_namespace_select_their_own_pods(variant):
+    for own, other in (("", "-b"), ("-b", "")):
+        ours, theirs = (
+            [template["metadata"]["labels"].items() for template in pod_templates(variant, suffix)]
+            for suffix in (own, other)
+        )
+        for manifest in build(variant, own):
+            if selector := SELECTORS.get(manifest["kind"]):
+                wanted = selector(manifest["spec"]).items()
+                assert any(wanted <= labels for labels in ours), manifest
+                assert not any(wanted <= labels for labels in theirs), manifest
+
+
+@every_variant
+def test_a_suffix_changes_names_where_they_stand(variant):
+    """The claims, settings and pods that an installation names are its own; clients are anybody's."""
+    installed = {(m["kind"], m["metadata"]["name"]) for m in build(variant, "-b")}
+    for template in pod_templates(variant, "-b"):
+        for volume in template["spec"]["volumes"]:
+            if claim := volume.get("persistentVolumeClaim"):
+                assert ("PersistentVolumeClaim", claim["claimName"]) in installed
+            if settings := volume.get("configMap"):
+                assert ("ConfigMap", settings["name"]) in installed
+    for autoscaler in objects(variant, "HorizontalPodAutoscaler", "-b"):
+        assert ("Deployment", autoscaler["spec"]["scaleTargetRef"]["name"]) in installed
+    [policy] = [p for p in objects(variant, "NetworkPolicy", "-b") if "egress" in p["spec"]]
+    clients = {"podSelector": {"matchLabels": {"vllm-tokenselect/client": "true"}}}
+    own = {"podSelector": policy["spec"]["podSelector"]}
+    for rule in policy["spec"]["ingress"]:
+        assert rule["from"] in ([clients], [own])
+
+
+@pytest.fixture(scope="module")
+def uncommented(tmp_path_factory):
+    """The folders of a user who has taken every offer."""
+    copy = tmp_path_factory.mktemp("deploy") / "kubernetes"
+    shutil.copytree(ROOT, copy)
+    uncomment(copy)
+    return copy
+
+
+@pytest.mark.parametrize("folder", ["overlays/cpu", "overlays/gpu", "overlays/gpu-tp", "kuberay"])
+@pytest.mark.parametrize("version", KUBERNETES)
+def test_everything_that_is_offered_as_a_comment_works_together(uncommented, folder, version):
+    manifests = kustomize(uncommented / folder)
+    kinds = {manifest["kind"] for manifest in manifests}
+    assert "PodMonitor" in kinds
+    assert ("HorizontalPodAutoscaler" in kinds) == ("gpu" in folder)
+    for manifest in manifests:
+        if manifest["kind"] not in OTHERS:
+            kubernetes_validate.validate(manifest, version, strict=True)
+    for template in templates_of(manifests):
+        pod = {"apiVersion": "v1", "kind": "Pod", **template}
+        kubernetes_validate.validate(pod, version, strict=True)
+        on_gpus = "cpu" not in folder
+        assert template["spec"].get("runtimeClassName") == ("nvidia" if on_gpus else None)
+        assert ("nodeSelector" in template["spec"]) == on_gpus
+        for spread in template["spec"].get("topologySpreadConstraints", []):
+            selector = spread["labelSelector"]["matchLabels"]
+            assert selector.items() <= template["metadata"]["labels"].items()
+    assert "topologySpreadConstraints" in templates_of(manifests)[0]["spec"] or folder == "kuberay"
 
 
 @every_variant
@@ -142,8 +246,27 @@ def test_only_names_the_cluster_itself_and_public_https_can_be_reached(variant):
     for rule in policy["spec"]["egress"]:
         own = rule["to"] == [{"podSelector": policy["spec"]["podSelector"]}]
         assert own or {port["port"] for port in rule["ports"]} <= {53, 443}
-        for target in rule["to"]:
-            assert "ipBlock" not in target or "169.254.0.0/16" in target["ipBlock"]["except"]
+    for port in (53, 80, 443):
+        assert not lets_out(policy, METADATA_SERVICE, port)
+
+
+@pytest.mark.parametrize("variant", DOWNLOADING)
+@pytest.mark.parametrize("protocol", ["UDP", "TCP"])
+def test_names_are_resolved_by_a_cache_on_the_node_as_well(variant, protocol):
+    [policy] = [p for p in objects(variant, "NetworkPolicy") if "egress" in p["spec"]]
+    assert lets_out(policy, NODE_LOCAL_DNS, 53, protocol)
+    assert not lets_out(policy, NODE_LOCAL_DNS, 443, protocol)
+
+
+def lets_out(policy: dict, address: str, port: int, protocol: str = "TCP") -> bool:
+    """Whether a policy allows a connection to an address that is no pod's."""
+    for rule in policy["spec"]["egress"]:
+        if {"port": port, "protocol": protocol} in rule.get("ports", []):
+            for block in (target["ipBlock"] for target in rule["to"] if "ipBlock" in target):
+                inside = [ip_network(net) for net in (block["cidr"], *block.get("except", []))]
+                if [ip_address(address) in network for network in inside].count(True) == 1:
+                    return ip_address(address) in inside[0]
+    return False
 
 
 def test_the_image_for_cpus_needs_no_connection_to_the_outside():
@@ -191,16 +314,40 @@ def test_the_autoscaler_decides_on_the_number_of_replicas_alone(variant):
     assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
 
 
-def test_the_autoscalers_metric_is_what_the_adapter_makes_of_vllms_queue_length():
+def test_the_autoscalers_metrics_are_what_the_adapter_makes_of_vllms():
+    """Requests that wait, and the KV cache in use: long prompts fill it while nothing waits."""
     adapter = yaml.safe_load((ROOT / "components/autoscaling/prometheus-adapter.yaml").read_text())
-    [rule] = adapter["rules"]["custom"]
-    series = rule["seriesQuery"].partition("{")[0]
-    pattern = rule["name"]["matches"]
-    offered = re.sub(pattern, rule["name"]["as"].replace("$1", r"\1"), series)
+    offered = {}
+    for rule in adapter["rules"]["custom"]:
+        series = rule["seriesQuery"].partition("{")[0]
+        name = re.sub(rule["name"]["matches"], rule["name"]["as"].replace("$1", r"\1"), series)
+        offered[name] = series
     [autoscaler] = objects("gpu, autoscaled", "HorizontalPodAutoscaler")
-    [metric] = autoscaler["spec"]["metrics"]
-    assert series == "vllm:num_requests_waiting"
-    assert metric["pods"]["metric"]["name"] == offered
+    asked = [metric["pods"]["metric"]["name"] for metric in autoscaler["spec"]["metrics"]]
+    assert [offered[name] for name in asked] == [
+        "vllm:num_requests_waiting",
+        "vllm:kv_cache_usage_perc",
+    ]
+
+
+def test_a_replica_is_added_before_the_kv_cache_of_the_others_is_full():
+    [autoscaler] = objects("gpu, autoscaled", "HorizontalPodAutoscaler")
+    target = autoscaler["spec"]["metrics"][1]["pods"]["target"]
+    assert target == {"type": "AverageValue", "averageValue": "800m"}
+
+
+@pytest.mark.parametrize("folder", ["gpu", "gpu-tp"])
+def test_autoscaling_is_turned_on_later_without_a_change_of_what_cannot_be_changed(folder):
+    """The selector of a Deployment and the access mode of a claim stay as they were created."""
+    before, after = (
+        {(m["kind"], m["metadata"]["name"]): m["spec"] for m in build(variant) if "spec" in m}
+        for variant in (f"{folder}, monitored", f"{folder}, autoscaled")
+    )
+    for kind, name in before.keys() & after.keys():
+        if kind == "PersistentVolumeClaim":
+            assert before[kind, name] == after[kind, name]
+        elif kind == "Deployment":
+            assert before[kind, name]["selector"] == after[kind, name]["selector"]
 
 
 @pytest.mark.parametrize("variant", MONITORED)
@@ -208,6 +355,23 @@ def test_metrics_are_read_from_the_servers_port(variant):
     [monitor] = objects(variant, "PodMonitor")
     [endpoint] = monitor["spec"]["podMetricsEndpoints"]
     assert (endpoint["port"], endpoint["path"]) == ("http", "/metrics")
+
+
+def test_the_image_and_the_cluster_have_the_ray_that_was_tested():
+    [tested] = re.findall("^ray==(.+)$", (REPOSITORY / "constraints/gpu.txt").read_text(), re.M)
+    [cluster] = objects("kuberay", "RayCluster")
+    assert cluster["spec"]["rayVersion"] == tested
+    [installation] = values("gpu", "RUN")
+    assert "grep '^ray==' /src/constraints/gpu.txt >> /tmp/installed.txt" in installation
+    assert "rayVersion" in (REPOSITORY / "constraints/renew").read_text()
+
+
+def test_workers_find_a_head_that_waits_for_them():
+    """The head is ready only when vLLM answers, and vLLM waits for the workers."""
+    assert server("kuberay")["readinessProbe"]["httpGet"]["path"] == "/health"
+    [cluster] = objects("kuberay", "RayCluster")
+    service = cluster["spec"]["headGroupSpec"]["headService"]["spec"]
+    assert service == {"clusterIP": "None", "publishNotReadyAddresses": True}
 
 
 def test_ray_asks_for_its_token_and_keeps_its_dashboard_to_itself():

@@ -1,6 +1,5 @@
 """What the manifests and the image hand to `vllm serve` is what vLLM and TOKENSELECT accept."""
 
-import re
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from tests.deploy.dockerfile import command
 from tests.deploy.manifests import VARIANTS, config_map, objects, server
 from vllm_tokenselect.config import TokenSelectConfig
+from vllm_tokenselect.guard import ClientsOnly
 
 DEFAULT_BLOCK_SIZES = (16, 128)  # of a GPU and of a CPU
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
@@ -62,6 +62,11 @@ def test_tokenselect_accepts_its_settings_and_the_size_of_a_step(served, variant
         )
 
 
+@every_variant
+def test_paths_that_no_key_guards_are_closed(served, variant):
+    assert served(variant).middleware == [f"{ClientsOnly.__module__}.{ClientsOnly.__name__}"]
+
+
 def test_the_image_for_cpus_serves_by_arguments_of_vllm_serve(parser):
     arguments = parser.parse_args(command("cpu")[1:])
     assert arguments.model_tag == "/opt/models/smollm2-135m-instruct"
@@ -79,4 +84,5 @@ def test_metrics_are_where_vllm_shows_them_under_the_name_that_it_gives_them():
     [monitor] = objects("gpu, monitored", "PodMonitor")
     assert f'Mount("{monitor["spec"]["podMetricsEndpoints"][0]["path"]}"' in route
     loggers = Path(package, "v1/metrics/loggers.py").read_text()
-    assert re.search(r'name="vllm:num_requests_waiting"', loggers)
+    for name in ("num_requests_waiting", "kv_cache_usage_perc"):
+        assert f'name="vllm:{name}"' in loggers
