@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from math import ceil
 
 import numpy as np
@@ -25,10 +26,14 @@ from vllm_tokenselect.method.plan import Int64
 EXPONENT_BITS = 8  # of a vote: the first digit
 
 
+def query_bytes(launch: Launch) -> int:
+    """Of a query and of the one that is stored."""
+    own, last = launch["own_query"], launch["state_query"]
+    return math.prod(own.shape[1:]) * (own.element_size() + last.element_size())
+
+
 def decide(launch: Launch, rows: Rows, gpu: Gpu) -> Cost:
-    heads = launch["KV_HEADS"] * launch["GROUP_SIZE"]
-    own, last = launch["query"].element_size(), launch["state_query"].element_size()
-    return Cost(l2_bytes=launch.grid[0] * heads * (own + last), cycles=3 * STEP_CYCLES)
+    return Cost(l2_bytes=launch.grid[0] * query_bytes(launch), cycles=3 * STEP_CYCLES)
 
 
 def mean_queries(launch: Launch, rows: Rows, gpu: Gpu) -> Cost:
@@ -56,7 +61,7 @@ def score(launch: Launch, rows: Rows, gpu: Gpu) -> Cost:
     steps = ceil(tiles.max() / launch["TOKENS"] / launch.grid[1])
     counted = stored(4.0 * own.sum() * launch["num_heads"], gpu)
     keys = float(read * num_kv_heads * launch["HEAD_SIZE"])
-    return Cost(
+    scoring = Cost(
         hbm_bytes=keys * cache.element_size() + counted.hbm_bytes,
         l2_bytes=counted.l2_bytes,
         tensor_flops=2 * keys * lines * launch.arguments.get("PRODUCTS", 1),
@@ -64,6 +69,11 @@ def score(launch: Launch, rows: Rows, gpu: Gpu) -> Cost:
         cycles=steps * STEP_CYCLES,
         working=launch.programs * np.count_nonzero(tiles) // len(tiles),
     )
+    if "own_query" not in launch.arguments:
+        return scoring
+    # Every program decides for its row.
+    deciding = Cost(l2_bytes=launch.programs * query_bytes(launch), cycles=3 * STEP_CYCLES)
+    return added(scoring, deciding)
 
 
 def soft_vote(launch: Launch, rows: Rows, gpu: Gpu) -> Cost:
@@ -131,8 +141,11 @@ def write_table(launch: Launch, rows: Rows, gpu: Gpu) -> Cost:
 
 def write_finished(launch: Launch, rows: Rows, gpu: Gpu) -> Cost:
     """Rows that reuse a selection are written too, and those that select also keep theirs."""
-    kept = np.count_nonzero(selecting(launch)) * launch["selected_stride"]
-    return added(write_table(launch, rows, gpu), Cost(l2_bytes=float(INT32 * kept)))
+    kept = np.count_nonzero(selecting(launch))
+    stored = INT32 * launch["selected_stride"]
+    if "own_query" in launch.arguments:
+        stored += query_bytes(launch)
+    return added(write_table(launch, rows, gpu), Cost(l2_bytes=float(kept * stored)))
 
 
 def finish(launch: Launch, rows: Rows, gpu: Gpu) -> Cost:

@@ -120,7 +120,7 @@ def test_a_graph_of_long_contexts_has_few_groups(heads, max_model_len, tokens, g
     limits = StepLimits(Method(), *heads, max_model_len, 512 << 20, full_attention=True)
     assert fits_a_graph(limits, tokens, 1)
     assert num_groups(limits, tokens, 1) == groups
-    assert count_launches(limits, tokens, 1, lambda rows: 1) == groups * 6
+    assert count_launches(limits, tokens, 1, lambda rows: 1) == groups * 5
 
 
 def test_a_graph_of_too_many_groups_or_with_too_little_workspace_does_not_pay():

@@ -120,14 +120,15 @@ def test_every_generated_token_that_selects_is_in_one_chain_of_its_request(step,
     for group in step_rows(plan, ends, on_device(ends), limits):
         rows = slice(first, first + group.num_rows)
         found = []
-        for start, count, seat, owner in group.chains.tolist():
+        seats = []
+        for start, count in group.chains.tolist():
             assert count > 0
-            assert owner == 100 + seat
-            found += [(seat, row) for row in range(start, start + count)]
+            seats.append(int(group.cached_seat[start]))
+            assert group.owner[start] == 100 + seats[-1]
+            found += [(seats[-1], row) for row in range(start, start + count)]
         assert found == [
             (int(plan.seat[rows][row]), int(row)) for row in np.flatnonzero(plan.caches[rows])
         ]
-        seats = [seat for _, _, seat, _ in group.chains.tolist()]
         assert len(set(seats)) == len(seats), "two programs would write one line of the state"
         assert group.top_k.tolist() == plan.top_k[rows].tolist()
         assert group.seat.tolist() == plan.seat[rows].tolist()
@@ -144,7 +145,8 @@ def test_a_captured_step_has_a_chain_for_every_row_however_many_are_used():
     (group,) = graph_rows(
         plan, ends, on_device(ends), limits, RowBuffers(3, torch.device(DEVICE)), 3, 1
     )
-    assert group.chains.tolist() == [[0, 1, 0, 100], [0] * 4, [0] * 4]
+    assert group.chains.tolist() == [[0, 1], [0, 0], [0, 0]]
+    assert group.owner.tolist() == [100, 101, 0]
     assert group.max_length == MAX_LEN
     assert group.reused_end.tolist() == [-1] * 3
     assert group.table_end.tolist() == [1501, 31, 0]

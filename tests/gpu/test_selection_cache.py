@@ -293,9 +293,10 @@ def test_a_row_that_reuses_a_selection_is_neither_scored_nor_voted_on_nor_select
     step = GpuStep([group], server.block_table.to(DEVICE))
     query = text.queries[101:102].to(DEVICE)
     server.workspace.scores.fill_(float("nan"))
-    step.decide(group, query, server.cache, server.workspace)
+    decision = step.decide(group, query, server.cache, server.workspace)
+    assert decision is not None, "decided in a launch of its own"
     for part in group.passes:
-        step.score(group, part, query, server.cache, SCALE, server.workspace)
+        step.score(group, part, query, server.cache, SCALE, server.workspace, decision)
         step.vote(group, part, server.workspace)
     apart = replace(group, single_rows=False)  # as a request with several rows is finished
     step.build_table(apart, server.cache, server.workspace)
@@ -307,7 +308,7 @@ def test_a_row_that_reuses_a_selection_is_neither_scored_nor_voted_on_nor_select
     slots = server.workspace.slots[:length].clone()
     server.workspace.slots.zero_()
     server.workspace.lengths.zero_()
-    step.build_table(group, server.cache, server.workspace)
+    step.build_table(group, server.cache, server.workspace, decision)
     step.finish(group, server.cache, server.workspace)
     assert server.workspace.lengths[0] == length
     assert torch.equal(server.workspace.slots[:length], slots)

@@ -73,6 +73,8 @@ def addresses(built) -> list[tuple]:
             *(
                 group.top_k,
                 group.seat,
+                group.cached_seat,
+                group.owner,
                 group.chains,
                 group.columns.starts,
                 *(t.table for part in group.passes for t in part.tiles),
@@ -187,7 +189,9 @@ def test_requests_carry_their_top_k_seat_and_owner_to_the_rows(builder):
     (group,) = built.step.groups
     assert group.top_k.tolist()[:3] == [300, FULL_ATTENTION, FULL_ATTENTION]
     assert group.seat.tolist() == [3, 1, 2, -1]
-    assert group.chains.tolist() == [[0, 1, 3, table.owners[3]], *[[0] * 4] * 3]
+    assert group.chains.tolist() == [[0, 1], *[[0, 0]] * 3]
+    assert group.cached_seat.tolist() == [3, -1, -1, -1]
+    assert group.owner.tolist() == [*table.owners[[3, 1, 2]], 0]
     assert group.scored_end.tolist()[1:3] == [Method().n_init] * 2
 
 

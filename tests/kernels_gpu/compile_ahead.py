@@ -117,7 +117,9 @@ def launches(
     from vllm_tokenselect.kernels.mean_query.gpu import mean_queries
     from vllm_tokenselect.kernels.rotate.gpu import rotate_queries
     from vllm_tokenselect.kernels.score.gpu import Scores, score_paged_keys, tile_rows
-    from vllm_tokenselect.kernels.selection_cache.gpu import RowArrays, decide_rows, finish_rows
+    from vllm_tokenselect.kernels.selection_cache.gpu import finish_rows
+    from vllm_tokenselect.kernels.selection_cache.gpu_decide import Decision, decide_rows
+    from vllm_tokenselect.kernels.selection_cache.gpu_rows import RowArrays
     from vllm_tokenselect.kernels.selection_cache.gpu_table import build_finished_table
     from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
     from vllm_tokenselect.kernels.vote.gpu import soft_vote
@@ -131,13 +133,16 @@ def launches(
         )
 
     rows, width, tokens, scale = 64, 4096, 512, torch.ones(1)
-    arrays = RowArrays(*[ints(rows)] * 10, ints(rows, 4))
+    arrays = RowArrays(*[ints(rows)] * 11, ints(rows, 2))
     columns = Columns.equal(rows, width)
 
     def scores_of(num_rows: int, heads: int) -> Scores:
         parts = torch.zeros(num_rows, heads, 64)
         logits = torch.zeros(heads, num_rows * width)
         return Scores(logits, columns, parts, parts, 128, ints(num_rows))
+
+    def decision_of(query: torch.Tensor, state: SelectionCacheState, kv_heads: int) -> Decision:
+        return Decision(query, ints(rows), kv_heads, arrays, 128, 0.9, 64, state)
 
     for head_size in (64, 80, 128, 256, 512):
         query = torch.zeros(64, 4, head_size, dtype=torch.bfloat16)
@@ -184,10 +189,13 @@ def launches(
                     scratch=c,
                 ),
             )
-        for state in (None, selections(28, 128)):
+        stored = selections(28, 128)
+        decision = decision_of(torch.zeros(rows, 28, 128, dtype=torch.bfloat16), stored, 4)
+        for state, decided in ((None, None), (stored, None), (stored, decision)):
+            kind = ", counts only" if state is None else ", query stored" if decided else ""
             yield (
-                f"B{block_size}, finished{'' if state else ', counts only'}",
-                lambda b=block_size, s=state, t=slots, c=scratch: build_finished_table(
+                f"B{block_size}, finished{kind}",
+                lambda b=block_size, s=state, t=slots, c=scratch, d=decided: build_finished_table(
                     votes=torch.zeros(rows * width),
                     columns=columns,
                     block_table=ints(8, 256),
@@ -199,8 +207,10 @@ def launches(
                     counted=True,
                     state=s,
                     counters=torch.zeros(len(Counter), dtype=torch.int64),
+                    decision=d,
                 ),
             )
+        for state in (None, stored):
             yield (
                 f"B{block_size}{', counts only' if state is None else ''}",
                 lambda b=block_size, s=state, t=slots: finish_rows(
@@ -219,16 +229,7 @@ def launches(
         state = selections(heads, head_size)
         yield (
             f"H{heads}/{kv_heads} D{head_size}",
-            lambda q=query, s=state, k=kv_heads: decide_rows(
-                query=q,
-                num_kv_heads=k,
-                query_start=ints(rows),
-                rows=arrays,
-                n_init=128,
-                threshold=0.9,
-                refresh_interval=64,
-                state=s,
-            ),
+            lambda q=query, s=state, k=kv_heads: decide_rows(decision_of(q, s, k)),
         )
         scores = scores_of(rows, heads)
         name = f"H{heads}/{kv_heads} D{head_size}"
@@ -244,10 +245,13 @@ def launches(
                 head_size == 128 and heads == 28
             ):  # elsewhere they take what lies between the other two
                 kinds += [(1, means), (tile_rows(heads, kv_heads), query)]
-            for lines, asking in kinds:
+            kinds = [(lines, asking, None) for lines, asking in kinds]
+            kinds.append((1, query, decision_of(query, state, kv_heads)))
+            for lines, asking, decision in kinds:
                 yield (
-                    f"{name} {str(dtype)[6:]}, {lines} {'rows' if asking is query else 'means'}",
-                    lambda q=asking, p=pages, n=lines, h=heads: score_paged_keys(
+                    f"{name} {str(dtype)[6:]}, {lines} {'rows' if asking is query else 'means'}"
+                    f"{', decided' if decision else ''}",
+                    lambda q=asking, p=pages, n=lines, h=heads, d=decision: score_paged_keys(
                         query=q,
                         kv_cache=p,
                         block_table=ints(8, 256),
@@ -257,6 +261,7 @@ def launches(
                         key_scale=scale,
                         scores=scores_of(n, h),
                         query_start=ints(n) if q.dtype == torch.bfloat16 else None,
+                        decision=d,
                     ),
                 )
             for rotated in (False, True):

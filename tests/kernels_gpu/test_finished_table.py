@@ -6,17 +6,23 @@ from dataclasses import fields
 
 import pytest
 import torch
+import triton
 
 from tests.kernels_gpu import test_selection_cache as cases
-from tests.kernels_gpu.cases import DEVICE, columns_for, int32, packed
+from tests.kernels_gpu.cases import (
+    DEVICE,
+    columns_for,
+    empty_columns,
+    int32,
+    packed,
+    unpacked,
+)
 from tests.kernels_gpu.test_selection_cache import (
     BLOCK_SIZE,
     FOLLOWERS,
     KV_HEADS,
     N_INIT,
     N_LOCAL,
-    REFRESH,
-    THRESHOLD,
     TOP_K,
     UNTOUCHED,
     Rows,
@@ -26,10 +32,19 @@ from vllm_tokenselect.kernels.block_table import gpu_digits
 from vllm_tokenselect.kernels.block_table import reference as table_reference
 from vllm_tokenselect.kernels.block_table.gpu import TableScratch
 from vllm_tokenselect.kernels.block_table.table import SparseBlockTable
-from vllm_tokenselect.kernels.selection_cache import gpu
+from vllm_tokenselect.kernels.score.gpu import NUM_PARTS, Scores, score_paged_keys
+from vllm_tokenselect.kernels.selection_cache.gpu_decide import Decision, decide_rows
 from vllm_tokenselect.kernels.selection_cache.gpu_table import build_finished_table
 from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
 from vllm_tokenselect.method.settings import FULL_ATTENTION
+
+DECIDED_BY_SCORES = False
+
+
+@pytest.fixture(params=["decided apart", "decided by the scores"], autouse=True)
+def decide(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How `assert_finished` decides."""
+    monkeypatch.setitem(globals(), "DECIDED_BY_SCORES", request.param == "decided by the scores")
 
 
 def assert_finished(rows: Rows, state: SelectionCacheState | None, seed: int = 0):
@@ -93,18 +108,15 @@ def launched(rows, state, blocks, votes) -> dict[str, torch.Tensor]:
     scored_end = torch.where(rows.sparse, rows.candidate_end, N_INIT)
     table_end, reused_end = rows.context_end.clone(), torch.full_like(scored_end, -1)
     arrays = rows.arrays(scored_end, table_end, reused_end)
+    decision = None
     if state is not None:
         state = cases.copy_of(state)
-        gpu.decide_rows(
-            query=rows.query,
-            num_kv_heads=KV_HEADS,
-            query_start=rows.query_start,
-            rows=arrays,
-            n_init=N_INIT,
-            threshold=THRESHOLD,
-            refresh_interval=REFRESH,
-            state=state,
-        )
+        decision = rows.decision(arrays, state)
+        if DECIDED_BY_SCORES:
+            score_and_decide(rows, decision, blocks)
+        else:
+            decide_rows(decision)
+            decision = None
     slots, lengths = empty_table(rows)
     counters = torch.arange(len(Counter), device=DEVICE)
     columns = columns_for([votes.shape[1]] * len(slots))
@@ -121,8 +133,38 @@ def launched(rows, state, blocks, votes) -> dict[str, torch.Tensor]:
         state=state,
         counters=counters,
         followers=FOLLOWERS,
+        decision=decision,
     )
     return outcome(reused_end, slots, lengths, counters, state)
+
+
+def score_and_decide(rows: Rows, decision: Decision, blocks: torch.Tensor) -> None:
+    """Let the kernel of the scores decide; it scores what selects, and nothing else."""
+    num_rows, (_, num_heads, head_size) = len(rows.row_seq), rows.query.shape
+    columns = columns_for([int(rows.candidate_end.max()) - N_INIT] * num_rows)
+    first, last = columns.starts[[0, -1]].tolist()
+    logits = empty_columns(last - first, num_heads)
+    parts = torch.zeros((2, num_rows, num_heads, NUM_PARTS), device=DEVICE)
+    keys = torch.randn(len(blocks.flatten()), KV_HEADS, 2, BLOCK_SIZE, head_size, device=DEVICE)
+    own = torch.arange(num_rows, dtype=torch.int32, device=DEVICE)
+    score_paged_keys(
+        query=rows.query,
+        kv_cache=keys.to(rows.query.dtype),
+        block_table=blocks,
+        tiles=torch.stack([rows.row_seq, own, rows.query_len], dim=1).to(torch.int32),
+        rows_per_tile=1,
+        scale=1.0,
+        key_scale=None,
+        scores=Scores(logits, columns, *parts, N_INIT, decision.rows.scored_end),
+        query_start=rows.query_start,
+        decision=decision,
+        programs=3,
+    )
+    scored = unpacked(logits, columns, first)
+    for row, end in enumerate(decision.rows.scored_end.tolist()):
+        candidates = end - N_INIT if rows.query_len[row] else 0
+        assert not scored[row, :, :candidates].isnan().any()
+        assert scored[row, :, triton.cdiv(candidates, 4) * 4 :].isnan().all()
 
 
 def outcome(reused_end, slots, lengths, counters, state) -> dict[str, torch.Tensor]:

@@ -11,6 +11,8 @@ from tests.kernels_gpu.cases import DEVICE, DTYPES, int32
 from vllm_tokenselect.counters import Counter
 from vllm_tokenselect.kernels.block_table.table import SparseBlockTable
 from vllm_tokenselect.kernels.selection_cache import gpu, reference
+from vllm_tokenselect.kernels.selection_cache.gpu_decide import Decision, decide_rows
+from vllm_tokenselect.kernels.selection_cache.gpu_rows import RowArrays
 from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
 from vllm_tokenselect.method.settings import FULL_ATTENTION
 
@@ -44,19 +46,32 @@ class Rows:
     def sparse(self) -> torch.Tensor:
         return self.candidate_end - N_INIT > self.top_k
 
-    def arrays(self, scored_end, table_end, reused_end) -> gpu.RowArrays:
-        return gpu.RowArrays(
+    def arrays(self, scored_end, table_end, reused_end) -> RowArrays:
+        return RowArrays(
             row_seq=self.row_seq,
             query_len=self.query_len,
             top_k=self.top_k,
             seat=self.seat,
             cached_seat=torch.where(self.caches, self.seat, -1),
+            owner=self.owner,
             candidate_end=self.candidate_end,
             context_end=self.context_end,
             scored_end=scored_end,
             table_end=table_end,
             reused_end=reused_end,
             chains=self.chains,
+        )
+
+    def decision(self, arrays: RowArrays, state: SelectionCacheState) -> Decision:
+        return Decision(
+            query=self.query,
+            query_start=self.query_start,
+            num_kv_heads=KV_HEADS,
+            rows=arrays,
+            n_init=N_INIT,
+            threshold=THRESHOLD,
+            refresh_interval=REFRESH,
+            state=state,
         )
 
 
@@ -84,8 +99,8 @@ def rows_of(
     ends = [end for _, _, run in chains for end in run]
     per_row = [(seq, seat, owner) for seq, (seat, owner, run) in enumerate(chains) for _ in run]
     table, first = [], 0
-    for seat, owner, run in chains:
-        table.append([first, len(run), seat, owner])
+    for _, _, run in chains:
+        table.append([first, len(run)])
         first += len(run)
     rows = range(first + padding)
     real = [row < first for row in rows]
@@ -99,7 +114,7 @@ def rows_of(
         candidate_end=int32(*ends, *[-N_LOCAL] * padding),
         top_k=int32(*[top_k] * first, *[0] * padding),
         row_seq=int32(*[seq for seq, _, _ in per_row], *[0] * padding),
-        chains=int32(*[n for line in table for n in line], *[0] * 4 * empty_chains).view(-1, 4),
+        chains=int32(*[n for line in table for n in line], *[0] * 2 * empty_chains).view(-1, 2),
     )
 
 
@@ -204,16 +219,7 @@ def step_of_kernels(rows: Rows, state: SelectionCacheState, blocks, seed=0) -> O
     scored_end = torch.where(rows.sparse, rows.candidate_end, N_INIT)
     table_end, reused_end = rows.context_end.clone(), torch.full_like(scored_end, -1)
     arrays = rows.arrays(scored_end, table_end, reused_end)
-    gpu.decide_rows(
-        query=rows.query,
-        num_kv_heads=KV_HEADS,
-        query_start=rows.query_start,
-        rows=arrays,
-        n_init=N_INIT,
-        threshold=THRESHOLD,
-        refresh_interval=REFRESH,
-        state=state,
-    )
+    decide_rows(rows.decision(arrays, state))
     slots, lengths = built_table(rows, table_end, seed)
     counters = torch.arange(len(Counter), device=DEVICE)
     gpu.finish_rows(
@@ -441,7 +447,7 @@ def test_counts_are_those_of_the_definition_without_a_cache():
         candidate_end=int32(1500, 1900, 1_000_000, -30, 2000, -N_LOCAL),
         top_k=int32(TOP_K, 7, FULL_ATTENTION, TOP_K, TOP_K, 0),
         row_seq=int32(*[0] * 6),
-        chains=int32().view(0, 4),
+        chains=int32().view(0, 2),
     )
     counters = torch.arange(len(Counter), device=DEVICE)
     scored_end = torch.where(rows.sparse, rows.candidate_end, N_INIT)

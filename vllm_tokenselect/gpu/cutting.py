@@ -262,27 +262,30 @@ def _query_start_loc(plan: SelectionPlan, first: int, last: int, queries: slice)
 
 
 def _tile_runs(plan: SelectionPlan, first: int, last: int, most_rows: int) -> Int32:
-    """Runs of rows of one request that may select, int32 [runs, 3], rows counted from `first`."""
+    """Runs of rows of one request that may select, int32 [runs, 3], rows counted from `first`.
+
+    Rows that take part in the Selection Cache share no tile with others.
+    """
     seqs = plan.row_seq[first:last]
-    rows, counts = _runs(~plan.dense[first:last], seqs, most_rows)
+    kinds = 2 * seqs + plan.caches[first:last]
+    rows, counts = _runs(~plan.dense[first:last], kinds, most_rows)
     return np.stack([seqs[rows], rows, counts], axis=1).astype(np.int32)
 
 
 def _chain_runs(plan: SelectionPlan, first: int, last: int) -> Int32:
-    """Runs of rows of one request in the Selection Cache, int32 [runs, 4], counted from `first`."""
-    rows, counts = _runs(plan.caches[first:last], plan.row_seq[first:last])
-    seat, owner = plan.seat[first:last][rows], plan.owner[first:last][rows]
-    return np.stack([rows, counts, seat, owner], axis=1).astype(np.int32)
+    """Runs of rows of one request in the Selection Cache, int32 [runs, 2], counted from `first`."""
+    runs = _runs(plan.caches[first:last], plan.row_seq[first:last])
+    return np.stack(runs, axis=1).astype(np.int32)
 
 
 def _runs(
-    chosen: npt.NDArray[np.bool_], seqs: Int32, most_rows: int | None = None
+    chosen: npt.NDArray[np.bool_], kinds: Int32, most_rows: int | None = None
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Runs of chosen rows of one request, no longer than `most_rows`: first rows and lengths."""
+    """Runs of chosen rows of one kind, no longer than `most_rows`: first rows and lengths."""
     rows = np.flatnonzero(chosen)
     order = np.arange(len(rows))
     breaks = np.ones(len(rows), bool)
-    breaks[1:] = (np.diff(seqs[rows]) != 0) | (np.diff(rows) != 1)
+    breaks[1:] = (np.diff(kinds[rows]) != 0) | (np.diff(rows) != 1)
     in_run = order - np.maximum.accumulate(np.where(breaks, order, 0))
     starts = np.flatnonzero(in_run % (most_rows or len(rows) + 1) == 0)
     return rows[starts], np.diff(starts, append=len(rows))

@@ -57,8 +57,10 @@ def count_launches(
         if follows:
             launches += attend
             continue
-        # Heads in several processes: clamp, gather and exchange their queries.
-        decide = method.reuses_selections * (1 + 3 * together)
+        # Heads in several processes: clamp, gather and exchange their queries. Otherwise the programs that
+        # score a row decide for it, if its request has no other.
+        apart = together or queries_per_request > 1 or not selects
+        decide = method.reuses_selections * (apart + 3 * together)
         # Average the queries of a row, and rotate the means.
         averages = rotates or queries_per_request > 1
         score_and_vote = selects * (averages + 2)

@@ -17,7 +17,7 @@ from vllm_tokenselect.gpu.cutting import GroupCut, ScorePass, Tiles, cut_graph_s
 from vllm_tokenselect.gpu.limits import StepLimits
 from vllm_tokenselect.gpu.sending import DeviceRows, RowBuffers, pack_rows, send_rows
 from vllm_tokenselect.kernels.columns import Columns
-from vllm_tokenselect.kernels.selection_cache.gpu import RowArrays
+from vllm_tokenselect.kernels.selection_cache.gpu_rows import RowArrays
 from vllm_tokenselect.method.plan import SelectionPlan
 from vllm_tokenselect.method.requests import Int32
 
@@ -155,6 +155,7 @@ def _groups(cuts: list[GroupCut], rows: DeviceRows, limits: StepLimits) -> list[
                 top_k=rows.top_k[first:last],
                 seat=rows.seat[first:last],
                 cached_seat=rows.cached_seat[first:last],
+                owner=rows.owner[first:last],
                 candidate_end=candidate_end,
                 context_end=context_end,
                 scored_end=scored_end,

@@ -19,10 +19,10 @@ from vllm_tokenselect.method.requests import NO_SEAT, Int32
 from vllm_tokenselect.method.settings import FULL_ATTENTION, Method
 
 # Numbers that the host sends of a row, and that the device computes of it.
-FIELDS, COMPUTED = 7, 6
+FIELDS, COMPUTED = 8, 6
 # Entries of all that the host sends of a row: its numbers, a tile, a chain, and where its queries and its
 # columns start (one more of each for each group, of which there are no more than rows).
-SENT = (FIELDS, 3, 4, 2, 2)
+SENT = (FIELDS, 3, 2, 2, 2)
 
 
 class RowBuffers:
@@ -52,6 +52,7 @@ class DeviceRows(NamedTuple):
     top_k: torch.Tensor
     seat: torch.Tensor
     cached_seat: torch.Tensor
+    owner: torch.Tensor
     ends: torch.Tensor
     tiles: torch.Tensor
     chains: torch.Tensor
@@ -75,7 +76,7 @@ def pack_rows(
     """
     packed = np.zeros(sum(SENT) * _field_size(num_rows), np.int32)
     fields, tiles, chains, starts, columns = _split(packed, num_rows)
-    row_seq, query_len, after, top_k, dense_end, seat, cached_seat = fields
+    row_seq, query_len, after, top_k, dense_end, seat, cached_seat, owner = fields
     rows = slice(plan.num_rows)
     row_seq[rows] = plan.row_seq
     query_len[rows] = plan.query_len
@@ -86,6 +87,7 @@ def pack_rows(
     seat[rows] = plan.seat
     cached_seat[:] = NO_SEAT
     cached_seat[rows] = np.where(plan.caches, plan.seat, NO_SEAT)
+    owner[rows] = plan.owner
     for number, group in enumerate(groups):
         chains[group.first :][: len(group.chains)] = group.chains
         # Each group has one entry more than rows.
@@ -113,7 +115,7 @@ def send_rows(
     sent = buffers.sent[: len(source)]
     sent.copy_(source, non_blocking=True)
     fields, tiles, chains, starts, columns = _split(sent, num_rows)
-    row_seq, query_len, after, top_k, dense_end, seat, cached_seat = fields
+    row_seq, query_len, after, top_k, dense_end, seat, cached_seat, owner = fields
     # As `SelectionPlan.build`, of the real lengths: `after` is how far a row ends before its request does.
     context_end = (seq_lens[row_seq.long()] - after) * (query_len > 0)
     if method.min_context:
@@ -131,6 +133,7 @@ def send_rows(
         computed[5],
         seat,
         cached_seat,
+        owner,
         computed[:5],
         tiles,
         chains,
@@ -152,7 +155,7 @@ def _split(sent: Any, num_rows: int) -> tuple[Any, Any, Any, Any, Any]:
     return (
         fields.reshape(FIELDS, size),
         tiles.reshape(-1, 3),
-        chains.reshape(-1, 4),
+        chains.reshape(-1, 2),
         starts,
         columns,
     )

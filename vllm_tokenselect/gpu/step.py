@@ -1,5 +1,7 @@
 """One layer of one step on a GPU: decide -> score -> vote -> build the table -> finish -> attend.
 
+Where requests have one row each, what scores a row decides for it too, and what writes its table finishes it.
+
 Every verb launches the same kernels whatever the rows are; a row that sees its whole context or reuses a
 selection, or a padded one, is left out by the kernels themselves. Where positions are reassigned, queries
 and keys come without their rotation: the mean queries are rotated for the vote, and the queries to attend.
@@ -21,7 +23,8 @@ from vllm_tokenselect.kernels.layer_cache import LayerCache
 from vllm_tokenselect.kernels.mean_query.gpu import mean_queries
 from vllm_tokenselect.kernels.rotate.gpu import rotate_queries
 from vllm_tokenselect.kernels.score.gpu import score_paged_keys
-from vllm_tokenselect.kernels.selection_cache.gpu import decide_rows, finish_rows
+from vllm_tokenselect.kernels.selection_cache.gpu import finish_rows
+from vllm_tokenselect.kernels.selection_cache.gpu_decide import Decision, decide_rows
 from vllm_tokenselect.kernels.selection_cache.gpu_table import build_finished_table
 from vllm_tokenselect.kernels.vote.gpu import soft_vote
 
@@ -75,35 +78,46 @@ class GpuStep:
         workspace: Workspace,
     ) -> None:
         """Fill the group's lines of the sparse block table."""
-        self.decide(group, query, cache, workspace)
+        decision = self.decide(group, query, cache, workspace)
         for part in group.passes:
-            self.score(group, part, query, cache, scale, workspace)
+            self.score(group, part, query, cache, scale, workspace, decision)
             self.vote(group, part, workspace)
-        self.build_table(group, cache, workspace)
+        self.build_table(group, cache, workspace, decision)
         self.finish(group, cache, workspace)
 
     def decide(
         self, group: RowGroup, query: torch.Tensor, cache: LayerCache, workspace: Workspace
-    ) -> None:
-        """Decide which of the group's rows reuse a selection."""
-        if cache.selections is None:
-            return
+    ) -> Decision | None:
+        """Decide which of the group's rows reuse a selection.
+
+        Returns:
+            What the programs that score a row decide by, where that spares a launch. None if all is
+            decided.
+        """
+        if cache.selections is None or not len(group.chains):
+            return None
         method, heads = workspace.limits.method, workspace.heads
         query_start, num_kv_heads = group.query_start_loc[:-1], workspace.limits.num_kv_heads
-        if heads is not None and len(group.chains):
+        if heads is not None:
             # Padded rows start behind the last query; whatever they gather is not looked at.
             query = heads.gather_heads(query[query_start.clamp(max=len(query) - 1)])
             query_start, num_kv_heads = workspace.row_numbers[: len(query)], heads.num_kv_heads
-        decide_rows(
+        decision = Decision(
             query,
-            num_kv_heads,
             query_start,
+            num_kv_heads,
             group,
             method.n_init,
             method.similarity_threshold,
             method.refresh_interval,
             cache.selections,
         )
+        at_once = [part.first for part in group.passes] == [0]
+        alone = group.single_rows and heads is None
+        if at_once and alone:
+            return decision
+        decide_rows(decision)
+        return None
 
     def score(
         self,
@@ -113,6 +127,7 @@ class GpuStep:
         cache: LayerCache,
         scale: float,
         workspace: Workspace,
+        decision: Decision | None = None,
     ) -> None:
         """Score the candidates of the rows of a pass with their mean queries.
 
@@ -143,6 +158,7 @@ class GpuStep:
                 cache.key_scale,
                 buffers.scores,
                 starts,
+                decision if tiles.rows_per_tile == 1 else None,
             )
 
     def vote(self, group: RowGroup, part: ScorePass[torch.Tensor], workspace: Workspace) -> None:
@@ -152,7 +168,13 @@ class GpuStep:
         exponents = buffers.exponents if workspace.heads is None else None
         soft_vote(buffers.scores, workspace.votes(group), exponents)
 
-    def build_table(self, group: RowGroup, cache: LayerCache, workspace: Workspace) -> None:
+    def build_table(
+        self,
+        group: RowGroup,
+        cache: LayerCache,
+        workspace: Workspace,
+        decision: Decision | None = None,
+    ) -> None:
         """Fill the group's lines of the sparse block table, but for rows that reuse a selection.
 
         Where no request has several rows, the kernel that writes them does what `finish` does too.
@@ -178,6 +200,7 @@ class GpuStep:
                 cache.selections,
                 workspace.counters,
                 _counted_followers(group, cache),
+                decision,
             )
             return
         build_sparse_block_table(

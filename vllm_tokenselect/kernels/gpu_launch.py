@@ -23,6 +23,11 @@ def is_fp8(dtype: torch.dtype) -> bool:
     return dtype in _FP8
 
 
+def warps_of_row(num_heads: int, num_kv_heads: int, head_size: int) -> int:
+    """Warps of a program that scores one row, or decides for one: with as many both add up alike."""
+    return 8 if num_heads // num_kv_heads > 32 or head_size > 256 else 4
+
+
 @cache
 def num_programs_wanted() -> int:
     """Programs that keep the current GPU busy; a few where there is none."""

@@ -25,8 +25,10 @@ from vllm_tokenselect.kernels.gpu_launch import (
     SMALLEST_PRODUCT,
     is_fp8,
     num_programs_wanted,
+    warps_of_row,
 )
 from vllm_tokenselect.kernels.score.gpu_kernel import score_tile
+from vllm_tokenselect.kernels.selection_cache.gpu_decide import Decision
 
 # Parts of a row's candidates, of each of which the largest score and the sum are kept: what is added up
 # in which order depends on the row alone.
@@ -85,6 +87,7 @@ def score_paged_keys(
     key_scale: torch.Tensor | None,
     scores: Scores,
     query_start: torch.Tensor | None = None,
+    decision: Decision | None = None,
     programs: int | None = None,
 ) -> None:
     """As `reference.score_paged_keys`, into buffers of the caller.
@@ -101,6 +104,8 @@ def score_paged_keys(
         key_scale: fp32 [1] that a quantized cache's keys are multiplied by, on the device.
         scores: written for the rows of tiles.
         query_start: int32 [R], the query that each row asks with; row `r` asks with query `r` when None.
+        decision: decides for the row of each tile, which has no other, whether it reuses a selection;
+            `scores.ends` is the decision's `scored_end`. All rows are decided already when None.
         programs: that share the parts of a tile; chosen when None. The result is the same.
     """
     if not len(tiles):
@@ -157,7 +162,10 @@ def score_paged_keys(
         PRODUCTS=products,
         WIDEN=INTERPRETED,  # Triton's interpreter multiplies bf16 bits as if they were integers
         QUANTIZED=is_fp8(kv_cache.dtype),
-        num_warps=8 if many or padded_size > 256 else 4,
+        **({} if decision is None else decision.arguments),
+        num_warps=8
+        if rows_per_tile > 1 and many
+        else warps_of_row(num_heads, num_kv_heads, head_size),
         # fp8 is widened in registers, and many lines fill them: no room for a third stage.
         num_stages=2 if is_fp8(kv_cache.dtype) or many else 3,
     )

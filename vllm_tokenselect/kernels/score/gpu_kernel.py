@@ -7,6 +7,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from vllm_tokenselect.kernels.selection_cache.gpu_decide import decide_row
+from vllm_tokenselect.kernels.selection_cache.gpu_rows import END_ARRAYS, NUMBERS, ROW_ARRAYS
+
 
 @triton.jit
 def part_size(num_candidates, SMALLEST: tl.constexpr, PARTS: tl.constexpr):
@@ -21,8 +24,14 @@ def part_size(num_candidates, SMALLEST: tl.constexpr, PARTS: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=["start"],
-    do_not_specialize_on_alignment=["query_start", "tiles", "ends", "columns"],
+    do_not_specialize=NUMBERS,
+    do_not_specialize_on_alignment=[
+        *ROW_ARRAYS,
+        *END_ARRAYS,
+        "tiles",
+        "ends",
+        "columns",
+    ],
 )
 def score_tile(
     query,
@@ -59,6 +68,26 @@ def score_tile(
     PRODUCTS: tl.constexpr,
     WIDEN: tl.constexpr,
     QUANTIZED: tl.constexpr,
+    own_query=None,
+    own_start=None,
+    cached_seats=None,
+    owners=None,
+    top_k=None,
+    candidate_ends=None,
+    context_ends=None,
+    state_query=None,
+    state_end=None,
+    state_owner=None,
+    table_ends=None,
+    reused_ends=None,
+    threshold=None,
+    refresh_interval=None,
+    own_stride=None,
+    own_head_stride=None,
+    KV_HEADS: tl.constexpr = None,
+    GROUP_SIZE: tl.constexpr = None,
+    PADDED_GROUP: tl.constexpr = None,
+    HEADS_AT_ONCE: tl.constexpr = None,
 ):
     """`logits[h, first[r] + c] = scale * query[r, h] . key[start + c, h // GROUP]` of the rows of a tile.
 
@@ -66,6 +95,9 @@ def score_tile(
     `maxima[r, h, p] = max over c of logits` and `sums[r, h, p] = sum over c of exp(logits - maxima)`. The
     scores are those of `reference.score_paged_keys`. With two products a query is the sum of two numbers of
     16 bits.
+
+    With what decides, a tile has one row. Every program of it decides whether the row reuses a selection,
+    which leaves nothing to score; the first program writes `ends`, `table_ends` and `reused_ends`.
     """
     # KV heads vary fastest: the keys that they read lie beside each other.
     kv_head, share, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2) // SPLITS
@@ -78,7 +110,40 @@ def score_tile(
     row, head = first_row + line // GROUP, kv_head * GROUP + line % GROUP
     in_tile = line < num_rows * GROUP
     # [LINES], and so is all that has no second dimension below
-    length = tl.load(ends + row, in_tile, start) - start
+    end = tl.load(ends + row, in_tile, start)
+    if own_query is not None:
+        seat = tl.load(cached_seats + first_row).to(tl.int64)
+        if (seat >= 0) & (num_rows > 0):
+            # What was loaded may be an end of before, or one that the first program has just written.
+            decided = decide_row(
+                first_row,
+                seat,
+                (kv_head == 0) & (share == 0),
+                own_query,
+                own_start,
+                owners,
+                top_k,
+                candidate_ends,
+                context_ends,
+                state_query,
+                state_end,
+                state_owner,
+                ends,
+                table_ends,
+                reused_ends,
+                threshold,
+                refresh_interval,
+                start,
+                own_stride,
+                own_head_stride,
+                HEAD_SIZE,
+                KV_HEADS,
+                GROUP_SIZE,
+                PADDED_GROUP,
+                HEADS_AT_ONCE,
+            )
+            end = tl.where(in_tile, decided, start)
+    length = end - start
     # All reuse selections, say; a kernel of more lines, which are seldom all without candidates, would
     # run out of registers for it.
     if LINES <= 64:  # noqa: SIM102 (known when the kernel is compiled)
@@ -137,10 +202,10 @@ def score_tile(
             score = tl.dot(high, keys, score, input_precision="ieee") * scale
         else:
             score = tl.dot(high, keys, input_precision="ieee") * scale
-        end = tl.minimum(length, last)[:, None]
-        own = candidate[None, :] < end
+        own_last = tl.minimum(length, last)[:, None]
+        own = candidate[None, :] < own_last
         # Four scores at a time: those behind a row's own end are not looked at.
-        stored = (candidate // 4 * 4)[None, :] < end
+        stored = (candidate // 4 * 4)[None, :] < own_last
         tl.store(logits + (scored[:, None] + candidate[None, :]), score, stored)
         score = tl.where(own, score, float("-inf"))
         above = tl.maximum(largest, tl.max(score, 1))

@@ -1,8 +1,8 @@
 """Selection Cache on a GPU: what is reused is decided on the device, before anything is scored.
 
-`decide_rows` runs before the scores and tells the kernels behind it which rows to leave out;
-`finish_rows` runs behind them. Both work through the rows of a request in order of position and keep in
-registers what one row leaves to the next, so that no program reads what another has written.
+`gpu_decide` tells the kernels behind it which rows to leave out; `finish_rows` runs behind them. Both work
+through the rows of a request in order of position and keep in registers what one row leaves to the next, so
+that no program reads what another has written.
 
 Counting what the rows did is one more program of `finish_rows`: it costs no launch.
 """
@@ -11,8 +11,6 @@ Counting what the rows did is one more program of `finish_rows`: it costs no lau
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -20,109 +18,23 @@ import triton.language as tl
 from vllm_tokenselect.counters import Counter
 from vllm_tokenselect.kernels.block_table.gpu_write import write_range
 from vllm_tokenselect.kernels.block_table.table import SparseBlockTable
-from vllm_tokenselect.kernels.selection_cache import state as cache_state
+from vllm_tokenselect.kernels.selection_cache.gpu_decide import SELECTS
+from vllm_tokenselect.kernels.selection_cache.gpu_rows import (
+    END_ARRAYS,
+    NUMBERS,
+    ROW_ARRAYS,
+    RowArrays,
+)
 from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
 
 ENTRIES_PER_PROGRAM = 512  # of a line of the sparse block table
 ROWS_PER_STEP = 512
-SELECTS = tl.constexpr(cache_state.SELECTS)
 RESELECTED = tl.constexpr(Counter.RESELECTED.value)
 REUSED = tl.constexpr(Counter.REUSED.value)
 SHARED = tl.constexpr(Counter.SHARED.value)
 DENSE = tl.constexpr(Counter.DENSE.value)
 ATTENDED = tl.constexpr(Counter.ATTENDED.value)
 CONTEXT = tl.constexpr(Counter.CONTEXT.value)
-# A kernel is compiled once, not again for every number that 16 happens to divide.
-NUMBERS = ["n_init", "refresh_interval", "num_rows", "followers"]
-ROW_ARRAYS = ["query_start", "chains", "row_seq", "row_seats", "query_len", "top_k"]
-END_ARRAYS = ["candidate_ends", "context_ends", "scored_ends", "table_ends", "reused_ends"]
-
-
-@dataclass(frozen=True)
-class RowArrays:
-    """Rows of a step, as the kernels of the Selection Cache take them.
-
-    Attributes:
-        row_seq: int32 [R], the row's request.
-        query_len: int32 [R]; 0 for a padded row.
-        top_k: int32 [R], candidates that the row selects; one with no more candidates neither reuses a
-            selection nor becomes the last. Where rows of a chain select, its last one does.
-        seat: int32 [R], of the row's request; -1 for a padded row and where there is no request: it does
-            not count.
-        cached_seat: int32 [R], the same of a row that takes part; -1 of any other.
-        candidate_end: int32 [R], `a - n_local`.
-        context_end: int32 [R], `b`; 0 for a padded row.
-        scored_end: int32 [R], where the candidates end that are scored: `candidate_end` of a row that
-            selects, `n_init` of any other.
-        table_end: int32 [R], `context_end`, or 0 for a row that reuses a selection.
-        reused_end: int32 [R], where the candidates of the reused selection ended; -1 for a row that
-            reuses none.
-        chains: int32 [chains, 4], the rows that take part: each run of rows of one request is a line: first
-            row, number of rows, seat, owner of the seat. Such rows have one query each, and no two chains
-            have one seat. A chain without rows is left out.
-
-    Every layer writes `scored_end`, `table_end` and `reused_end` of the rows of chains anew.
-    """
-
-    row_seq: torch.Tensor
-    query_len: torch.Tensor
-    top_k: torch.Tensor
-    seat: torch.Tensor
-    cached_seat: torch.Tensor
-    candidate_end: torch.Tensor
-    context_end: torch.Tensor
-    scored_end: torch.Tensor
-    table_end: torch.Tensor
-    reused_end: torch.Tensor
-    chains: torch.Tensor
-
-
-def decide_rows(
-    query: torch.Tensor,
-    num_kv_heads: int,
-    query_start: torch.Tensor,
-    rows: RowArrays,
-    n_init: int,
-    threshold: float,
-    refresh_interval: int,
-    state: SelectionCacheState,
-) -> None:
-    """As `reference.decide`; writes what the scores and the table have to do for each row of a chain.
-
-    Args:
-        query: [T, Hq, D] in the dtype of the state's, the last dimension contiguous.
-    """
-    num_heads, head_size = query.shape[1:]
-    num_chains = len(rows.chains)
-    if not num_chains:
-        return
-    group_size = num_heads * head_size // num_kv_heads
-    padded_size, padded_groups = map(triton.next_power_of_2, (group_size, num_kv_heads))
-    _decide[(num_chains,)](
-        query,
-        query_start,
-        rows.chains,
-        rows.top_k,
-        rows.candidate_end,
-        rows.context_end,
-        state.query,
-        state.candidate_end,
-        state.owner,
-        rows.scored_end,
-        rows.table_end,
-        rows.reused_end,
-        threshold,
-        refresh_interval,
-        n_init,
-        query.stride(0),
-        query.stride(1),
-        HEAD_SIZE=head_size,
-        KV_HEADS=num_kv_heads,
-        GROUP_SIZE=group_size,
-        PADDED_KV_HEADS=padded_groups,
-        PADDED_SIZE=padded_size,
-        num_warps=8 if padded_groups * padded_size > 2048 else 4,
-    )
 
 
 def finish_rows(
@@ -138,7 +50,7 @@ def finish_rows(
     """As `reference.finish` and `reference.count_rows`.
 
     Args:
-        rows: as `decide_rows` left them.
+        rows: as they were decided.
         state: `selected` is read and written. None where there is no Selection Cache: rows are counted.
         table: completed.
         counters: int64 [len(Counter)], added to.
@@ -152,6 +64,7 @@ def finish_rows(
     pieces = triton.cdiv(selected.shape[1], ENTRIES_PER_PROGRAM) if num_chains else 1
     _finish[(pieces, num_chains + 1)](
         rows.seat,
+        rows.cached_seat,
         rows.query_len,
         rows.top_k,
         rows.candidate_end,
@@ -176,83 +89,6 @@ def finish_rows(
         ROWS=ROWS_PER_STEP,
         num_warps=4,
     )
-
-
-@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=ROW_ARRAYS + END_ARRAYS)
-def _decide(
-    query,
-    query_start,
-    chains,
-    top_k,
-    candidate_ends,
-    context_ends,
-    state_query,
-    state_end,
-    state_owner,
-    scored_ends,
-    table_ends,
-    reused_ends,
-    threshold,
-    refresh_interval,
-    n_init,
-    token_stride,
-    head_stride,
-    HEAD_SIZE: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
-    PADDED_KV_HEADS: tl.constexpr,
-    PADDED_SIZE: tl.constexpr,
-):
-    """The rows of a chain, one after the other: as `reference.decide`.
-
-    With `q` a row's query and `l` that of the last selection, heads that share a KV head as one vector,
-    a row reuses the selection if in every KV head `q . l >= threshold |q| |l|`.
-    """
-    chain = chains + tl.program_id(0) * 4
-    first = tl.load(chain).to(tl.int64)
-    num_rows = tl.load(chain + 1)
-    if num_rows == 0:
-        return
-    seat = tl.load(chain + 2).to(tl.int64)
-    owner = tl.load(chain + 3)
-    group, in_group = tl.arange(0, PADDED_KV_HEADS)[:, None], tl.arange(0, PADDED_SIZE)[None, :]
-    is_element = (group < KV_HEADS) & (in_group < GROUP_SIZE)
-    element = group * GROUP_SIZE + in_group
-    source = query + (element // HEAD_SIZE) * head_stride + element % HEAD_SIZE
-    stored = state_query + seat * KV_HEADS * GROUP_SIZE + element
-    # [PADDED_KV_HEADS, PADDED_SIZE]
-    last = tl.load(stored, is_element, 0.0).to(tl.float32)
-    last_square = tl.sum(last * last, 1)
-    last_end = tl.load(state_end + seat)
-    known = tl.load(state_owner + seat) == owner
-    changed = False
-    for following in range(0, num_rows):
-        row = first + following
-        candidate_end = tl.load(candidate_ends + row)
-        start = tl.load(query_start + row).to(tl.int64)
-        # [PADDED_KV_HEADS, PADDED_SIZE]
-        own = tl.load(source + start * token_stride, is_element, 0.0).to(tl.float32)
-        own_square = tl.sum(own * own, 1)
-        least = threshold * tl.sqrt(own_square) * tl.sqrt(last_square)
-        resembles = tl.sum(own * last, 1) >= least  # never where there is a NaN
-        similar = tl.sum(resembles.to(tl.int32), 0) == PADDED_KV_HEADS
-        recent = candidate_end - last_end <= refresh_interval
-        sparse = candidate_end - n_init > tl.load(top_k + row)
-        reuses = sparse & known & similar & recent
-        selects = sparse & (reuses == 0)
-        tl.store(scored_ends + row, tl.where(selects, candidate_end, n_init))
-        tl.store(table_ends + row, tl.where(reuses, 0, tl.load(context_ends + row)))
-        tl.store(reused_ends + row, tl.where(reuses, last_end, SELECTS))
-        last = tl.where(selects, own, last)
-        last_square = tl.where(selects, own_square, last_square)
-        last_end = tl.where(selects, candidate_end, last_end)
-        known = known | selects
-        changed = changed | selects
-    if changed:
-        # [PADDED_KV_HEADS, PADDED_SIZE]
-        tl.store(stored, last.to(state_query.dtype.element_ty), is_element)
-        tl.store(state_end + seat, last_end)
-        tl.store(state_owner + seat, owner)
 
 
 @triton.jit
@@ -302,6 +138,7 @@ def add_counts(
 @triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=ROW_ARRAYS + END_ARRAYS)
 def _finish(
     row_seats,
+    cached_seats,
     query_len,
     top_k,
     candidate_ends,
@@ -347,8 +184,8 @@ def _finish(
                 ROWS,
             )
         return
-    first = tl.load(chains + which * 4).to(tl.int64)
-    chain_rows = tl.load(chains + which * 4 + 1)
+    first = tl.load(chains + which * 2).to(tl.int64)
+    chain_rows = tl.load(chains + which * 2 + 1)
     if chain_rows == 0:
         return
     # The first rows of a chain may be too short to select. Where all are, nothing is kept or read.
@@ -357,7 +194,7 @@ def _finish(
         return
     entry = piece * ENTRIES + tl.arange(0, ENTRIES)
     in_line = entry < size
-    stored = state_selected + tl.load(chains + which * 4 + 2).to(tl.int64) * selected_stride + entry
+    stored = state_selected + tl.load(cached_seats + first).to(tl.int64) * selected_stride + entry
     # [ENTRIES]
     kept = tl.load(stored, in_line, 0)
     changed = False

@@ -8,6 +8,8 @@ its selection beside its table, a row that reuses one reads it, and the counting
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -16,14 +18,13 @@ from vllm_tokenselect.kernels.block_table.gpu import RANGE_TOKENS, TableScratch,
 from vllm_tokenselect.kernels.block_table.gpu_write import write_range, write_row
 from vllm_tokenselect.kernels.block_table.table import SparseBlockTable
 from vllm_tokenselect.kernels.columns import Columns
-from vllm_tokenselect.kernels.selection_cache.gpu import (
+from vllm_tokenselect.kernels.selection_cache.gpu import ROWS_PER_STEP, add_counts
+from vllm_tokenselect.kernels.selection_cache.gpu_decide import SELECTS, Decision, remember_query
+from vllm_tokenselect.kernels.selection_cache.gpu_rows import (
     END_ARRAYS,
     NUMBERS,
     ROW_ARRAYS,
-    ROWS_PER_STEP,
-    SELECTS,
     RowArrays,
-    add_counts,
 )
 from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
 
@@ -41,13 +42,15 @@ def build_finished_table(
     state: SelectionCacheState | None,
     counters: torch.Tensor,
     followers: int = 0,
+    decision: Decision | None = None,
 ) -> None:
     """`build_sparse_block_table`, and `finish_rows` behind it, in as many launches as the former.
 
     Args:
-        rows: as `decide_rows` left them; of chains of one row.
+        rows: as they were decided; of chains of one row.
         votes, columns, scratch, counted: as `build_sparse_block_table` takes them.
         state, counters, followers: as `finish_rows` takes them.
+        decision: the one of the scores, if they decided: rows that select have their queries stored.
     """
     num_rows, slots, lengths = len(rows.row_seq), table.slots, table.lengths
     if not num_rows:
@@ -70,6 +73,7 @@ def build_finished_table(
         reused_ends=rows.reused_end,
         counters=counters,
         selected=None if state is None else state.selected,
+        **_remembered(decision),
         slots=slots,
         lengths=lengths,
         followers=followers,
@@ -82,12 +86,23 @@ def build_finished_table(
     )
 
 
+def _remembered(decision: Decision | None) -> dict[str, Any]:
+    if decision is None:
+        return {}
+    query = "own_query", "own_start", "own_stride", "own_head_stride"
+    state = "owners", "state_query", "state_end", "state_owner"
+    return {
+        **{name: decision.arguments[name] for name in (*query, *state)},
+        "HEAD_SIZE": decision.query.shape[2],
+        "QUERY_SIZE": decision.query.shape[1] * decision.query.shape[2],
+    }
+
+
 @triton.jit(
     do_not_specialize=NUMBERS,
     do_not_specialize_on_alignment=[
         *ROW_ARRAYS,
         *END_ARRAYS,
-        "cached_seats",
         "row_ends",
         "columns",
     ],
@@ -123,8 +138,20 @@ def _write_finished(
     ROWS: tl.constexpr,
     MANTISSA_BITS: tl.constexpr,
     PARTS: tl.constexpr,
+    own_query=None,
+    own_start=None,
+    owners=None,
+    state_query=None,
+    state_end=None,
+    state_owner=None,
+    own_stride=None,
+    own_head_stride=None,
+    HEAD_SIZE: tl.constexpr = None,
+    QUERY_SIZE: tl.constexpr = None,
 ):
     """A row that selects, or sees its whole context: as `write_row`; and its selection is stored.
+
+    So is its query, if there is one to store.
 
     A row that reuses a selection: as `reference.finish`. Behind the last row, the counting of all: as
     `reference.count_rows`.
@@ -163,11 +190,20 @@ def _write_finished(
         remembers = (seat >= 0) & (size <= selected_stride)
         reused_end = tl.load(reused_ends + row)
     if reused_end == SELECTS:
+        candidate_end = tl.load(candidate_ends + row)
+        if own_query is not None and (seat >= 0) & (candidate_end > n_init):
+            own = own_query + tl.load(own_start + row).to(tl.int64) * own_stride
+            stored = state_query + seat * QUERY_SIZE
+            shares = tl.num_programs(0)
+            remember_query(own, own_head_stride, stored, part, shares, HEAD_SIZE, QUERY_SIZE)
+            if part == 0:
+                tl.store(state_end + seat, candidate_end)
+                tl.store(state_owner + seat, tl.load(owners + row))
         write_row(
             votes,
             columns,
             line,
-            tl.load(candidate_ends + row),
+            candidate_end,
             tl.load(table_ends + row),
             wanted,
             mantissas,
