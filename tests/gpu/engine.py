@@ -5,8 +5,9 @@
 A job's `path` is `cpu` or `gpu`. With `gpu` on a machine without one, the layers, the metadata builder and
 the Triton kernels of the GPU path serve requests on the CPU, interpreted. Stand-ins are what only a GPU
 has: the device itself, vLLM's CUDA kernel that writes keys and values, and the answers to "is this a GPU?".
-With `replayed`, decoding steps are cut and sent as for a CUDA graph. Prints a line of JSON for each job, a
-list for each round of its requests: tokens, log-probability and cached tokens of every answer. With `sleep`
+With `replayed`, decoding steps are cut and sent as for a CUDA graph. With `drafts`, so many are proposed by
+n-grams, or as `drafter` says. Prints a line of JSON for each job, a list for each round of its requests:
+tokens, log-probability and cached tokens of every answer, and the drafts accepted so far. With `sleep`
 there is a third round, after a deep sleep.
 """
 
@@ -30,8 +31,10 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
 }
+BLOCK_SIZE = 32  # the least that vLLM's own layers take on a CPU
 SETTINGS = {"top_k": 24, "n_init": 4, "n_local": 16, "query_chunk": 32, "tail_queries": 3}
 FAR = 1 << 21  # tokens; a KV cache of 1 GiB holds half as many
+N_GRAM = {"method": "ngram", "prompt_lookup_min": 1, "prompt_lookup_max": 3}
 
 
 def serve_gpu_path_on_cpu() -> None:
@@ -89,12 +92,19 @@ def replay_steps() -> None:
     gpu_metadata.replays_steps = replayed_steps.replays_steps
 
 
+def accepted_drafts(engine: Any) -> int:
+    """Drafts that were accepted so far, by vLLM's own counter."""
+    name = "vllm:spec_decode_num_accepted_tokens"
+    return sum(metric.value for metric in engine.get_metrics() if metric.name == name)
+
+
 def serve(
     folder: str,
     path: str,
     settings: dict[str, Any],
     replayed: bool = False,
     drafts: int = 0,
+    drafter: dict[str, Any] = N_GRAM,
     max_model_len: int = 512,
     sleep: bool = False,
     rounds: int = 2,
@@ -111,12 +121,7 @@ def serve(
 
     options: dict[str, Any] = {}
     if drafts:
-        options["speculative_config"] = {
-            "method": "ngram",
-            "num_speculative_tokens": drafts,
-            "prompt_lookup_min": 1,
-            "prompt_lookup_max": 3,
-        }
+        options["speculative_config"] = {"num_speculative_tokens": drafts, **drafter}
     if max_model_len == -1:
         # The model reads more than the KV cache holds: vLLM lowers the length when layers have buffers.
         options["hf_overrides"] = {"max_position_embeddings": FAR}
@@ -127,8 +132,9 @@ def serve(
         max_model_len=max_model_len,
         max_num_batched_tokens=128,
         max_num_seqs=4,
-        block_size=16,
+        block_size=BLOCK_SIZE,
         enforce_eager=True,
+        disable_log_stats=False,
         attention_backend="TOKENSELECT",
         additional_config={"tokenselect": SETTINGS | settings},
         distributed_executor_backend="uni",
@@ -154,6 +160,7 @@ def serve(
                 "tokens": list(output.outputs[0].token_ids),
                 "logprob": output.outputs[0].cumulative_logprob,
                 "cached": output.num_cached_tokens,
+                "accepted": accepted_drafts(engine),
             }
             for output in outputs
         ]

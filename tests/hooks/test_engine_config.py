@@ -91,9 +91,6 @@ def test_a_foreign_scheduler_is_refused_by_name(selected):
 
 
 REFUSED = {
-    "speculative decoding with a draft model": lambda config: setattr(
-        config, "speculative_config", SimpleNamespace(method="eagle")
-    ),
     "KV connectors (--kv-transfer-config, --kv-offloading-size)": lambda config: setattr(
         config, "kv_transfer_config", SimpleNamespace()
     ),
@@ -182,6 +179,12 @@ def test_images_that_vllm_keeps_whole_are_refused_but_not_for_text(selected, mon
     configure(selected, "cpu")
     monkeypatch.setattr(type(selected.model_config), "supports_multimodal_inputs", True)
     with pytest.raises(SettingsError, match="--disable-chunked-mm-input.*--language-model-only"):
+        configure(selected, "cpu")
+
+
+def test_drafts_that_are_not_served_are_refused(selected):
+    selected.speculative_config = SimpleNamespace(method="medusa")
+    with pytest.raises(SettingsError, match="does not support the method 'medusa'"):
         configure(selected, "cpu")
 
 

@@ -11,6 +11,7 @@ pytest.importorskip("vllm")
 
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from vllm.config import ParallelConfig, SpeculativeConfig
 
 from tests.hooks.conftest import MAX_NUM_SEQS, QUERY_CHUNK
 from tests.hooks.serving import CONFIG, Serving
@@ -93,6 +94,30 @@ def test_a_hit_is_cut_to_whole_chunks_of_what_is_shared(make_vllm_config, shared
     reader = serving.add([5] * shared + [6] * 100)
     _, start, *_ = next(step for step in serving.run() if step[0] is reader)
     assert start == hit
+
+
+def eagle(config):
+    """An engine's configuration with drafts that read the model's hidden states."""
+    config.speculative_config = SpeculativeConfig(
+        method="eagle",
+        model=config.model_config.model,
+        num_speculative_tokens=2,
+        target_model_config=config.model_config,
+        target_parallel_config=ParallelConfig(),
+    )
+    return config
+
+
+@pytest.mark.parametrize(("cached", "hit"), [(330, 256), (329, 192), (266, 192), (265, 128)])
+def test_where_the_last_block_of_a_hit_is_dropped_it_ends_with_the_chunk_before(
+    make_vllm_config, cached, hit
+):
+    """vLLM drops it with EAGLE and MTP; a reader of 300 tokens may take 256."""
+    serving = Serving(eagle(make_vllm_config(max_num_batched_tokens=128)))
+    serving.add([1] * cached)
+    serving.run()
+    serving.add([1] * 300)
+    assert [start for _, start, _, _ in serving.step()] == [hit]
 
 
 def test_a_shorter_reader_is_cut_at_its_own_limit(make_vllm_config):

@@ -21,13 +21,14 @@ from vllm_tokenselect.engine.kv_cache import check_kv_cache_dtype
 from vllm_tokenselect.engine.log import get_logger
 from vllm_tokenselect.engine.step_size import check_steps
 from vllm_tokenselect.hooks import metrics, model_length, request_validation
+from vllm_tokenselect.hooks.drafts import SCHEDULERS, check_drafts, is_of_draft
 from vllm_tokenselect.hooks.registration import is_selected
 from vllm_tokenselect.hooks.seam import Seam, wrap_function
 from vllm_tokenselect.method.settings import SettingsError
 from vllm_tokenselect.profiles import ProfileModel, resolve_profile
 
 if TYPE_CHECKING:
-    from vllm.config import SchedulerConfig, SpeculativeConfig, VllmConfig
+    from vllm.config import SchedulerConfig, VllmConfig
     from vllm.platforms.interface import Platform
 
 _WHY = "checks the settings at start and chooses the scheduler that keeps query chunks whole"
@@ -53,8 +54,6 @@ SEAMS = {
     ),
 }
 
-_SCHEDULERS = "vllm_tokenselect.hooks.scheduler"
-
 
 def configure(vllm_config: VllmConfig, device: str) -> None:
     """Check a vLLM configuration and adapt it; does nothing unless TOKENSELECT is chosen.
@@ -66,6 +65,8 @@ def configure(vllm_config: VllmConfig, device: str) -> None:
         SettingsError: for settings or engine features that TOKENSELECT cannot serve.
     """
     additional = vllm_config.additional_config
+    if is_of_draft(vllm_config):
+        return
     if not is_selected(vllm_config.attention_config):
         if isinstance(additional, dict) and ADDITIONAL_CONFIG_KEY in additional:
             get_logger(__name__).warning_once(
@@ -85,6 +86,8 @@ def configure(vllm_config: VllmConfig, device: str) -> None:
             "kernel is used. Leave it out."
         )
     refuse_features(vllm_config, device)
+    if vllm_config.speculative_config is not None:
+        check_drafts(vllm_config.speculative_config)
     asked = config.model_fields_set
     if config.profile is not None and vllm_config.model_config is not None:
         config = _by_profile(vllm_config)
@@ -122,8 +125,6 @@ def refuse_features(vllm_config: VllmConfig, device: str) -> None:
     parallel = vllm_config.parallel_config
     model = vllm_config.model_config
     refused = {
-        "speculative decoding with a draft model, whose layers would select too "
-        "(--speculative-config)": not _drafts_without_a_model(vllm_config.speculative_config),
         # vLLM makes a connector of the size after this check.
         "KV connectors (--kv-transfer-config, --kv-offloading-size)": vllm_config.kv_transfer_config
         is not None
@@ -152,10 +153,6 @@ def refuse_features(vllm_config: VllmConfig, device: str) -> None:
             f"TOKENSELECT does not support {' or '.join(asked)} in this release. Leave it out, or "
             "leave out --attention-backend TOKENSELECT."
         )
-
-
-def _drafts_without_a_model(speculative_config: SpeculativeConfig | None) -> bool:
-    return speculative_config is None or speculative_config.method in ("ngram", "suffix")
 
 
 def _by_profile(vllm_config: VllmConfig) -> TokenSelectConfig:
@@ -206,10 +203,10 @@ def _choose_scheduler(scheduler_config: SchedulerConfig) -> None:
     chosen = scheduler_config.scheduler_cls
     if chosen is None:
         name = "AsyncScheduler" if scheduler_config.async_scheduling else "Scheduler"
-        scheduler_config.scheduler_cls = f"{_SCHEDULERS}.TokenSelect{name}"
+        scheduler_config.scheduler_cls = f"{SCHEDULERS}.TokenSelect{name}"
         return
     path = chosen if isinstance(chosen, str) else f"{chosen.__module__}.{chosen.__qualname__}"
-    if not path.startswith(f"{_SCHEDULERS}."):
+    if not path.startswith(f"{SCHEDULERS}."):
         raise SettingsError(
             f"--scheduler-cls {path} cannot be used with TOKENSELECT, which needs its own scheduler "
             "to keep query chunks whole, to cut prefix-cache hits at chunk boundaries and to keep "

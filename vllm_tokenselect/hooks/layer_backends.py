@@ -22,6 +22,7 @@ from vllm_tokenselect.engine.dense_layers import is_dense
 from vllm_tokenselect.engine.log import get_logger
 from vllm_tokenselect.engine.refusals import refuse_model
 from vllm_tokenselect.engine.step_size import check_hybrid_steps
+from vllm_tokenselect.hooks import drafts
 from vllm_tokenselect.hooks.dense_layers import leave_dense
 from vllm_tokenselect.hooks.registration import BACKEND_NAME, backend_member, is_selected
 from vllm_tokenselect.hooks.seam import Seam
@@ -58,13 +59,16 @@ def settle_layers(
 ) -> None:
     """Put the layers of a model that was just made where they belong, then check and log them.
 
-    Called with the arguments of `initialize_model`. Parts of a model and draft models, for which it is
-    called too, are left alone.
+    Called with the arguments of `initialize_model`. That is called for draft models too, whose layers
+    `drafts` checks, and for parts of a model, which are left alone.
 
     Raises:
         SettingsError: when no layer selects, or one should and would not, with the list of layers; or when
             a step has no room for what a hybrid model needs, with vLLM's option.
     """
+    if drafts.is_draft(vllm_config, model_config):
+        drafts.check_layers(model)
+        return
     if prefix or (model_config is not None and model_config is not vllm_config.model_config):
         return
     if not is_selected(vllm_config.attention_config):
@@ -203,6 +207,7 @@ def _initialize_and_settle(
     model_config: Any = None,
     **options: Any,
 ) -> nn.Module:
+    vllm_config = drafts.config_of(vllm_config, model_config)
     model: nn.Module = initialize_model(
         vllm_config, prefix=prefix, model_config=model_config, **options
     )

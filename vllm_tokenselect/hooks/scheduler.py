@@ -25,6 +25,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from vllm.v1.core.kv_cache_coordinator import UnitaryKVCacheCoordinator
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
@@ -96,12 +97,17 @@ class WholeChunks(EndStuckRequests, EncodeWholeChunks, EndStepsWithStates, Limit
         cache_blocks = coordinator.cache_blocks
         find_longest_cache_hit = coordinator.find_longest_cache_hit
 
+        # With drafts that read hidden states, the last block of a hit is dropped. Coordinators of several
+        # groups look for one block more by themselves.
+        alone = isinstance(coordinator, UnitaryKVCacheCoordinator)
+        dropped = self.block_size if alone and self.use_eagle_block_drop else 0
+
         def cache_shareable_blocks(request: Request, num_computed_tokens: int) -> None:
             cache_blocks(request, min(num_computed_tokens, self._shareable_tokens(request)))
 
         def find_hit_below_limit(block_hashes: Any, max_cache_hit_length: int) -> Any:
             if self._hit_limit is not None:
-                max_cache_hit_length = min(max_cache_hit_length, self._hit_limit)
+                max_cache_hit_length = min(max_cache_hit_length, self._hit_limit + dropped)
             return find_longest_cache_hit(block_hashes, max_cache_hit_length)
 
         coordinator.cache_blocks = cache_shareable_blocks

@@ -70,6 +70,15 @@ SEAMS = (
     ),
     Seam(
         name="scheduler",
+        module="vllm.v1.core.kv_cache_coordinator",
+        qualname="UnitaryKVCacheCoordinator.find_longest_cache_hit",
+        parameters=("self", "block_hashes", "max_cache_hit_length"),
+        contains=("max_length=max_cache_hit_length,", "drop_eagle_block="),
+        why="looks no further than it is told, also where the last block of a hit is dropped",
+        retired_by=_SHARE,
+    ),
+    Seam(
+        name="scheduler",
         module="vllm.v1.core.kv_cache_manager",
         qualname="KVCacheManager.allocate_slots",
         parameters=("self", "request", "num_new_tokens"),
