@@ -1,6 +1,6 @@
 """One layer of one step on a GPU: decide -> score -> vote -> build the table -> finish -> attend.
 
-Where requests have one row each, what scores a row decides for it too, and what writes its table finishes it.
+Where requests have one row each, what scores a row decides for it too, and what writes its table finishes.
 
 Every verb launches the same kernels whatever the rows are; a row that sees its whole context or reuses a
 selection, or a padded one, is left out by the kernels themselves. Where positions are reassigned, queries
