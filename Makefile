@@ -12,7 +12,7 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup constraints newest demo test lint types pytest emulate docs settings check-vllm bench gpu-check endurance models scaling clean
+.PHONY: help setup constraints newest demo test lint types pytest emulate docs settings check-vllm bench gpu-check endurance image-check models scaling clean
 
 help:
 	@echo "make demo                        a real model answers about a document, with and without TOKENSELECT"
@@ -27,6 +27,7 @@ help:
 	@echo "make check-vllm VERSION=0.33.0   check every hook against a vLLM release"
 	@echo "make gpu-check                   every check and benchmark that wants a GPU, in ten minutes"
 	@echo "make endurance                   an hour and more of random load on real servers"
+	@echo "make image-check                 build the CPU image, run it as a pod would, and ask it"
 	@echo "make models                      ask small models of every family, and write docs/models.md"
 	@echo "make bench ARGS='--help'         speed against vLLM's own attention"
 	@echo "make scaling                     write the tables of deploy/SCALING.md anew"
@@ -99,6 +100,11 @@ endurance: setup
 	@$(BIN)/python -m pytest -q -m endurance
 	@$(BIN)/python -m pytest -q --hypothesis-profile endurance \
 	    tests/hooks/test_request_table.py tests/method/test_selection_cache_machine.py
+
+# Needs root and Debian's packages buildah, debootstrap and runc. What it builds stays below build/image-check. A part of
+# `make endurance`.
+image-check: setup
+	@$(BIN)/python -m pytest -q -m endurance tests/deploy/test_cpu_image.py $(ARGS)
 
 # Goes on where it was stopped with ARGS='--keep FOLDER'.
 models: setup

@@ -1,105 +1,106 @@
-"""The commands of the CPU image, one after the other in a new environment, end in a server that answers.
+"""The CPU image, built from the Dockerfile as it stands, serves where a pod of the manifests would run it.
 
-Not a container: `RUN` of the stages `wheel` and `cpu` goes to a shell, with folders of the image below a
-temporary one and Debian's packages taken from this machine.
+Read-only, as user 2000, without capabilities and without a network, within the manifest's memory.
+`make image-check` runs it: as root, with Debian's packages buildah, debootstrap and runc.
 """
 
+import json
 import os
-import shlex
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
-import openai
 import pytest
 
-from tests.deploy.dockerfile import command, environment, stages, values
+from tests.deploy.image import TOOLS, Storage
+from tests.deploy.pod import Pod
 from tests.deploy.tools import REPOSITORY
-from vllm_tokenselect.tools.common.server import free_port
-from vllm_tokenselect.tools.common.watcher import watch_group
 
-# Of the image, and of this machine: made by hand, or there already.
-LEFT_OUT = ("apt-get", "useradd")
+pytestmark = [pytest.mark.server, pytest.mark.endurance]
 
-
-@pytest.fixture
-def image(tmp_path):
-    """Folder that stands for the image's root, and the variables of a shell in it."""
-    venv = tmp_path / "venv"
-    subprocess.run([sys.executable, "-m", "venv", venv], check=True)
-    variables = {name: os.environ[name] for name in ("HOME", "LANG") if name in os.environ}
-    variables |= {name: os.environ[name] for name in os.environ if name.startswith("PIP_")}
-    variables["PATH"] = f"{venv / 'bin'}:{os.environ['PATH']}"
-    return tmp_path, variables
+LARGEST = 3.3e9  # bytes
+SCHEMA = {
+    "type": "object",
+    "properties": {"capital": {"enum": ["Paris", "Rome"]}},
+    "required": ["capital"],
+    "additionalProperties": False,
+}
+TOKENS = 100  # of an answer that is still being given when the pod is told to end
 
 
-def inside(root: Path, text: str) -> str:
-    """`text` with the image's folders below `root`."""
-    for folder in ("/dist", "/opt/models", "/src/constraints"):
-        text = text.replace(folder, f"{root}{folder}")
-    return text
+@pytest.fixture(scope="module")
+def storage():
+    missing = [tool for tool in TOOLS if shutil.which(tool) is None]
+    assert not missing, f"install {', '.join(missing)} (Debian packages of these names)"
+    assert os.geteuid() == 0, "building and running images as another user needs root"
+    return Storage(REPOSITORY / "build/image-check")
 
 
-def build(root: Path, variables: dict[str, str]) -> None:
-    """Do what the stages `wheel` and `cpu` do with the repository's files and in a shell."""
-    source = root / "src"
-    source.mkdir()
-    for instruction in values("wheel", "COPY"):
-        for name in instruction.split()[:-1]:
-            copy = shutil.copytree if (REPOSITORY / name).is_dir() else shutil.copy
-            copy(REPOSITORY / name, source / name)
-    for stage, folder in (("wheel", source), ("cpu", root)):
-        for step in stages()[stage]:
-            words = step.value.split()
-            if step.name == "RUN" and words[0] not in LEFT_OUT:
-                script = " ".join(word for word in words if not word.startswith("--mount="))
-                subprocess.run(
-                    inside(root, script), shell=True, check=True, cwd=folder, env=variables
-                )
+@pytest.fixture(scope="module")
+def built(storage):
+    return storage.build()
 
 
-@pytest.mark.endurance
-@pytest.mark.server
-def test_the_commands_of_the_cpu_image_end_in_a_server_that_answers(image):
-    root, variables = image
-    build(root, variables)
-    port = free_port()
-    arguments = shlex.split(inside(root, shlex.join(command("cpu"))))
-    server = subprocess.Popen(
-        [*arguments, "--host", "127.0.0.1", "--port", str(port)],
-        cwd=root,
-        env=variables | environment("cpu"),
-        executable=root / "venv/bin/vllm",
-        start_new_session=True,
-    )
-    watcher = watch_group(server.pid)
+@pytest.fixture(scope="module")
+def root(storage, built):
+    """The files of the image."""
+    container, root = storage.mount()
+    yield root
+    storage.remove(container)
+
+
+@pytest.fixture(scope="module")
+def pod(root, tmp_path_factory):
+    """A pod of `overlays/cpu` that is ready."""
+    pod = Pod("cpu", "cpu", root, tmp_path_factory.mktemp("pod"), {"key": "a-key"})
+    pod.start()
     try:
-        client = openai.OpenAI(
-            base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0
-        )
-        answer = wait_for_answer(client, server)
+        pod.wait_until_ready(600)
+        yield pod
     finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(60)
-        watcher.dismiss()
-    assert "Paris" in answer
+        pod.stop()
 
 
-def wait_for_answer(client: openai.OpenAI, server: subprocess.Popen, seconds: float = 900) -> str:
-    """The answer to a question, as soon as the server gives one."""
-    question = {"role": "user", "content": "What is the capital of France?"}
-    deadline = time.monotonic() + seconds
-    while True:
-        assert server.poll() is None, f"vllm serve ended with status {server.returncode}"
-        assert time.monotonic() < deadline, f"no answer within {seconds:.0f} s"
-        try:
-            completion = client.chat.completions.create(
-                model="smollm2-135m-instruct", messages=[question], temperature=0, max_tokens=32
-            )
-        except openai.APIConnectionError:
-            time.sleep(1)
-        else:
-            return completion.choices[0].message.content
+def test_the_image_is_small(built, capsys):
+    with capsys.disabled():
+        print(
+            f"\nThe CPU image: {built.size / 1e9:.2f} GB, built in {built.build_seconds:.0f} s "
+            f"(and {built.base_seconds:.0f} s for what it starts from)"
+        )
+    assert built.size < LARGEST
+
+
+def test_a_clients_question_is_answered(pod):
+    assert "Paris" in pod.ask("question").stdout
+
+
+def test_an_answer_keeps_to_a_schema(pod):
+    """By xgrammar, without the Triton that it asks for."""
+    answer = pod.ask("question", json.dumps(SCHEMA)).stdout
+    assert json.loads(answer)["capital"] in SCHEMA["properties"]["capital"]["enum"]
+
+
+def test_kernels_come_with_the_image(pod):
+    assert not list(pod.volume("home").rglob("*.nbc"))
+
+
+def test_vllm_misses_no_library(pod):
+    assert "is not found in LD_PRELOAD" not in pod.log()
+    assert "cannot be preloaded" not in pod.log()
+
+
+def test_what_no_key_guards_is_closed(pod):
+    asked = (
+        ("POST", "/invocations"),
+        ("POST", "/tokenize"),
+        ("GET", "/v1/models"),
+        ("GET", "/health"),
+    )
+    answered = [pod.ask("status", *request).stdout.strip() for request in asked]
+    assert answered == ["404", "404", "401", "200"]
+
+
+def test_a_pod_that_is_told_to_end_finishes_its_answer_and_ends_well(pod):
+    with pod.start_asking("long", str(TOKENS)) as asking:
+        assert asking.stdout.readline() == "begun\n"
+        pod.terminate()
+        assert asking.stdout.read().split() == ["length", str(TOKENS)]
+    assert pod.wait() == 0, pod.log()[-4000:]

