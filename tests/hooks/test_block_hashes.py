@@ -4,6 +4,8 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from vllm.config import KVTransferConfig
+from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from vllm.pooling_params import PoolingParams
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
@@ -21,7 +23,8 @@ from vllm_tokenselect.method.request_settings import fingerprint
 from vllm_tokenselect.method.settings import Method, SettingsError
 
 FUNCTION = "generate_block_hash_extra_keys"
-PROMPT = list(range(1, 4 * BLOCK_SIZE + 1))
+PROMPT = list(range(1, 601))  # of which others may share the first chunk of 512
+SHARED = 512 // BLOCK_SIZE
 OFF = {"tokenselect": "off"}
 FEWER = {"tokenselect_top_k": 100}
 
@@ -60,8 +63,8 @@ def hashes(vllm_utils):
             ),
             **options,
         )
-        assert len(request.block_hashes) == 4
-        return request.block_hashes
+        assert len(request.block_hashes) == len(PROMPT) // BLOCK_SIZE
+        return request.block_hashes[:SHARED]
 
     return compute
 
@@ -95,7 +98,40 @@ def test_no_block_is_shared_between_settings(hashes):
         hashes({}, cache_salt="tenant"),
         hashes({}, OFF, cache_salt="tenant"),
     ]
-    assert len({block for blocks in different for block in blocks}) == 4 * len(different)
+    assert len({block for blocks in different for block in blocks}) == SHARED * len(different)
+
+
+def test_past_the_limit_of_a_request_its_blocks_have_names_that_no_other_comes_to(vllm_utils):
+    hasher = vllm_utils.get_request_block_hasher(BLOCK_SIZE, sha256)
+    ours = SettingsHasher(hasher, TokenSelectConfig(), block_size=BLOCK_SIZE)
+    first, second = (
+        Request("id", PROMPT, SamplingParams(), None, block_hasher=ours) for _ in range(2)
+    )
+    assert first.block_hashes[:SHARED] == second.block_hashes[:SHARED]
+    assert not {*first.block_hashes[SHARED:]} & {*second.block_hashes[SHARED:]}
+    before = first.block_hashes.copy()
+    first.append_output_token_ids([1] * BLOCK_SIZE)
+    assert first.block_hashes[: len(before)] == before, "they keep their names"
+    assert len(first.block_hashes) == len(before) + 1
+
+
+def test_prompts_that_part_within_a_chunk_share_no_block_of_it(vllm_utils):
+    hasher = vllm_utils.get_request_block_hasher(BLOCK_SIZE, sha256)
+    ours = SettingsHasher(hasher, TokenSelectConfig(query_chunk=64, tail_queries=1), 1, BLOCK_SIZE)
+
+    def blocks(prompt: list[int], **options) -> list[bytes]:
+        request = Request("id", prompt, SamplingParams(), None, block_hasher=ours, **options)
+        return request.block_hashes
+
+    whole, parting = blocks(PROMPT), blocks([*PROMPT[:127], 0, *PROMPT[128:]])
+    same = [a == b for a, b in zip(whole, parting, strict=True)]
+    assert same == [True] * 4 + [False] * (len(whole) - 4), (
+        "the second chunk differs in its last token"
+    )
+    assert blocks(PROMPT)[:36] == whole[:36], "what is equal is found"
+    image = MultiModalFeatureSpec(None, "image", "cat", PlaceholderRange(120, 8))
+    seen = blocks(PROMPT, mm_features=[image])
+    assert [a == b for a, b in zip(whole[:8], seen[:8], strict=True)] == [True] * 4 + [False] * 4
 
 
 def test_an_engine_that_is_not_on_tokenselect_hashes_as_vllm_does(hashes, vllm_utils):
@@ -110,8 +146,10 @@ def test_the_first_block_names_the_settings_beside_vllms_own_keys(vllm_utils):
     request = bound(SamplingParams(extra_args=OFF), cache_salt="tenant")
     generate = vllm_utils.generate_block_hash_extra_keys
     keys, _ = generate(request, 0, BLOCK_SIZE, 0)
-    assert set(keys) == {("cache_salt", "tenant"), ("tokenselect", "v1:off")}
-    assert vllm_utils.to_event_extra_keys([keys]) == [("tenant", "v1:off")]
+    salt, settings, (tag, of_chunk) = keys
+    assert (salt, settings) == (("cache_salt", "tenant"), ("tokenselect", "v1:off"))
+    assert tag == "tokenselect"
+    assert vllm_utils.to_event_extra_keys([keys]) == [("tenant", "v1:off", of_chunk)]
     assert generate(request, BLOCK_SIZE, 2 * BLOCK_SIZE, 0) == (None, 0)
 
 
@@ -124,7 +162,7 @@ class EngineCore:
         self.vllm.mm_receiver_cache = None
         self.vllm.request_block_hasher = block_hasher
 
-    def add(self, extra_args: dict | None) -> Request:
+    def add(self, extra_args: dict | None, resumable: bool = False) -> Request:
         request = EngineCoreRequest(
             request_id="id",
             prompt_token_ids=PROMPT,
@@ -135,6 +173,7 @@ class EngineCore:
             lora_request=None,
             cache_salt=None,
             data_parallel_rank=None,
+            resumable=resumable,
         )
         return self.vllm.preprocess_add_request(request)[0]
 
@@ -165,11 +204,11 @@ def make_core(request, make_vllm_config, vllm_utils, monkeypatch):
 def test_engines_of_one_process_hash_by_their_own_settings(make_core, hashes, order):
     each = [{"top_k": 256}, {"top_k": 64}, None]
     engines = {index: make_core(each[index]) for index in order}
-    found = [engines[index].add(None).block_hashes for index in range(3)]
+    found = [engines[index].add(None).block_hashes[:SHARED] for index in range(3)]
     assert found[:2] == [hashes(each[0]), hashes(each[1])]
     assert not {*found[0], *found[1]} & {*found[2]}
-    assert engines[0].add({"tokenselect_top_k": 64}).block_hashes == found[1]
-    assert engines[2].add({"tokenselect": "theirs"}).block_hashes == found[2]
+    assert engines[0].add({"tokenselect_top_k": 64}).block_hashes[:SHARED] == found[1]
+    assert engines[2].add({"tokenselect": "theirs"}).block_hashes[:SHARED] == found[2]
 
 
 @pytest.mark.parametrize("prefix_caching", [True, False])
@@ -184,10 +223,18 @@ def test_a_request_that_no_front_checked_is_refused_before_the_engine_has_it(
     assert engine.add({"tokenselect_top_k": 256}).num_tokens == len(PROMPT)
 
 
+def test_streaming_input_is_refused_beside_a_connector(make_core):
+    engine = make_core({})
+    engine.vllm.vllm_config.kv_transfer_config = KVTransferConfig()
+    with pytest.raises(SettingsError, match="streaming input cannot be served with a KV connector"):
+        engine.add(None, resumable=True)
+    assert engine.add(None).num_tokens == len(PROMPT)
+
+
 def test_pooling_requests_have_no_settings_of_their_own(vllm_utils):
     request = bound(None, pooling_params=PoolingParams())
     keys, _ = vllm_utils.generate_block_hash_extra_keys(request, 0, BLOCK_SIZE, 0)
-    assert keys == (("tokenselect", fingerprint(Method(), Method.top_k)),)
+    assert keys[0] == ("tokenselect", fingerprint(Method(), Method.top_k))
 
 
 def test_events_about_cached_blocks_tell_the_same_keys(make_vllm_config, monkeypatch):
@@ -198,9 +245,8 @@ def test_events_about_cached_blocks_tell_the_same_keys(make_vllm_config, monkeyp
         block_pool.generate_block_hash_extra_keys is kv_cache_utils.generate_block_hash_extra_keys
     )
     request = bound(SamplingParams(extra_args=OFF))
-    assert block_pool.generate_block_hash_extra_keys(request, 0, BLOCK_SIZE, 0)[0] == (
-        ("tokenselect", "v1:off"),
-    )
+    keys, _ = block_pool.generate_block_hash_extra_keys(request, 0, BLOCK_SIZE, 0)
+    assert ("tokenselect", "v1:off") in keys
 
 
 @pytest.fixture

@@ -12,8 +12,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from pydantic import ValidationError
-from vllm.config import KVTransferConfig, VllmConfig
+from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms.cpu import CpuPlatform
 
@@ -91,9 +90,6 @@ def test_a_foreign_scheduler_is_refused_by_name(selected):
 
 
 REFUSED = {
-    "KV connectors (--kv-transfer-config, --kv-offloading-size)": lambda config: setattr(
-        config, "kv_transfer_config", SimpleNamespace()
-    ),
     "diffusion models": lambda config: setattr(config, "diffusion_config", SimpleNamespace()),
     "prefill that skips layers which share the cache of others (--kv-sharing-fast-prefill)": (
         lambda config: setattr(config.cache_config, "kv_sharing_fast_prefill", True)
@@ -119,15 +115,6 @@ def engine_config(folder: Path, **options) -> VllmConfig:
     (folder / "config.json").write_text(json.dumps(TINY_LLAMA))
     options |= {"attention_backend": "TOKENSELECT", "skip_tokenizer_init": True}
     return EngineArgs(model=str(folder), max_num_seqs=4, **options).create_engine_config()
-
-
-def test_an_offloading_size_is_refused_as_the_connector_that_vllm_makes_of_it(tmp_path):
-    engine_config(tmp_path)
-    refused = "does not support KV connectors (--kv-transfer-config, --kv-offloading-size)"
-    connector = KVTransferConfig(kv_connector="OffloadingConnector", kv_role="kv_both")
-    for option in ({"kv_offloading_size": 1.0}, {"kv_transfer_config": connector}):
-        with pytest.raises(ValidationError, match=re.escape(refused)):
-            engine_config(tmp_path, **option)
 
 
 def test_pipeline_stages_that_vllm_cannot_run_eagerly_on_cpus_are_refused(selected):

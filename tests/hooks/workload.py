@@ -35,7 +35,7 @@ from vllm.v1.kv_cache_interface import (
     MambaSpec,
     SlidingWindowSpec,
 )
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
@@ -168,11 +168,14 @@ class Arrival:
         return [token for token, count in self.text for _ in range(count)]
 
 
-def start_engine(engine: Engine, template: Any) -> Workload:
+def start_engine(
+    engine: Engine, template: Any, kind: type[Workload] | None = None, **options: Any
+) -> Workload:
     """Start an engine, which may refuse to; `template` is a `VllmConfig`."""
     with pytest.MonkeyPatch.context() as patch:
         # Reading vLLM's source for each scheduler would take most of the time of these tests.
         patch.setattr("vllm_tokenselect.hooks.scheduler.SEAMS", ())
+        patch.setattr("vllm_tokenselect.hooks.connector_loads.CONNECTOR_SEAMS", ())
         patch.setattr(graph_sizes, "replayed_limits", lambda _: engine.graph_limits)
         if engine.encoder_limit:
             # What vLLM would find out by loading the processor of a model that sees images.
@@ -181,7 +184,7 @@ def start_engine(engine: Engine, template: Any) -> Workload:
             )
             patch.setattr(ModelConfig, "supports_multimodal_inputs", True)
             patch.setattr("vllm.v1.core.sched.scheduler.MultiModalBudget", lambda *_, **__: budget)
-        return Workload(engine, template)
+        return (kind or Workload)(engine, template, **options)
 
 
 class Workload:
@@ -189,20 +192,21 @@ class Workload:
 
     def __init__(self, engine: Engine, template: Any) -> None:
         self.engine = engine
-        config = engine.configure(template)
+        config = self.configure(engine, template)
         init_none_hash(sha256)
-        self.hasher = get_request_block_hasher(
-            engine.prefix_match_unit or engine.block_size, sha256
+        self.hasher = self.make_hasher(
+            config, get_request_block_hasher(engine.prefix_match_unit or engine.block_size, sha256)
         )
         ours = TokenSelectAsyncScheduler if engine.asynchronous else TokenSelectScheduler
+        self.kv_cache_config = KVCacheConfig(
+            num_blocks=engine.num_blocks(),
+            kv_cache_tensors=[],
+            kv_cache_groups=engine.groups(),
+            prefix_cache_retention_interval=config.cache_config.prefix_cache_retention_interval,
+        )
         self.scheduler = ours(
             vllm_config=config,
-            kv_cache_config=KVCacheConfig(
-                num_blocks=engine.num_blocks(),
-                kv_cache_tensors=[],
-                kv_cache_groups=engine.groups(),
-                prefix_cache_retention_interval=config.cache_config.prefix_cache_retention_interval,
-            ),
+            kv_cache_config=self.kv_cache_config,
             structured_output_manager=StructuredOutputManager(config),
             hash_block_size=engine.prefix_match_unit or None,
             block_size=math.lcm(*(group.kv_cache_spec.block_size for group in engine.groups())),
@@ -214,6 +218,12 @@ class Workload:
         self.steps: list[tuple[Request, int, int, bool]] = []
         self.first_of_steps: list[int] = []  # among `steps`, of each step that the scheduler made
         self.ends: dict[str, Any] = {}  # the last output of each request that ended
+
+    def configure(self, engine: Engine, template: Any) -> Any:
+        return engine.configure(template)
+
+    def make_hasher(self, config: Any, hasher: Any) -> Any:
+        return hasher
 
     def add(self, arrival: Arrival, request_id: str | None = None) -> Request:
         resumable = arrival.continuations > self.continued.get(request_id or "", 0)
@@ -264,11 +274,16 @@ class Workload:
         output.samples = {  # type: ignore[attr-defined]
             id_: not self.requests[id_].is_prefill_chunk for id_ in output.num_scheduled_tokens
         }
+        output.transferred = self.run_model(output)  # type: ignore[attr-defined]
         self.unanswered.append(output)
         if len(self.unanswered) >= engine.in_flight:
             self.answer()
         self.go_on_with_streams()
         return int(output.total_num_scheduled_tokens)
+
+    def run_model(self, output: SchedulerOutput) -> KVConnectorOutput | None:
+        """What a model runner does with a step; there is none here."""
+        return None
 
     def answer(self) -> None:
         output = self.unanswered.popleft()
@@ -279,6 +294,7 @@ class Workload:
                 req_ids=ids,
                 req_id_to_index={id_: index for index, id_ in enumerate(ids)},
                 sampled_token_ids=[[7] if output.samples[id_] else [] for id_ in ids],  # type: ignore[attr-defined]
+                kv_connector_output=output.transferred,  # type: ignore[attr-defined]
             ),
         )
         for of_client in outputs.values():

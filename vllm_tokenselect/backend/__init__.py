@@ -109,7 +109,3 @@ class TokenSelectBackend(AttentionBackend):
         # Other GPUs gather, from any layout: whatever the model's other layers need (FLASHINFER on
         # Blackwell puts a head's tokens together).
         return None
-
-    @classmethod
-    def supports_kv_connector(cls) -> bool:
-        return False

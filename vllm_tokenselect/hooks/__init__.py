@@ -11,6 +11,7 @@ In a process that takes requests, or schedules them:
     request_validation  refuses a request whose own settings cannot be served
     scheduler           keeps query chunks whole, limits the prefix cache, says whom to preempt
     block_hashes        keeps what other settings computed apart in the prefix cache
+    connector_loads     limits what comes from a KV connector
 
 In a worker:
     layer_backends      counts layers, and refuses a model that would not select; `dense_layers`
@@ -65,6 +66,7 @@ def all_seams() -> Sequence[Seam]:
         *engine_config.SEAMS.values(),
         *request_validation.SEAMS,
         *scheduler_seams.SEAMS,
+        *scheduler_seams.CONNECTOR_SEAMS,
         *block_hashes.SEAMS,
         rotary_embedding.SEAM,
         *runner_v1.SEAMS,

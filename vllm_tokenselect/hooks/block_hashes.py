@@ -5,6 +5,14 @@ which tokens were attended. So the fingerprint of the request's settings is hash
 block, and by vLLM's chain with every block after it: requests and servers of different settings
 share nothing.
 
+The queries of a chunk select together, so what its first block holds depends on the tokens of its last one.
+Therefore a chunk is hashed as a whole with its first block. Without that, two prompts that part within a
+chunk would share a name for different blocks.
+
+What follows a request's limit depends on where its prompt ends. So a number of its own is hashed with
+the blocks that end past the limit. Such blocks have names, since vLLM counts on one for each block, but
+names that nobody else comes to: in the prefix cache, in an external KV store and in KV cache events alike.
+
 Wraps two functions:
 
 - `EngineCore.preprocess_add_request`, which hands the engine's hasher to a request. The hasher is put into
@@ -15,19 +23,26 @@ Wraps two functions:
 
 from __future__ import annotations
 
+import hashlib
+import secrets
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from vllm_tokenselect.config import TokenSelectConfig
 from vllm_tokenselect.hooks.registration import is_selected
 from vllm_tokenselect.hooks.seam import Seam
 from vllm_tokenselect.method.request_settings import fingerprint, requested_top_k
+from vllm_tokenselect.method.settings import SettingsError
 
 if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreRequest
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.request import Request
+
+    from vllm_tokenselect.method.settings import Method
 
 _RETIRED_BY = "vLLM asks a scheduler what else to hash with a request's blocks"
 
@@ -78,19 +93,57 @@ class SettingsHasher:
         """
         extra_args = getattr(request.sampling_params, "extra_args", None)
         top_k = requested_top_k(extra_args, self.config.top_k)
-        method = self.config.method.for_blocks(self.block_size)
         size = self.tensor_parallel_size
-        return ("tokenselect", fingerprint(method, top_k, size, self.block_size))
+        return ("tokenselect", fingerprint(self.method, top_k, size, self.block_size))
+
+    @cached_property
+    def method(self) -> Method:
+        """With query chunks that line up with the blocks."""
+        return self.config.method.for_blocks(self.block_size)
 
 
-def extra_keys(request: Request, start_token_idx: int) -> list[tuple[str, str]]:
-    """Our keys among those that are hashed with the block at `start_token_idx`.
+def shareable_tokens(request: Request, method: Method) -> int:
+    """Tokens at the start of a request's prompt that others may share."""
+    if hasattr(request, "_tokenselect_continued"):
+        return 0
+    return method.shareable_tokens(request.num_prompt_tokens)
+
+
+def extra_keys(request: Request, start_token_idx: int, end_token_idx: int) -> list[tuple[str, str]]:
+    """Our keys among those that are hashed with a block of these tokens.
 
     Raises:
         SettingsError: see `SettingsHasher.key`.
     """
     hasher: SettingsHasher | None = getattr(request, "_tokenselect_hasher", None)
-    return [] if hasher is None or start_token_idx > 0 else [hasher.key(request)]
+    if hasher is None:
+        return []
+    keys = [] if start_token_idx else [hasher.key(request)]
+    chunk = hasher.method.query_chunk
+    end_of_chunk = start_token_idx + chunk
+    begins_chunk = start_token_idx % chunk == 0 and end_token_idx < end_of_chunk
+    if begins_chunk and end_of_chunk <= shareable_tokens(request, hasher.method):
+        keys.append(("tokenselect", _digest(request, start_token_idx, end_of_chunk)))
+    if end_token_idx > shareable_tokens(request, hasher.method):
+        keys.append(("tokenselect", _own_number(request)))
+    return keys
+
+
+def _digest(request: Request, start: int, end: int) -> str:
+    """What all of a chunk is: its tokens, and whatever else vLLM hashes with them."""
+    from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys
+
+    keys, _ = generate_block_hash_extra_keys(request, start, end, 0)
+    tokens = array("q", request.all_token_ids[start:end]).tobytes()
+    return hashlib.sha256(tokens + repr(keys).encode()).hexdigest()
+
+
+def _own_number(request: Request) -> str:
+    """A number that no other request has, here or on another server, now or later."""
+    if not hasattr(request, "_tokenselect_number"):
+        request._tokenselect_number = secrets.token_hex(16)
+    number: str = request._tokenselect_number
+    return number
 
 
 def check_and_bind(engine_core: EngineCore, request: EngineCoreRequest) -> None:
@@ -111,6 +164,12 @@ def check_and_bind(engine_core: EngineCore, request: EngineCoreRequest) -> None:
         else TokenSelectConfig.from_additional_config(vllm_config.additional_config)
     )
     requested_top_k(getattr(request.sampling_params, "extra_args", None), config.top_k)
+    if request.resumable and vllm_config.kv_transfer_config is not None:
+        raise SettingsError(
+            "streaming input cannot be served with a KV connector (--kv-transfer-config, "
+            "--kv-offloading-size): what was offered of a prompt would no longer be its beginning. Send "
+            "whole prompts, or leave the connector out"
+        )
     if hasher is not None and not isinstance(hasher, SettingsHasher):
         size = vllm_config.parallel_config.tensor_parallel_size
         block_size = vllm_config.cache_config.block_size
@@ -121,7 +180,7 @@ def _generate_with_settings(
     generate: Any, request: Request, start_token_idx: int, end_token_idx: int, start_mm_idx: int
 ) -> tuple[tuple[Any, ...] | None, int]:
     keys, next_mm_idx = generate(request, start_token_idx, end_token_idx, start_mm_idx)
-    ours = extra_keys(request, start_token_idx)
+    ours = extra_keys(request, start_token_idx, end_token_idx)
     return ((*(keys or ()), *ours) if ours else keys), next_mm_idx
 
 

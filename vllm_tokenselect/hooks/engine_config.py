@@ -16,7 +16,7 @@ from vllm_tokenselect.config import (
     DEFAULT_WORKSPACE_MB,
     TokenSelectConfig,
 )
-from vllm_tokenselect.engine import dense_layers
+from vllm_tokenselect.engine import connectors, dense_layers
 from vllm_tokenselect.engine.kv_cache import check_kv_cache_dtype
 from vllm_tokenselect.engine.log import get_logger
 from vllm_tokenselect.engine.step_size import check_steps
@@ -93,6 +93,7 @@ def configure(vllm_config: VllmConfig, device: str) -> None:
         config = _by_profile(vllm_config)
     if vllm_config.speculative_config is not None and config.method.reuses_selections:
         config = _without_selection_cache(vllm_config, config, asked)
+    connectors.check_connectors(vllm_config, config, device)
     if vllm_config.model_config is None:
         return
     scheduler = vllm_config.scheduler_config
@@ -125,10 +126,6 @@ def refuse_features(vllm_config: VllmConfig, device: str) -> None:
     parallel = vllm_config.parallel_config
     model = vllm_config.model_config
     refused = {
-        # vLLM makes a connector of the size after this check.
-        "KV connectors (--kv-transfer-config, --kv-offloading-size)": vllm_config.kv_transfer_config
-        is not None
-        or vllm_config.cache_config.kv_offloading_size is not None,
         "diffusion models, which need a scheduler of their own (--diffusion-config)": (
             vllm_config.diffusion_config is not None or (model is not None and model.is_diffusion)
         ),

@@ -14,7 +14,8 @@ prefix-cache hit is cut, and limits what a request puts into the prefix cache. N
 3. Layers that keep few blocks of a prompt in the prefix cache, as sliding windows do, keep those
    before the request's limit, where a hit ends, and not those before the prompt's end.
 
-`block_hashes` keeps what other settings computed apart, `preemption` chooses whom to preempt,
+`block_hashes` keeps what other settings computed apart, `connector_loads` limits what comes from a KV
+connector, `preemption` chooses whom to preempt,
 `engine.step_size` refuses options that make a step too small, `encoder_inputs` encodes all images of a
 chunk, `hybrid_steps` ends steps where states are kept, `graph_contexts` keeps a decoding step to what the
 workspace holds, `watchdog` ends a request that would wait for ever.
@@ -34,6 +35,7 @@ from vllm_tokenselect.engine.log import get_logger
 from vllm_tokenselect.engine.replayed_steps import prompt_steps
 from vllm_tokenselect.engine.step_size import check_steps
 from vllm_tokenselect.hooks import block_hashes
+from vllm_tokenselect.hooks.connector_loads import LimitLoads
 from vllm_tokenselect.hooks.encoder_inputs import EncodeWholeChunks
 from vllm_tokenselect.hooks.graph_contexts import LimitGraphContexts
 from vllm_tokenselect.hooks.hybrid_steps import EndStepsWithStates
@@ -46,7 +48,9 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 
-class WholeChunks(EndStuckRequests, EncodeWholeChunks, EndStepsWithStates, LimitGraphContexts):
+class WholeChunks(
+    LimitLoads, EndStuckRequests, EncodeWholeChunks, EndStepsWithStates, LimitGraphContexts
+):
     """The rules, to be put before vLLM's scheduler among the bases of a class."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -63,6 +67,7 @@ class WholeChunks(EndStuckRequests, EncodeWholeChunks, EndStepsWithStates, Limit
         # Where both a chunk and a block of every group end.
         self._alignment = math.lcm(self.chunks.query_chunk, self.block_size)
         self._limit_prefix_cache()
+        self._limit_connectors()
         self._make_encoder_room()
         self._limit_contexts()
         block_hashes.install()  # in the process where requests are hashed, and before any is
@@ -123,9 +128,7 @@ class WholeChunks(EndStuckRequests, EncodeWholeChunks, EndStepsWithStates, Limit
         return cache_where_hits_end
 
     def _shareable_tokens(self, request: Request) -> int:
-        if hasattr(request, "_tokenselect_continued"):
-            return 0
-        return self.chunks.shareable_tokens(request.num_prompt_tokens)
+        return block_hashes.shareable_tokens(request, self.chunks)
 
     def _last_hit(self, request: Request) -> int:
         end = self._shareable_tokens(request) // self._alignment * self._alignment
@@ -134,10 +137,10 @@ class WholeChunks(EndStuckRequests, EncodeWholeChunks, EndStepsWithStates, Limit
         return end
 
     def _update_request_as_session(self, session: Request, update: Any) -> None:
-        super()._update_request_as_session(session, update)
         # The former tail and answer are now in the middle of a prompt, where other requests compute whole
         # chunks. The update may also bring other settings than the hashes tell.
         session._tokenselect_continued = True
+        super()._update_request_as_session(session, update)
 
     def _get_local_prefix_cache_hit(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         chunk = self.chunks.query_chunk

@@ -4,6 +4,7 @@ from vllm_tokenselect.hooks.seam import Seam
 
 _CUT = "vLLM asks a scheduler where a prompt may be cut into steps"
 _SHARE = "vLLM asks a scheduler which blocks of a request others may share"
+_LOAD = "vLLM asks a scheduler how much of a request a KV connector may load"
 _IMAGES = "vLLM asks a scheduler which images have to be encoded in one step"
 
 SEAMS = (
@@ -197,5 +198,109 @@ SEAMS = (
         ),
         why="keeps the blocks before where a hit may end, of those that a sliding window leaves",
         retired_by=_SHARE,
+    ),
+)
+
+_V1 = "vllm.distributed.kv_transfer.kv_connector.v1"
+
+# Of engines with a KV connector.
+CONNECTOR_SEAMS = (
+    Seam(
+        name="scheduler",
+        module="vllm.v1.core.sched.scheduler",
+        qualname="Scheduler.schedule",
+        parameters=("self",),
+        contains=(
+            "self.connector.get_num_new_matched_tokens(request, block_aligned_local)",
+            "if ext_tokens is None:",
+            "request.status = RequestStatus.WAITING_FOR_REMOTE_KVS",
+        ),
+        why="loads as much of a request as its connector says",
+        retired_by=_LOAD,
+    ),
+    Seam(
+        name="scheduler",
+        module="vllm.v1.core.sched.scheduler",
+        qualname="Scheduler.add_request",
+        parameters=("self", "request"),
+        contains=("self.connector.on_new_request(request)",),
+        why="tells a connector of a request once its parameters say what it may keep",
+        retired_by=_SHARE,
+    ),
+    Seam(
+        name="scheduler",
+        module="vllm.v1.core.sched.scheduler",
+        qualname="Scheduler._update_requests_with_invalid_blocks",
+        parameters=(
+            "self",
+            "requests",
+            "invalid_block_ids",
+            "num_scheduled_tokens",
+            "evict_blocks",
+        ),
+        contains=(
+            "(req_block_ids,) = self.kv_cache_manager.get_block_ids(req_id)",
+            "request.num_computed_tokens = idx * self.block_size",
+            "affected_req_ids.add(request.request_id)",
+        ),
+        why="goes on at a whole chunk after a load that failed",
+        retired_by=_LOAD,
+    ),
+    Seam(
+        name="scheduler",
+        module="vllm.v1.core.sched.scheduler",
+        qualname="Scheduler._update_waiting_for_remote_kv",
+        parameters=("self", "request"),
+        contains=("load_failed = request.request_id in self.failed_recving_kv_req_ids",),
+        why="asks no connector again after a load that failed",
+        retired_by=_LOAD,
+    ),
+    Seam(
+        name="scheduler",
+        module=f"{_V1}.offloading_connector",
+        qualname="OffloadingConnector.get_num_new_matched_tokens",
+        parameters=("self", "request", "num_computed_tokens"),
+        contains=("max_num_new_tokens=self._max_loadable_tokens(request, num_computed_tokens)",),
+        why="looks offloaded blocks up to the request's limit",
+        retired_by=_LOAD,
+    ),
+    Seam(
+        name="scheduler",
+        module=f"{_V1}.offloading.scheduler",
+        qualname="RequestOffloadState.__post_init__",
+        parameters=("self",),
+        contains=('params.get("max_offload_tokens")', "self.max_offload_tokens = raw"),
+        why="keeps nothing past the request's limit",
+        retired_by=_SHARE,
+    ),
+    Seam(
+        name="scheduler",
+        module=f"{_V1}.offloading.scheduler",
+        qualname="OffloadingConnectorScheduler._lookup_complete_chunks",
+        parameters=("self", "req_status", "max_num_new_tokens"),
+        contains=("if self._sliding_window_groups:", "max_hit_size_tokens -= 1"),
+        why="finds one token less beside layers with windows, which are asked for one more",
+        retired_by=_LOAD,
+    ),
+    Seam(
+        name="scheduler",
+        module=f"{_V1}.example_connector",
+        qualname="ExampleConnector.build_connector_meta",
+        parameters=("self", "scheduler_output"),
+        contains=(
+            "for new_req in scheduler_output.scheduled_new_reqs:",
+            "if not self._found_match_for_prompt(token_ids, mm_hashes):",
+        ),
+        why="writes files of requests with the server's own settings only",
+        retired_by=_LOAD,
+    ),
+    Seam(
+        name="scheduler",
+        module=f"{_V1}.example_connector",
+        qualname="ExampleConnector._generate_filename_debug",
+        parameters=("self", "layer_name", "token_ids", "mm_hashes"),
+        contains=('os.path.join(foldername, f"{layer_name}.safetensors")',),
+        why="reads files only where all of a prompt's are whole",
+        retired_by=_LOAD,
     ),
 )

@@ -46,12 +46,18 @@ class EndStuckRequests(_Scheduler):
     _stuck_since = 0.0
     _stuck: Stuck | None = None
 
+    def _waits_for_connector(self) -> bool:
+        """Whether requests wait for a KV connector."""
+        raise NotImplementedError
+
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         output = super().schedule(*args, **kwargs)
         # Where prefills are deferred, others decode meanwhile, or a later attempt lets them in.
         under_way = self.sched_step_seq > self.processed_step_seq
         paused = self._pause_state != PauseState.UNPAUSED
-        if output.total_num_scheduled_tokens or under_way or paused:
+        # Requests that a connector makes wait, or whose blocks others wait for, go on when it has answered.
+        loading = self._waits_for_connector()
+        if output.total_num_scheduled_tokens or under_way or paused or loading:
             self._attempts = 0
         elif (request := self._first_ready()) is not None:
             self._count(request)
