@@ -8,6 +8,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from vllm.config import KVTransferConfig
 from vllm.entrypoints.generate.base import serving as generate_serving
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.serve.engine import serving
@@ -114,6 +115,15 @@ def test_engines_of_one_process_refuse_by_their_own_settings(make_processor, ord
 
 def test_pooling_has_no_settings_of_ours(make_processor):
     request_validation.validate(make_processor(), PoolingParams())
+
+
+def test_streaming_input_is_refused_beside_a_connector(make_processor):
+    processor = make_processor()
+    request_validation.validate(processor, SamplingParams(), continued=True)
+    processor.vllm_config.kv_transfer_config = KVTransferConfig()
+    with pytest.raises(VLLMValidationError, match="cannot be served with a KV connector"):
+        request_validation.validate(processor, SamplingParams(), continued=True)
+    request_validation.validate(processor, SamplingParams())
 
 
 class Body:

@@ -1,9 +1,8 @@
 """Engines with a KV connector, whose KV cache holds what each token was computed from.
 
 There is no model. A slot of the cache holds a number for the chunk that computed it: where the chunk began,
-and all tokens up to its end, which its selection depends on. So a wrong block, a block that is not there yet,
-and a token that was computed in another chunk than its request would compute it in are all seen when they are
-read.
+and all tokens up to its end, which its selection depends on. So a wrong block is seen when it is read, and
+one that is not there yet, and a token that was computed in another chunk than its request's.
 """
 
 from __future__ import annotations
@@ -153,7 +152,7 @@ class Connected(Workload):
                 wrong = before[read != expected[first:start]]
                 assert not len(wrong), (
                     f"request {request.request_id} of {request.num_prompt_tokens} tokens computes "
-                    f"[{start}, {end}) and reads what it would not have computed at {wrong[0]} to {wrong[-1]}"
+                    f"[{start}, {end}) and reads something else at {wrong[0]} to {wrong[-1]}"
                 )
             written = np.arange(start, min(end, len(expected)))
             slots = np.array(blocks, int)[written // spec.block_size], written % spec.block_size

@@ -106,15 +106,25 @@ def test_an_answer_is_the_same_from_the_cache_from_host_memory_and_from_files(
         before = loads(client)
         client.complete(asked[0], 2, tokenselect_top_k=100)
         assert since(client, before) == {"cache": 0, "connector": 0, "host": 0, "files": 0}
-    # Another server finds the files, unless it has other settings or they are damaged.
-    (damaged, *_) = sorted(tmp_path.rglob("*.bin"))
-    for lost in sorted(tmp_path.rglob("*.bin"))[::2]:
-        lost.unlink()
-    damaged.write_bytes(b"")
-    with serving(
-        model, settings=SPARSE, extra_args=offloading(tmp_path, 20, 40), env=SMALL_WORKERS
-    ) as client:
-        same(answers(client, asked), computed)
+
+
+@pytest.mark.endurance
+def test_another_server_finds_the_files_and_computes_what_is_lost(model, prompts, tmp_path):
+    asked = [prompts(seed, LENGTH) for seed in range(910, 914)]
+    answers = []
+    for lost in (0, 1, 2):
+        files = sorted(tmp_path.rglob("*.bin"))
+        for file in files[:: 3 * lost] if lost else ():
+            file.unlink() if lost == 1 else file.write_bytes(b"")
+        with serving(
+            model, settings=SPARSE, extra_args=offloading(tmp_path, 20, 40), env=SMALL_WORKERS
+        ) as client:
+            answers.append([client.complete(prompt, 6) for prompt in asked])
+            found = loads(client)["connector"]
+            assert (found > 0) == (lost > 0)
+            assert found < len(asked) * SHARED
+    same(answers[1], answers[0])
+    same(answers[2], answers[0])
 
 
 @pytest.mark.endurance

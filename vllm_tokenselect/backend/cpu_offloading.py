@@ -24,6 +24,7 @@ from vllm.v1.kv_offload.base import (
     OffloadingWorker,
     TransferResult,
 )
+from vllm.v1.kv_offload.config import OffloadingConfig
 from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
@@ -33,7 +34,9 @@ from vllm_tokenselect.method.settings import SettingsError
 class CpuOffloadingSpec(TieringOffloadingSpec):
     """Blocks in host memory, and in whatever tiers vLLM has behind it."""
 
-    _worker: OffloadingWorker | None  # type: ignore[assignment]
+    def __init__(self, config: OffloadingConfig) -> None:
+        super().__init__(config)
+        self.copies: CpuOffloadingWorker | None = None
 
     def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
         """The one that copies blocks in this worker's process.
@@ -41,7 +44,7 @@ class CpuOffloadingSpec(TieringOffloadingSpec):
         Raises:
             SettingsError: for a layout that these copies do not have.
         """
-        if self._worker is None:
+        if self.copies is None:
             if self.config.canonical_layout:
                 raise SettingsError(
                     "canonical_layout cannot be used with CpuOffloadingSpec. Leave it out."
@@ -53,8 +56,8 @@ class CpuOffloadingSpec(TieringOffloadingSpec):
                 kv_bytes_per_chunk=self.kv_bytes_per_chunk,
                 cpu_page_size=self.cpu_page_size_per_worker,
             )
-            self._worker = CpuOffloadingWorker(kv_caches, self.blocks_per_chunk, region)
-        return self._worker
+            self.copies = CpuOffloadingWorker(kv_caches, self.blocks_per_chunk, region)
+        return self.copies
 
 
 class CpuOffloadingWorker(OffloadingWorker):

@@ -29,6 +29,12 @@ OFFLOADING = "OffloadingConnector"
 EXAMPLE = "ExampleConnector"
 MULTI = "MultiConnector"
 
+NO_STREAMS = (
+    "streaming input cannot be served with a KV connector (--kv-transfer-config, --kv-offloading-size): "
+    "what was offered of a prompt would no longer be its beginning. Send whole prompts, or leave the "
+    "connector out"
+)
+
 # vLLM's own offloading specs, whose copies run on GPUs only.
 _GPU_SPECS = ("CPUOffloadingSpec", "TieringOffloadingSpec")
 _CPU_SPEC = "vllm_tokenselect.backend.cpu_offloading"

@@ -32,6 +32,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from vllm_tokenselect.config import TokenSelectConfig
+from vllm_tokenselect.engine.connectors import NO_STREAMS
 from vllm_tokenselect.hooks.registration import is_selected
 from vllm_tokenselect.hooks.seam import Seam
 from vllm_tokenselect.method.request_settings import fingerprint, requested_top_k
@@ -165,11 +166,7 @@ def check_and_bind(engine_core: EngineCore, request: EngineCoreRequest) -> None:
     )
     requested_top_k(getattr(request.sampling_params, "extra_args", None), config.top_k)
     if request.resumable and vllm_config.kv_transfer_config is not None:
-        raise SettingsError(
-            "streaming input cannot be served with a KV connector (--kv-transfer-config, "
-            "--kv-offloading-size): what was offered of a prompt would no longer be its beginning. Send "
-            "whole prompts, or leave the connector out"
-        )
+        raise SettingsError(NO_STREAMS)
     if hasher is not None and not isinstance(hasher, SettingsHasher):
         size = vllm_config.parallel_config.tensor_parallel_size
         block_size = vllm_config.cache_config.block_size

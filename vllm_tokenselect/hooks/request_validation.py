@@ -17,6 +17,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from vllm_tokenselect.config import TokenSelectConfig
+from vllm_tokenselect.engine.connectors import NO_STREAMS
 from vllm_tokenselect.engine.replayed_steps import prompt_steps
 from vllm_tokenselect.hooks.registration import is_selected
 from vllm_tokenselect.hooks.seam import Seam
@@ -121,12 +122,15 @@ def validate(processor: InputProcessor, params: Any, continued: bool = False) ->
         continued: whether more input may follow (vLLM's streaming input).
 
     Raises:
-        VLLMValidationError: see `Engine.check`; for streaming input where it could be too short for a step.
+        VLLMValidationError: see `Engine.check`; for streaming input where it could be too short for a step,
+            and beside a KV connector.
     """
     engine = engine_of(processor)
     if engine is None:
         return
     engine.check(getattr(params, "extra_args", None))
+    if continued and engine.vllm_config.kv_transfer_config is not None:
+        _refuse(NO_STREAMS)
     if continued and prompt_steps(engine.vllm_config, engine.method).replayed:
         _refuse(
             f"streaming input cannot be served with the tokenselect setting anchor_layers="

@@ -1,0 +1,126 @@
+"""How much sooner does the first token come when a prompt's beginning was offloaded?
+
+    python -m benchmarks.offload --json benchmarks/results/offload.json
+
+SmolLM2 in bf16 reads prompts that are longer than it was trained for (positions are reassigned), on a
+server whose KV cache holds one of them. Each prompt is sent in turn, and then all again: the first time it
+is computed, the second time it comes from host memory. A second server with the same folder finds it in
+files. All three have to generate the same tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import openai
+from transformers import AutoTokenizer
+
+from benchmarks.report import SMOLLM2, open_cells
+from tests.oracle.prompts import prompt_tokens
+from vllm_tokenselect.tools.common.server import VllmServer
+from vllm_tokenselect.tools.common.smollm2 import ensure_smollm2
+from vllm_tokenselect.tools.evaluate.cells import Cell
+
+BLOCK = 128
+KV_BYTES = 30 * 3 * 64 * 2 * 2  # of a token of SmolLM2-135M in bf16
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--length", type=int, default=16384, help="tokens of a prompt")
+    parser.add_argument("--prompts", type=int, default=3, help="how many prompts")
+    parser.add_argument("--json", type=Path, help="write every result to this file as it comes")
+    return parser.parse_args()
+
+
+def start(model: Path, folder: Path, length: int, prompts: int) -> VllmServer:
+    extra = {
+        "spec_name": "CpuOffloadingSpec",
+        "spec_module_path": "vllm_tokenselect.backend.cpu_offloading",
+        "cpu_bytes_to_use": (prompts + 1) * length * KV_BYTES,
+        "secondary_tiers": [{"type": "fs", "root_dir": str(folder)}],
+    }
+    transfer = {
+        "kv_connector": "OffloadingConnector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": extra,
+    }
+    blocks = (length + 512) // BLOCK + 2
+    return VllmServer(
+        model,
+        settings={"positions": "reassigned"},
+        extra_args=(
+            *("--dtype", "bfloat16", "--max-num-seqs", "2", "--max-model-len", str(length + 256)),
+            *(
+                "--num-gpu-blocks-override",
+                str(blocks),
+                "--kv-transfer-config",
+                json.dumps(transfer),
+            ),
+        ),
+    )
+
+
+def ask(server: VllmServer, prompt: list[int]) -> tuple[float, list[str]]:
+    """Seconds to the first token of a greedy answer, and its tokens."""
+    client = openai.OpenAI(base_url=f"{server.base_url}/v1", api_key="none", timeout=3600)
+    begin, first, said = time.perf_counter(), 0.0, []
+    stream: Any = client.completions.create(
+        model=server.model,
+        prompt=prompt,
+        max_tokens=8,
+        temperature=0,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
+    for part in stream:
+        first = first or time.perf_counter() - begin
+        said.append(part.choices[0].text)
+    return first, said
+
+
+def main() -> int:
+    args = arguments()
+    model = ensure_smollm2(progress=False)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    prompts = [prompt_tokens(tokenizer, seed, args.length) for seed in range(args.prompts)]
+    fixed = {"model": f"{SMOLLM2}, bf16", "length": args.length, "prompts": args.prompts}
+    cells = open_cells(args.json, fixed, resume=False)
+    answers: dict[str, list[list[str]]] = {}
+    seconds: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for ways in (("computed", "host memory"), ("files",)):
+            with start(model, Path(folder), args.length, args.prompts) as server:
+                ask(server, prompts[0][:700])  # what the first request warms up
+                for way in ways:
+                    for index, prompt in enumerate(prompts):
+                        first, said = ask(server, prompt)
+                        seconds.setdefault(way, []).append(first)
+                        answers.setdefault(way, []).append(said)
+                        cells.add(Cell(way, "prompt", args.length, index), {"seconds": first})
+                        print(f"{way}: prompt {index}: {first:.2f} s to the first token")
+    summary = [
+        {
+            "way": way,
+            "median seconds": statistics.median(times),
+            "times sooner": statistics.median(seconds["computed"]) / statistics.median(times),
+            "same tokens": answers[way] == answers["computed"],
+        }
+        for way, times in seconds.items()
+    ]
+    cells.write(summary)
+    print(json.dumps(summary, indent=2))
+    return 0 if all(each == answers["computed"] for each in answers.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
