@@ -18,11 +18,12 @@ def engines(draw, kinds=("full", "full", "sliding", "states"), asynchronous=True
     kind = draw(st.sampled_from(kinds))
     seqs = draw(st.integers(1, 5))
     later = asynchronous and draw(st.booleans())
+    drafts = 0 if later or kind == "states" else draw(st.sampled_from([0, 0, 3]))
     return Engine(
         query_chunk=chunk,
         tail_queries=draw(st.sampled_from([0, 1, 10, 40])),
         block_size=draw(st.sampled_from([8, 16, 32, 40, 64, 96, 128])),
-        budget=chunk + seqs + draw(st.integers(0, 3 * chunk)),
+        budget=chunk + seqs * (1 + drafts) + draw(st.integers(0, 3 * chunk)),
         max_num_seqs=seqs,
         asynchronous=later,
         in_flight=draw(st.integers(1, 2)) if later else 1,
@@ -30,7 +31,8 @@ def engines(draw, kinds=("full", "full", "sliding", "states"), asynchronous=True
         window=draw(st.sampled_from([40, 100])) if kind == "sliding" else 0,
         states=kind == "states",
         prefix_caching=kind == "states" or draw(st.booleans()),  # vLLM insists
-        max_model_len=640,
+        drafts=drafts,
+        max_model_len=660,
     )
 
 

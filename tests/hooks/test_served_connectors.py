@@ -1,6 +1,7 @@
 """Which KV connectors an engine may have, and that their files tell settings apart."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -79,6 +80,16 @@ def test_a_connector_that_is_not_vllms_is_refused(make_vllm_config):
 def test_what_a_cpu_cannot_do_is_refused_with_what_to_do_instead(engine, options, named):
     with pytest.raises(ValidationError, match=named):
         engine(**options)
+
+
+def test_a_connector_is_refused_beside_a_draft_model(make_vllm_config):
+    config = make_vllm_config()
+    config.kv_transfer_config = connector("OffloadingConnector")
+    config.speculative_config = SimpleNamespace(method="ngram")
+    check_connectors(config, TokenSelectConfig(), "cuda")
+    config.speculative_config = SimpleNamespace(method="eagle")
+    with pytest.raises(SettingsError, match="cannot be used with eagle drafts"):
+        check_connectors(config, TokenSelectConfig(), "cuda")
 
 
 def test_an_offloading_size_is_served_on_a_gpu(make_vllm_config, monkeypatch):

@@ -115,6 +115,13 @@ def _check(
     module: str | None,
     extra: dict[str, Any],
 ) -> None:
+    drafts = vllm_config.speculative_config
+    if drafts is not None and drafts.method not in ("ngram", "suffix"):
+        raise SettingsError(
+            f"a KV connector ({name}) cannot be used with {drafts.method} drafts (--speculative-config), "
+            "whose layers keep keys of their own: no test has shown what is loaded of them. Leave one of "
+            "them out."
+        )
     if module or name not in (OFFLOADING, EXAMPLE):
         reason = "it is not vLLM's own, so nothing is known of it" if module else None
         reason = reason or _REASONS.get(name, "nothing is known of it")
