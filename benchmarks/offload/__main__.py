@@ -23,13 +23,14 @@ import openai
 from transformers import AutoTokenizer
 
 from benchmarks.report import SMOLLM2, open_cells
+from tests.models.shortened import first_layers
 from tests.oracle.prompts import prompt_tokens
 from vllm_tokenselect.tools.common.server import VllmServer
 from vllm_tokenselect.tools.common.smollm2 import ensure_smollm2
 from vllm_tokenselect.tools.evaluate.cells import Cell
 
 BLOCK = 128
-KV_BYTES = 30 * 3 * 64 * 2 * 2  # of a token of SmolLM2-135M in bf16
+KV_BYTES = 3 * 64 * 2 * 2  # of a token in a layer of SmolLM2-135M in bf16
 
 
 def arguments() -> argparse.Namespace:
@@ -38,15 +39,17 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--length", type=int, default=16384, help="tokens of a prompt")
     parser.add_argument("--prompts", type=int, default=3, help="how many prompts")
+    parser.add_argument("--layers", type=int, default=30, help="first layers of the model")
     parser.add_argument("--json", type=Path, help="write every result to this file as it comes")
     return parser.parse_args()
 
 
-def start(model: Path, folder: Path, length: int, prompts: int) -> VllmServer:
+def start(model: Path, folder: Path, args: argparse.Namespace) -> VllmServer:
+    length = args.length
     extra = {
         "spec_name": "CpuOffloadingSpec",
         "spec_module_path": "vllm_tokenselect.backend.cpu_offloading",
-        "cpu_bytes_to_use": (prompts + 1) * length * KV_BYTES,
+        "cpu_bytes_to_use": (args.prompts + 1) * length * args.layers * KV_BYTES,
         "secondary_tiers": [{"type": "fs", "root_dir": str(folder)}],
     }
     transfer = {
@@ -90,16 +93,17 @@ def ask(server: VllmServer, prompt: list[int]) -> tuple[float, list[str]]:
 
 def main() -> int:
     args = arguments()
-    model = ensure_smollm2(progress=False)
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    whole = ensure_smollm2(progress=False)
+    tokenizer = AutoTokenizer.from_pretrained(whole)
     prompts = [prompt_tokens(tokenizer, seed, args.length) for seed in range(args.prompts)]
-    fixed = {"model": f"{SMOLLM2}, bf16", "length": args.length, "prompts": args.prompts}
+    fixed = {"model": f"{SMOLLM2}, bf16", "layers": args.layers, "length": args.length}
     cells = open_cells(args.json, fixed, resume=False)
     answers: dict[str, list[list[str]]] = {}
     seconds: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
+        model = first_layers(whole, Path(folder) / "model", args.layers)
         for ways in (("computed", "host memory"), ("files",)):
-            with start(model, Path(folder), args.length, args.prompts) as server:
+            with start(model, Path(folder) / "kv", args) as server:
                 ask(server, prompts[0][:700])  # what the first request warms up
                 for way in ways:
                     for index, prompt in enumerate(prompts):
