@@ -6,18 +6,13 @@ vLLM's ExampleConnector writes a prompt's blocks to a shared folder.
 from __future__ import annotations
 
 import json
-import os
-import signal
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-import openai
 import pytest
 
 from tests.models.shortened import first_layers
 from tests.server.conftest import SMALL_WORKERS, SPARSE, Client, serving
-from tests.server.test_client import wait_until
 
 pytestmark = [pytest.mark.server, pytest.mark.endurance]
 
@@ -82,27 +77,3 @@ def test_two_servers_answer_as_one(model, prompts, tmp_path):
     with start(model, tmp_path) as client:
         again = [client.complete(prompt, 12) for prompt in asked]
     assert [answer.tokens for answer in again] == [answer.tokens for answer in expected]
-
-
-def killed_while_asked(client: Client, prompt: list[int], max_tokens: int) -> None:
-    """Kill a server in the middle of a request, which ends with an error."""
-    with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(client.complete, prompt, max_tokens)
-        wait_until(lambda: client.metric("vllm:num_requests_running") == 1)
-        os.killpg(client.server.pid, signal.SIGKILL)
-        with pytest.raises(openai.APIError):
-            asked.result(timeout=60)
-
-
-def test_who_is_killed_takes_only_its_own_request_along(model, prompts, tmp_path):
-    prompt, other = prompts(970, 3000), prompts(971, 1500)
-    with start(model, None) as client:
-        expected = [client.complete(each, 12).tokens for each in (prompt, other)]
-    with start(model, tmp_path, "kv_consumer") as decode:
-        with start(model, tmp_path, "kv_producer") as prefill:
-            killed_while_asked(prefill, prompt, 500)
-        assert decode.complete(prompt, 12).tokens == expected[0]
-        with start(model, tmp_path, "kv_producer") as prefill:
-            prefill.complete(other, 1)
-            killed_while_asked(decode, other, 500)
-            assert prefill.complete(other, 12).tokens == expected[1]
