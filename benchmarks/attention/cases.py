@@ -198,12 +198,10 @@ class TokenSelectLayer:
     def _stage(self, name: str, turn: int) -> None:
         step, scale = self._step(turn), self.data.work.shape.scale
         for group in step.groups:
-            if name in ("score", "vote"):
-                for part in group.passes:
-                    if name == "score":
-                        step.score(group, part, self.data.query, self.cache, scale, self.workspace)
-                    else:
-                        step.vote(group, part, self.workspace)
+            if name == "score":
+                step.score(group, self.data.query, self.cache, scale, self.workspace)
+            elif name == "vote":
+                step.vote(group, self.cache, scale, self.workspace)
             elif name == "select":
                 step.build_table(group, self.cache, self.workspace)
             elif name == "attend":

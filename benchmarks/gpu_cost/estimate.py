@@ -38,7 +38,6 @@ def figures(case: Case, gpu: Gpu, kernels: bool = False) -> dict[str, Any]:
         "max_model_len": case.max_model_len,
         "launches": sum(len(group.launches) for group in groups),
         "groups": len(groups),
-        "passes": sum(group.passes for group in groups),
         "programs": sum(launch.programs for group in groups for launch in group.launches),
         "hbm_bytes": hbm_bytes,
         "l2_bytes": l2_bytes,

@@ -51,29 +51,60 @@ def candidates_of(launch: Launch) -> Int64:
     return (values(launch["ends"]) - launch["start"]).clip(min=0)
 
 
-def score(launch: Launch, rows: Rows, gpu: Gpu) -> Cost:
-    own, cache = candidates_of(launch), launch["kv_cache"]
-    tiles = np.array(
-        [own[first : first + n].max(initial=0) for _, first, n in values(launch["tiles"])]
-    )
-    read, num_kv_heads = tiles.sum(), cache.shape[1]
+def tiles_of(launch: Launch, own: Int64) -> Int64:
+    """Keys that each tile reads of a KV head, int64 [tiles]."""
+    tiles = values(launch["tiles"])
+    return np.array([own[first : first + n].max(initial=0) for _, first, n in tiles])
+
+
+def multiplied(launch: Launch, tiles: Int64) -> Cost:
+    """Keys out of memory, once for each tile, and their products with all lines of a tile."""
+    cache = launch["kv_cache"]
+    keys = float(tiles.sum() * cache.shape[1] * launch["HEAD_SIZE"])
     lines = launch["LINES"] * launch["SPLITS"]
-    steps = ceil(tiles.max() / launch["TOKENS"] / launch.grid[1])
-    counted = stored(4.0 * own.sum() * launch["num_heads"], gpu)
-    keys = float(read * num_kv_heads * launch["HEAD_SIZE"])
-    scoring = Cost(
-        hbm_bytes=keys * cache.element_size() + counted.hbm_bytes,
-        l2_bytes=counted.l2_bytes,
-        tensor_flops=2 * keys * lines * launch.arguments.get("PRODUCTS", 1),
-        exponentials=float(own.sum() * launch["num_heads"]),
-        cycles=steps * STEP_CYCLES,
+    return Cost(
+        hbm_bytes=keys * cache.element_size(),
+        tensor_flops=2 * keys * lines * launch["PRODUCTS"],
         working=launch.programs * np.count_nonzero(tiles) // len(tiles),
+    )
+
+
+def score(launch: Launch, rows: Rows, gpu: Gpu) -> Cost:
+    own = candidates_of(launch)
+    tiles = tiles_of(launch, own)
+    steps = ceil(tiles.max() / launch["TOKENS"] / launch.grid[1])
+    logits = 0 if launch["logits"] is None else 4.0 * own.sum() * launch["num_heads"]
+    scoring = added(
+        multiplied(launch, tiles),
+        stored(logits, gpu, cycles=steps * STEP_CYCLES),
+        Cost(exponentials=float(own.sum() * launch["num_heads"])),
     )
     if "own_query" not in launch.arguments:
         return scoring
     # Every program decides for its row.
     deciding = Cost(l2_bytes=launch.programs * query_bytes(launch), cycles=3 * STEP_CYCLES)
     return added(scoring, deciding)
+
+
+def vote_tile(launch: Launch, rows: Rows, gpu: Gpu) -> Cost:
+    """Every program goes through the KV heads, with all queries of its tile and their parts' sums."""
+    own, num_kv_heads = candidates_of(launch), launch["KV_HEADS"]
+    tiles = tiles_of(launch, own)
+    tokens = ceil(tiles.max() / launch["TOKENS"] / launch.grid[1])
+    steps = num_kv_heads * ceil(launch["GROUP"] / launch["HEADS"])
+    cost = multiplied(launch, tiles)
+    lines = cost.working * launch["LINES"] * steps
+    asked = 4.0 * lines * (launch["HEAD_SIZE"] + 2 * launch["PARTS"])
+    # A program adds to the votes that it has written itself, which its multiprocessor may have kept.
+    votes = (2 * steps - 1) * 4.0 * own.sum()
+    return added(
+        cost,
+        Cost(
+            l2_bytes=asked + votes,
+            exponentials=float(own.sum() * num_kv_heads * launch["GROUP"]),
+            cycles=steps * (1 + tokens) * STEP_CYCLES,
+        ),
+    )
 
 
 def soft_vote(launch: Launch, rows: Rows, gpu: Gpu) -> Cost:
@@ -130,6 +161,12 @@ def digits_cost(launch: Launch, counts: str, gpu: Gpu) -> Cost:
     )
 
 
+def count_exponents(launch: Launch, rows: Rows, gpu: Gpu) -> Cost:
+    own = selecting(launch)
+    counting = parts_cycles(launch, own, EXPONENT_BITS)
+    return stored(4.0 * own.sum(), gpu, cycles=counting, working=working_on(own, launch))
+
+
 def count_mantissas(launch: Launch, rows: Rows, gpu: Gpu) -> Cost:
     counting = parts_cycles(launch, selecting(launch), launch["MANTISSA_BITS"])
     return added(digits_cost(launch, "exponents", gpu), Cost(cycles=counting))
@@ -160,6 +197,8 @@ PRICES: dict[str, Price] = {
     "_mean_queries": mean_queries,
     "score_tile": score,
     "_soft_vote": soft_vote,
+    "vote_tile": vote_tile,
+    "_count_exponents": count_exponents,
     "_count_mantissas": count_mantissas,
     "_write_table": write_table,
     "_write_finished": write_finished,

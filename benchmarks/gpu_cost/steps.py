@@ -88,10 +88,9 @@ class Rows(NamedTuple):
 
 
 class GroupLaunches(NamedTuple):
-    """What a layer launches for a group of rows, scored in so many passes."""
+    """What a layer launches for a group of rows."""
 
     rows: Rows
-    passes: int
     launches: list[Launch]
 
 
@@ -127,8 +126,7 @@ def record_layer(case: Case, multiprocessors: int) -> list[GroupLaunches]:
             attention = DecodingAttention(library, scratch)
             step.run_layer(query, cache, shape.scale, workspace, attention, out)
         rows = rows_of(case, plan, group)
-        passes = 0 if cache.follows and group.follows else len(group.passes)
-        recorded.append(GroupLaunches(rows, passes, recorder.launches))
+        recorded.append(GroupLaunches(rows, recorder.launches))
     return recorded
 
 

@@ -12,7 +12,7 @@ K = 1024
 WIDTH = 180  # of tables that no terminal bounds
 LEFT = ("step", "layer", "server", "context")
 RIGHT = (
-    *("launches", "groups", "passes", "programs", "HBM MB", "L2 MB", "Gflop"),
+    *("launches", "groups", "programs", "HBM MB", "L2 MB", "Gflop"),
     *("us", "floor us", "FA3 us", "us / FA3"),
 )
 
@@ -33,7 +33,7 @@ def cells(result: dict[str, Any]) -> list[str]:
         result["layer"],
         "graph" if result["captured"] else "eager",
         f"{result['context'] // K}K",
-        *(f"{result[name]:,}" for name in ("launches", "groups", "passes", "programs")),
+        *(f"{result[name]:,}" for name in ("launches", "groups", "programs")),
         f"{result['hbm_bytes'] / 1e6:.1f}",
         f"{result['l2_bytes'] / 1e6:.1f}",
         f"{result['tensor_flops'] / 1e9:.1f}",

@@ -62,7 +62,7 @@ def test_a_kernel_without_a_price_is_an_error():
 def test_the_launches_of_a_captured_step_are_those_that_are_counted_ahead(role, batch):
     step = case(role, 8 * K, batch=batch, shape=QWEN3)
     found = figures(step, GPU)
-    assert (found["groups"], found["passes"]) == (1, role != "following")
+    assert found["groups"] == 1
     follows, attending = role == "following", partial(count_attending, step.limits, 128)
     with recording(int(GPU.multiprocessors)):
         ahead = count_launches(step.limits, batch, 1, attending, follows=follows)

@@ -37,19 +37,24 @@ def requests(draw):
 def tiled_rows(group) -> list[tuple[int, int]]:
     """(request, row) of every row of every tile, and that no tile is too large."""
     rows = []
-    for part in group.passes:
-        for tiles in part.tiles:
-            for seq, first, count in tiles.table.tolist():
-                assert count <= tiles.rows_per_tile
-                assert first + count <= part.last - part.first
-                rows += [(seq, part.first + row) for row in range(first, first + count)]
+    for tiles in group.tiles:
+        for seq, first, count in tiles.table.tolist():
+            assert count <= tiles.rows_per_tile
+            assert first + count <= group.num_rows
+            rows += [(seq, row) for row in range(first, first + count)]
     return rows
 
 
-@given(requests(), st.sampled_from([(7, 1), (6, 2), (8, 8)]), st.integers(15, 22))
+@given(
+    requests(),
+    st.sampled_from([(7, 1), (6, 2), (8, 8)]),
+    st.integers(15, 22),
+    st.sampled_from([1, 3, 40]),
+)
 @settings(max_examples=60, deadline=None)
-def test_every_row_that_selects_is_in_one_tile_of_its_request(step, heads, log_bytes):
-    limits = StepLimits(CONFIG, *heads, MAX_LEN, max(1 << log_bytes, 4 * 9 * MAX_LEN))
+def test_every_row_that_selects_is_in_one_tile_of_its_request(step, heads, log_bytes, few):
+    workspace = max(1 << log_bytes, 4 * 9 * MAX_LEN)
+    limits = StepLimits(CONFIG, *heads, MAX_LEN, workspace, graph_queries=few)
     plan, ends = plan_of(step), ends_of(step)
     first = 0
     for group in step_rows(plan, ends, on_device(ends), limits):
@@ -57,13 +62,14 @@ def test_every_row_that_selects_is_in_one_tile_of_its_request(step, heads, log_b
         selecting = np.flatnonzero(~plan.dense[rows])
         expected = [(int(plan.row_seq[rows][row]), int(row)) for row in selecting]
         assert sorted(tiled_rows(group), key=lambda found: found[1]) == expected
-        for part in group.passes:
-            assert all(tiles.rows_per_tile <= tile_rows(*heads) for tiles in part.tiles)
-            first_column, last_column = group.columns.starts[[part.first, part.last]].tolist()
-            assert last_column - first_column <= limits.score_columns
+        assert all(tiles.rows_per_tile <= tile_rows(*heads) for tiles in group.tiles)
+        # Whatever stands beside a row, and however much the workspace holds.
+        assert (group.rescores == (plan.query_len[rows][selecting] > few)).all()
+        assert not group.rescores or len({tiles.rows_per_tile for tiles in group.tiles}) <= 1
         columns = np.diff(group.columns.starts.numpy())
         assert group.columns.starts[0] == 0
-        assert columns.sum() == group.num_columns <= limits.vote_columns
+        most = limits.vote_columns if group.rescores else limits.score_columns
+        assert columns.sum() == group.num_columns <= most
         candidates = plan.candidate_end[rows] - CONFIG.n_init
         assert (columns[selecting] >= candidates[selecting]).all()
         assert (columns[plan.dense[rows]] == 0).all()
@@ -72,6 +78,19 @@ def test_every_row_that_selects_is_in_one_tile_of_its_request(step, heads, log_b
         assert group.candidate_end.tolist() == plan.candidate_end[rows].tolist()
         first += group.num_rows
     assert first == plan.num_rows
+
+
+def test_chunks_take_no_room_for_scores():
+    heads, width = 6, 1984
+    limits = StepLimits(CONFIG, heads, 2, MAX_LEN, 4 * (heads + 1) * width)
+    end = MAX_LEN - 20
+    chunks = [(end // 32 * 32 - 5 * 32, end // 32 * 32, MAX_LEN)]
+    (group,) = step_rows(plan_of(chunks), ends_of(chunks), on_device(ends_of(chunks)), limits)
+    assert group.rescores
+    assert group.num_rows == 5
+    tail = [(end - 3, end, end)]
+    groups = step_rows(plan_of(tail), ends_of(tail), on_device(ends_of(tail)), limits)
+    assert [each.num_rows for each in groups] == [1] * 3
 
 
 def test_a_padded_row_of_a_captured_step_has_no_context_and_is_in_no_tile():
@@ -83,9 +102,9 @@ def test_a_padded_row_of_a_captured_step_has_no_context_and_is_in_no_tile():
     assert group.context_end.tolist() == [1501, 1401, 0, 0, 0]
     assert group.scored_end.tolist()[2:] == [CONFIG.n_init] * 3
     assert group.query_start_loc.tolist() == [0, 1, 2, 2, 2, 2]
-    (part,) = group.passes
     assert group.columns.starts.diff().tolist() == [1536, 1408, 0, 0, 0]
-    assert part.tiles[0].table.tolist() == [[0, 0, 1], [1, 1, 1], [0, 0, 0], [0, 0, 0], [0, 0, 0]]
+    (tiles,) = group.tiles
+    assert tiles.table.tolist() == [[0, 0, 1], [1, 1, 1], [0, 0, 0], [0, 0, 0], [0, 0, 0]]
 
 
 def test_the_tokens_of_a_request_share_a_tile_in_a_captured_step():
@@ -94,8 +113,8 @@ def test_the_tokens_of_a_request_share_a_tile_in_a_captured_step():
     buffers = RowBuffers(6, torch.device(DEVICE))
     ends = ends_of(step)
     (group,) = graph_rows(plan_of(step), ends, on_device(ends), limits, buffers, 6, 3)
-    (part,) = group.passes
-    assert part.tiles[0].table[:2].tolist() == [[0, 0, 3], [1, 3, 3]]
+    (tiles,) = group.tiles
+    assert tiles.table[:2].tolist() == [[0, 0, 3], [1, 3, 3]]
 
 
 def plan_with_seats(step: list[tuple[int, int, int]], top_k: list[int]) -> SelectionPlan:

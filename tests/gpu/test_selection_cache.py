@@ -295,9 +295,8 @@ def test_a_row_that_reuses_a_selection_is_neither_scored_nor_voted_on_nor_select
     server.workspace.scores.fill_(float("nan"))
     decision = step.decide(group, query, server.cache, server.workspace)
     assert decision is not None, "decided in a launch of its own"
-    for part in group.passes:
-        step.score(group, part, query, server.cache, SCALE, server.workspace, decision)
-        step.vote(group, part, server.workspace)
+    step.score(group, query, server.cache, SCALE, server.workspace, decision)
+    step.vote(group, server.cache, SCALE, server.workspace)
     apart = replace(group, single_rows=False)  # as a request with several rows is finished
     step.build_table(apart, server.cache, server.workspace)
     assert server.workspace.scores.isnan().all()

@@ -154,6 +154,37 @@ def test_a_workspace_of_one_row_gives_the_same_result():
     torch.testing.assert_close(rowwise.run(groups), whole.run(groups_of(requests, whole)))
 
 
+def votes_of_chunks(layer: Layer, requests: list[Request]) -> list[torch.Tensor]:
+    """Votes of every row of several queries that selects."""
+    step = GpuStep([], layer.block_table.to(DEVICE))
+    found = []
+    for group in groups_of(requests, layer):
+        if not group.rescores:
+            continue
+        query = layer.query[group.queries].to(DEVICE)
+        step.score(group, query, layer.cache, SCALE, layer.workspace)
+        step.vote(group, layer.cache, SCALE, layer.workspace)
+        columns, ends = group.columns.starts.tolist(), group.scored_end.tolist()
+        for row, end in enumerate(ends):
+            if end > CONFIG.n_init:
+                own = slice(columns[row], columns[row] + end - CONFIG.n_init)
+                found.append(layer.workspace.votes(group)[own].clone())
+    return found
+
+
+def test_a_chunk_votes_the_same_bits_however_its_prompt_is_cut_into_steps():
+    prompt = (64, 192, 220)
+    layer = Layer([prompt], (6, 2))
+    whole = votes_of_chunks(layer, [prompt])
+    query, chunk = layer.query, CONFIG.query_chunk
+    apart = []
+    for first in range(64, 192, chunk):
+        layer.query = query[first - 64 : first - 64 + chunk]
+        apart += votes_of_chunks(layer, [(first, first + chunk, 220)])
+    assert len(whole) == len(apart) > 2
+    assert all(torch.equal(*pair) for pair in zip(whole, apart, strict=True))
+
+
 def test_the_parts_of_a_row_change_no_bit(monkeypatch):
     requests = REQUESTS["mixed"]
     layer = Layer(requests, (6, 2))

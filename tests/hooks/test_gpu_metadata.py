@@ -77,7 +77,7 @@ def addresses(built) -> list[tuple]:
                 group.owner,
                 group.chains,
                 group.columns.starts,
-                *(t.table for part in group.passes for t in part.tiles),
+                *(tiles.table for tiles in group.tiles),
             ),
         )
     ]

@@ -109,6 +109,7 @@ def launches(
 ) -> Iterator[tuple[str, Callable[[], object]]]:
     """Every launcher, in the shapes of models that are served but for those that are left out."""
     from vllm_tokenselect.counters import Counter
+    from vllm_tokenselect.gpu.cutting import MOST_CHUNKS
     from vllm_tokenselect.kernels.block_table.gpu import TableScratch, build_sparse_block_table
     from vllm_tokenselect.kernels.block_table.gpu_digits import EXPONENTS, num_lines
     from vllm_tokenselect.kernels.block_table.table import SparseBlockTable
@@ -123,6 +124,7 @@ def launches(
     from vllm_tokenselect.kernels.selection_cache.gpu_table import build_finished_table
     from vllm_tokenselect.kernels.selection_cache.state import SelectionCacheState
     from vllm_tokenselect.kernels.vote.gpu import soft_vote
+    from vllm_tokenselect.kernels.vote.gpu_rescoring import vote_rescoring
 
     def ints(*shape: int) -> torch.Tensor:
         return torch.zeros(shape, dtype=torch.int32)
@@ -136,9 +138,9 @@ def launches(
     arrays = RowArrays(*[ints(rows)] * 11, ints(rows, 2))
     columns = Columns.equal(rows, width)
 
-    def scores_of(num_rows: int, heads: int) -> Scores:
+    def scores_of(num_rows: int, heads: int, stored: bool = True) -> Scores:
         parts = torch.zeros(num_rows, heads, 64)
-        logits = torch.zeros(heads, num_rows * width)
+        logits = torch.zeros(heads, num_rows * width) if stored else None
         return Scores(logits, columns, parts, parts, 128, ints(num_rows))
 
     def decision_of(query: torch.Tensor, state: SelectionCacheState, kv_heads: int) -> Decision:
@@ -264,6 +266,20 @@ def launches(
                         decision=d,
                     ),
                 )
+            chunks = min(tile_rows(heads, kv_heads), MOST_CHUNKS)
+            twice = {
+                "query": means,
+                "kv_cache": pages,
+                "block_table": ints(8, 256),
+                "tiles": ints(4, 3),
+                "rows_per_tile": chunks,
+                "scale": 0.1,
+                "key_scale": scale,
+                "scores": scores_of(chunks, heads, stored=False),
+            }
+            variant = f"{name} {str(dtype)[6:]}, {chunks} chunks"
+            yield variant, lambda a=twice: score_paged_keys(**a)
+            yield variant, lambda a=twice: vote_rescoring(**a, votes=torch.zeros(rows * width))
             for rotated in (False, True):
                 out = torch.zeros(2, tokens, kv_heads, head_size, dtype=torch.bfloat16)
                 yield (

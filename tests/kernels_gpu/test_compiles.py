@@ -38,6 +38,7 @@ def test_kernels_compile_and_fit(architecture: int, shapes: tuple[str, ...]):
         "_mean_queries",
         "score_tile",
         "_soft_vote",
+        "vote_tile",
         "_rotate_queries",
         "_gather",
         "_count_exponents",

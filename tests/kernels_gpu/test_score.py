@@ -21,6 +21,7 @@ from tests.kernels_gpu.cases import (
 )
 from vllm_tokenselect.kernels.score import gpu, reference
 from vllm_tokenselect.kernels.vote import gpu as vote_gpu
+from vllm_tokenselect.kernels.vote import gpu_rescoring
 from vllm_tokenselect.kernels.vote import reference as vote_reference
 
 KEY_SCALE = 0.7
@@ -205,7 +206,7 @@ def test_rows_without_candidates_and_padded_rows_write_nothing():
 
 def few_parts(monkeypatch: pytest.MonkeyPatch, parts: int = 4) -> None:
     """So that parts grow within a few hundred candidates."""
-    for module in (gpu, vote_gpu):
+    for module in (gpu, vote_gpu, gpu_rescoring):
         monkeypatch.setattr(module, "NUM_PARTS", parts)
 
 

@@ -46,6 +46,7 @@ def step_limits(vllm_config: Any, num_heads: int, num_kv_heads: int) -> StepLimi
         full_attention=serves_full_attention(vllm_config) is None,
         max_tokens=scheduler.max_num_batched_tokens,
         graph_rows=min(decoding, largest),
+        graph_queries=queries_per_request(vllm_config),
     )
 
 

@@ -1,8 +1,13 @@
-"""How the host cuts the rows of a step into groups, and those of a group into passes.
+"""How the host cuts the rows of a step into groups.
 
-A group is selected and attended together: its votes fit the workspace beside the scores of one of its
-passes. How much a row takes of either follows from its own candidates. Everything here is NumPy; `sending`
+A group is selected and attended together: its votes fit the workspace, beside its scores where they are
+stored. How much a row takes of either follows from its own candidates. Everything here is NumPy; `sending`
 takes what was cut to the device.
+
+Rows of few queries, generated tokens and those of a prompt's tail, have their scores stored. Chunks of a
+prompt share the reading of keys so well that their scores are computed twice. Which way a row takes follows
+from its number of queries and the server's options alone. So a row has the same bits whenever it is
+computed, in a captured step too, where any row of so few queries may stand.
 """
 
 from __future__ import annotations
@@ -20,6 +25,9 @@ from vllm_tokenselect.kernels.score.gpu import tile_rows
 from vllm_tokenselect.method.plan import Int64, SelectionPlan
 from vllm_tokenselect.method.requests import Int32
 
+# Chunks that share a tile, at most: those of a step of 8K tokens, 512 each.
+MOST_CHUNKS = 16
+
 Table = TypeVar("Table", Int32, torch.Tensor)  # on the host, on the device
 
 
@@ -33,19 +41,6 @@ class Tiles(NamedTuple, Generic[Table]):
 
     table: Table
     rows_per_tile: int
-
-
-class ScorePass(NamedTuple, Generic[Table]):
-    """Consecutive rows of a group that are scored together: their scores fit the workspace.
-
-    Attributes:
-        first, last: the rows, counted from the group's first.
-        tiles: of those of them that may select, rows counted from `first`.
-    """
-
-    first: int
-    last: int
-    tiles: tuple[Tiles[Table], ...]
 
 
 @dataclass(frozen=True)
@@ -64,7 +59,8 @@ class GroupCut:
     query_start_loc: Int32
     chains: Int32
     single_rows: bool
-    passes: tuple[ScorePass[Int32], ...]
+    tiles: tuple[Tiles[Int32], ...]
+    rescores: bool
     columns: Int32
     widest: int
     num_columns: int
@@ -78,20 +74,10 @@ def cut_step(plan: SelectionPlan, limits: StepLimits) -> list[GroupCut]:
 
     Where layers share selections, a group follows as a whole or not at all.
     """
-    most_rows = tile_rows(limits.num_heads, limits.num_kv_heads)
     groups = []
     widths = row_columns(plan, limits)
-    for first, last, follows in _cut_groups(plan, widths, limits):
+    for first, last, follows, rescores in _cut_groups(plan, widths, limits):
         columns = _columns(widths[first:last], last - first)
-        passes = []
-        for start, end in _cut_rows(widths, first, last, limits.score_columns, last - first):
-            runs = _tile_runs(plan, start, end, most_rows)
-            # A tile of one row is padded to a small product, any other to a full one: two compiled
-            # kernels serve every step.
-            single, shared = runs[runs[:, 2] == 1], runs[runs[:, 2] > 1]
-            classes = (Tiles(single, 1), Tiles(shared, most_rows))
-            tiles = tuple(each for each in classes if len(each.table))
-            passes.append(ScorePass(start - first, end - first, tiles))
         chains = _chain_runs(plan, first, last)
         queries = slice(
             int(plan.query_start[first]),
@@ -106,7 +92,8 @@ def cut_step(plan: SelectionPlan, limits: StepLimits) -> list[GroupCut]:
                 query_start_loc=_query_start_loc(plan, first, last, queries),
                 chains=chains,
                 single_rows=int(chains[:, 1].max(initial=0)) <= 1,
-                passes=tuple(part for part in passes if part.tiles),
+                tiles=_cut_tiles(plan, first, last, limits, rescores),
+                rescores=rescores,
                 columns=columns,
                 widest=int(widths[first:last].max()),
                 num_columns=int(columns[-1]),
@@ -118,14 +105,31 @@ def cut_step(plan: SelectionPlan, limits: StepLimits) -> list[GroupCut]:
     return groups
 
 
+def _cut_tiles(
+    plan: SelectionPlan, first: int, last: int, limits: StepLimits, rescores: bool
+) -> tuple[Tiles[Int32], ...]:
+    """Tiles of the rows [first, last), one compiled kernel for each entry."""
+    most_rows = tile_rows(limits.num_heads, limits.num_kv_heads)
+    if rescores:
+        # A chunk without neighbors is padded too: its bits are those that it has beside others.
+        most_rows = min(most_rows, MOST_CHUNKS)
+        runs = _tile_runs(plan, first, last, most_rows)
+        tiles: tuple[Tiles[Int32], ...] = (Tiles(runs, most_rows),)
+    else:
+        # A tile of one row is padded to a small product, any other to a full one.
+        runs = _tile_runs(plan, first, last, most_rows)
+        single, shared = runs[runs[:, 2] == 1], runs[runs[:, 2] > 1]
+        tiles = (Tiles(single, 1), Tiles(shared, most_rows))
+    return tuple(each for each in tiles if len(each.table))
+
+
 def cut_graph_step(
     plan: SelectionPlan, limits: StepLimits, num_tokens: int, queries_per_request: int
 ) -> list[GroupCut]:
     """Groups whose shapes depend on `num_tokens` and `queries_per_request` alone.
 
     There is a row for every token, padded ones behind those of the plan, with a tile and a chain each:
-    those behind the plan's are without rows. All of them follow where layers share selections. A group is
-    one pass.
+    those behind the plan's are without rows. All of them follow where layers share selections.
 
     Raises:
         RuntimeError: when the contexts of a group do not fit the workspace at once.
@@ -142,11 +146,10 @@ def cut_graph_step(
                 "kept the step smaller. Please report this with the server's options. --enforce-eager "
                 "serves it."
             )
-        passes = []
+        tiles: tuple[Tiles[Int32], ...] = ()
         if limits.max_width:
             runs = _tile_runs(plan, first, min(last, plan.num_rows), most_rows)
-            tiles = Tiles(_padded(runs, last - first), most_rows)
-            passes.append(ScorePass(0, last - first, (tiles,)))
+            tiles = (Tiles(_padded(runs, last - first), most_rows),)
         chains = _chain_runs(plan, first, min(last, plan.num_rows))
         # A row has a query at least: those of row `r` are not before query `r`.
         queries = slice(first, min(last * queries_per_request, num_tokens))
@@ -159,7 +162,8 @@ def cut_graph_step(
                 query_start_loc=_query_start_loc(plan, first, last, queries),
                 chains=_padded(chains, last - first if limits.method.reuses_selections else 0),
                 single_rows=queries_per_request == 1,
-                passes=tuple(passes),
+                tiles=tiles,
+                rescores=False,
                 columns=columns,
                 widest=limits.max_width,
                 num_columns=min((last - first) * limits.max_width, limits.score_columns),
@@ -187,32 +191,42 @@ def _whole_requests(rows: int, queries_per_request: int) -> int:
 
 def _cut_groups(
     plan: SelectionPlan, widths: Int64, limits: StepLimits
-) -> list[tuple[int, int, bool]]:
-    """First and last row of each group, and whether it follows."""
+) -> list[tuple[int, int, bool, bool]]:
+    """First and last row of each group, whether it follows, and whether its scores are computed twice."""
     return [
-        (*rows, follows)
-        for first, last, follows in _cut_kinds(plan, limits)
-        for rows in _cut_rows(widths, first, last, limits.vote_columns, limits.table_rows)
+        (*rows, follows, rescores)
+        for first, last, follows, rescores in _cut_kinds(plan, limits)
+        for rows in _cut_rows(
+            *(widths, first, last),
+            limits.vote_columns if rescores else limits.score_columns,
+            limits.table_rows,
+        )
     ]
 
 
-def _cut_kinds(plan: SelectionPlan, limits: StepLimits) -> list[tuple[int, int, bool]]:
-    """Runs of rows that may be in one group, and whether they follow.
+def _cut_kinds(plan: SelectionPlan, limits: StepLimits) -> list[tuple[int, int, bool, bool]]:
+    """Runs of rows that may be in one group, whether they follow, and whether they are scored twice.
 
-    A dense token may stand among both kinds, if its line is one that is kept: every layer would write the
-    same into it.
+    Rows of one query stand apart from longer ones, to ask with their queries where they lie. A dense token
+    may stand among all kinds. Where selections are shared its line must be one that is kept, since every
+    layer would write the same into it.
     """
     if not plan.num_rows:
         return []
-    if not limits.method.shares_selections:
-        return [(0, plan.num_rows, False)]
-    either = plan.dense & (plan.query_len == 1) & (plan.chunk_end <= limits.kept_width)
+    shares = limits.method.shares_selections
+    either = plan.dense & (plan.query_len == 1)
+    if shares:
+        either &= plan.chunk_end <= limits.kept_width
+    kinds = np.stack(
+        [plan.follows & shares, plan.query_len > limits.graph_queries, plan.query_len > 1]
+    )
     decided = np.flatnonzero(~either)
-    follows = plan.follows[decided]
-    changes = np.flatnonzero(np.diff(follows)) + 1
+    if not len(decided):
+        return [(0, plan.num_rows, shares, False)]
+    changes = np.flatnonzero((np.diff(kinds[:, decided]) != 0).any(0)) + 1
     firsts = [0, *decided[changes].tolist()]
-    kinds = [bool(follows[place]) for place in (0, *changes)] if len(decided) else [True]
-    return list(zip(firsts, [*firsts[1:], plan.num_rows], kinds, strict=True))
+    follows, rescores, _ = kinds[:, decided[[0, *changes]]].tolist()
+    return list(zip(firsts, [*firsts[1:], plan.num_rows], follows, rescores, strict=True))
 
 
 def _cut_rows(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from vllm_tokenselect.gpu.cutting import graph_spans
-from vllm_tokenselect.gpu.limits import GRAPH_GROUPS, GROUP_PASSES, StepLimits
+from vllm_tokenselect.gpu.limits import GRAPH_GROUPS, StepLimits
 from vllm_tokenselect.kernels.block_table.gpu import num_launches
 
 
@@ -28,7 +28,7 @@ def largest_graph(limits: StepLimits, most_tokens: int) -> int:
 
 def workspace_for(limits: StepLimits, contexts: int) -> int:
     """Bytes of the workspace that holds the scores of so many of the longest contexts at once."""
-    return 4 * contexts * limits.max_width * (limits.num_heads + GROUP_PASSES)
+    return 4 * contexts * limits.max_width * (limits.num_heads + 1)
 
 
 def count_launches(

@@ -18,9 +18,6 @@ MOST_WORKSPACE_BYTES = (4 << 31) - 1
 MAX_GROUP_ROWS = 512
 # Size of the sparse block table, which has one line at least.
 TABLE_BYTES = 128 << 20
-# Most passes that a group is scored in. The workspace keeps the votes of a whole group, but every head's
-# scores of one pass only: more passes make larger groups and smaller passes.
-GROUP_PASSES = 8
 # Most groups of a step in a CUDA graph: with more, launching its kernels takes longer than their work.
 GRAPH_GROUPS = 16
 # Columns of a row are multiples of it, so that one compiled kernel fits all of them.
@@ -39,12 +36,14 @@ class StepLimits:
         method: the settings.
         num_heads, num_kv_heads: of a layer.
         max_model_len: longest context.
-        workspace_bytes: for the votes of a group and the scores of one of its passes.
+        workspace_bytes: for the votes of a group, and the scores of one whose scores are stored.
         full_attention: whether requests may ask for full attention; their rows are as long as their
             context.
         max_tokens: most tokens of a step. Needed where positions are reassigned: a buffer holds the
             rotated queries of all of them; and where layers share selections, which are kept for a step.
         graph_rows: most rows of a step that a CUDA graph may replay. Needed where layers share selections.
+        graph_queries: most tokens of a request in such a step. Scores of rows of so many queries are
+            stored, in any step; those of rows of more queries are computed twice.
 
     Raises:
         SettingsError: when the workspace cannot hold one query's scores over the longest context, or is of
@@ -59,6 +58,7 @@ class StepLimits:
     full_attention: bool = False
     max_tokens: int = 0
     graph_rows: int = 0
+    graph_queries: int = 1
 
     def __post_init__(self) -> None:
         if self.workspace_bytes > MOST_WORKSPACE_BYTES:
@@ -138,28 +138,15 @@ class StepLimits:
 
     @property
     def score_columns(self) -> int:
-        """Columns of every head's scores, which the rows of a pass share."""
-        # A workspace that is small for the context leaves a pass one row.
-        columns = max(self._wanted_columns, self.max_width)
+        """Columns of every head's scores and of the votes, which the rows of a group share."""
+        columns = _whole_columns(self.workspace_bytes // 4 // (self.num_heads + 1))
         return min(columns, MAX_GROUP_ROWS * self.max_width)
 
     @property
-    def _wanted_columns(self) -> int:
-        return _whole_columns(self.workspace_bytes // 4 // (self.num_heads + GROUP_PASSES))
-
-    @property
     def vote_columns(self) -> int:
-        """Columns of the votes, which the rows of a group share: beside the scores of a pass."""
-        left = self.workspace_bytes // 4 - self.num_heads * self.score_columns
-        return min(_whole_columns(left), MAX_GROUP_ROWS * self.max_width)
-
-    @property
-    def most_vote_columns(self) -> int:
-        """The same in any shorter context."""
-        left = self.workspace_bytes // 4 - self.num_heads * min(
-            self._wanted_columns, self.score_columns
-        )
-        return min(_whole_columns(left), MAX_GROUP_ROWS * self.max_width)
+        """Columns of the votes of a group whose scores are computed twice, which has nothing else."""
+        columns = _whole_columns(self.workspace_bytes // 4)
+        return min(columns, MAX_GROUP_ROWS * self.max_width)
 
     @property
     def score_bytes(self) -> int:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 import torch
 
-from vllm_tokenselect.gpu.cutting import GroupCut, ScorePass, Tiles, cut_graph_step, cut_step
+from vllm_tokenselect.gpu.cutting import GroupCut, Tiles, cut_graph_step, cut_step
 from vllm_tokenselect.gpu.limits import StepLimits
 from vllm_tokenselect.gpu.sending import DeviceRows, RowBuffers, pack_rows, send_rows
 from vllm_tokenselect.kernels.columns import Columns
@@ -37,7 +37,8 @@ class RowGroup(RowArrays):
         queries: which of the step's queries are the group's, on the host; fixed for a captured step. Where
             every row has one query, query `r` of the group is row `r`'s.
         query_start_loc: int32 [R + 1], where the queries of each row start among the group's.
-        passes: over the rows that may select; empty if none may.
+        tiles: of the rows that may select; empty if none may.
+        rescores: whether the scores of its rows are computed twice, in place of stored.
         columns: of the rows in the workspace; a row that may not select has none. The widest is 0 if none
             may.
         num_columns: of all rows, at most.
@@ -53,7 +54,8 @@ class RowGroup(RowArrays):
     single_rows: bool
     queries: slice
     query_start_loc: torch.Tensor
-    passes: tuple[ScorePass[torch.Tensor], ...]
+    tiles: tuple[Tiles[torch.Tensor], ...]
+    rescores: bool
     columns: Columns
     num_columns: int
     query_starts: Int32
@@ -69,7 +71,7 @@ class RowGroup(RowArrays):
     def part(self, first: int, last: int) -> RowGroup:
         """The rows [first, last) with their queries, to be attended apart.
 
-        Not of a captured step, whose rows the host does not know. Passes and chains stay the group's.
+        Not of a captured step, whose rows the host does not know. Tiles and chains stay the group's.
         """
         if (first, last) == (0, self.num_rows):
             return self
@@ -94,7 +96,7 @@ def step_rows(
     device_seq_lens: torch.Tensor,
     limits: StepLimits,
 ) -> list[RowGroup]:
-    """Groups of a step, cut so that their votes and the scores of a pass fit the workspace.
+    """Groups of a step, cut so that their votes and the scores that are stored fit the workspace.
 
     Args:
         plan: rows of the step in order of their queries.
@@ -121,7 +123,7 @@ def graph_rows(
     """Groups of a step that a CUDA graph may replay.
 
     Shapes and addresses depend on `num_tokens` and `queries_per_request` alone: there is a row for
-    every token, padded ones behind those that the plan has. A group is scored in one pass.
+    every token, padded ones behind those that the plan has.
 
     Args:
         buffers: persistent, for at least `num_tokens` rows.
@@ -163,7 +165,8 @@ def _groups(cuts: list[GroupCut], rows: DeviceRows, limits: StepLimits) -> list[
                 reused_end=reused_end,
                 chains=rows.chains[first:][: len(cut.chains)],
                 single_rows=cut.single_rows,
-                passes=tuple(_score_pass(part, rows.tiles[first:]) for part in cut.passes),
+                tiles=_tiles(cut, rows.tiles[first:]),
+                rescores=cut.rescores,
                 columns=Columns(rows.columns[first + number :][: last - first + 1], cut.widest),
                 num_columns=cut.num_columns,
                 query_starts=cut.query_start_loc[:-1],
@@ -176,9 +179,9 @@ def _groups(cuts: list[GroupCut], rows: DeviceRows, limits: StepLimits) -> list[
     return groups
 
 
-def _score_pass(cut: ScorePass[Int32], tiles: torch.Tensor) -> ScorePass[torch.Tensor]:
-    found, start = [], cut.first
+def _tiles(cut: GroupCut, sent: torch.Tensor) -> tuple[Tiles[torch.Tensor], ...]:
+    found, start = [], 0
     for table, rows_per_tile in cut.tiles:
-        found.append(Tiles(tiles[start : start + len(table)], rows_per_tile))
+        found.append(Tiles(sent[start : start + len(table)], rows_per_tile))
         start += len(table)
-    return ScorePass(cut.first, cut.last, tuple(found))
+    return tuple(found)

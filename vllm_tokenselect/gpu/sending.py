@@ -44,7 +44,7 @@ class DeviceRows(NamedTuple):
     """The rows of a step on the device; see `rows.RowGroup`.
 
     `ends` is int32 [5, R]: `candidate_end`, `context_end`, `scored_end`, `table_end` and `reused_end`. The
-    tiles of a pass and the chains of a group lie from its first row on.
+    tiles and the chains of a group lie from its first row on.
     """
 
     row_seq: torch.Tensor
@@ -94,9 +94,9 @@ def pack_rows(
         own = slice(group.first + number, group.last + number + 1)
         starts[own] = group.query_start_loc
         columns[own] = group.columns
-        for part in group.passes:
-            table = np.concatenate([each.table for each in part.tiles])
-            tiles[group.first + part.first :][: len(table)] = table
+        if group.tiles:
+            table = np.concatenate([each.table for each in group.tiles])
+            tiles[group.first :][: len(table)] = table
     return packed
 
 

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 import torch
 
 from vllm_tokenselect.gpu.attention import RowAttention
-from vllm_tokenselect.gpu.cutting import ScorePass
 from vllm_tokenselect.gpu.rows import RowGroup
 from vllm_tokenselect.gpu.workspace import Workspace
 from vllm_tokenselect.kernels.block_table.gpu import build_sparse_block_table
@@ -27,6 +26,7 @@ from vllm_tokenselect.kernels.selection_cache.gpu import finish_rows
 from vllm_tokenselect.kernels.selection_cache.gpu_decide import Decision, decide_rows
 from vllm_tokenselect.kernels.selection_cache.gpu_table import build_finished_table
 from vllm_tokenselect.kernels.vote.gpu import soft_vote
+from vllm_tokenselect.kernels.vote.gpu_rescoring import vote_rescoring
 
 
 class GpuStep:
@@ -79,9 +79,9 @@ class GpuStep:
     ) -> None:
         """Fill the group's lines of the sparse block table."""
         decision = self.decide(group, query, cache, workspace)
-        for part in group.passes:
-            self.score(group, part, query, cache, scale, workspace, decision)
-            self.vote(group, part, workspace)
+        if group.tiles:  # without them no row may select
+            self.score(group, query, cache, scale, workspace, decision)
+            self.vote(group, cache, scale, workspace)
         self.build_table(group, cache, workspace, decision)
         self.finish(group, cache, workspace)
 
@@ -112,9 +112,7 @@ class GpuStep:
             method.refresh_interval,
             cache.selections,
         )
-        at_once = [part.first for part in group.passes] == [0]
-        alone = group.single_rows and heads is None
-        if at_once and alone:
+        if group.tiles and group.single_rows and heads is None:
             return decision
         decide_rows(decision)
         return None
@@ -122,32 +120,30 @@ class GpuStep:
     def score(
         self,
         group: RowGroup,
-        part: ScorePass[torch.Tensor],
         query: torch.Tensor,
         cache: LayerCache,
         scale: float,
         workspace: Workspace,
         decision: Decision | None = None,
     ) -> None:
-        """Score the candidates of the rows of a pass with their mean queries.
+        """Score the candidates of the group's rows with their mean queries.
 
-        A row of one query is its own mean and asks with it where it lies. Otherwise the first pass averages
-        the queries of all rows of the group, and rotates them where positions are reassigned: one launch.
+        A row of one query is its own mean and asks with it where it lies. Otherwise one launch averages the
+        queries of all rows, and rotates the means where positions are reassigned.
         """
-        buffers = workspace.for_scores(group, part)
+        buffers = workspace.for_scores(group)
         asking = query
-        starts: torch.Tensor | None = group.query_start_loc[part.first : part.last]
+        starts: torch.Tensor | None = group.query_start_loc[:-1]
         if cache.rotation is not None or group.max_query_len > 1:
-            if part is group.passes[0]:
-                mean_queries(
-                    query,
-                    group.query_start_loc[:-1],
-                    group.query_len,
-                    workspace.mean_queries[: group.num_rows],
-                    None if cache.rotation is None else cache.rotation.vote,
-                )
+            mean_queries(
+                query,
+                group.query_start_loc[:-1],
+                group.query_len,
+                buffers.mean_queries,
+                None if cache.rotation is None else cache.rotation.vote,
+            )
             asking, starts = buffers.mean_queries, None
-        for tiles in part.tiles:
+        for tiles in group.tiles:
             score_paged_keys(
                 asking,
                 cache.pages,
@@ -161,12 +157,26 @@ class GpuStep:
                 decision if tiles.rows_per_tile == 1 else None,
             )
 
-    def vote(self, group: RowGroup, part: ScorePass[torch.Tensor], workspace: Workspace) -> None:
-        """Turn the scores of a pass into votes."""
-        buffers = workspace.for_scores(group, part)
-        # Votes that are summed with those of other processes have other exponents.
-        exponents = buffers.exponents if workspace.heads is None else None
-        soft_vote(buffers.scores, workspace.votes(group), exponents)
+    def vote(self, group: RowGroup, cache: LayerCache, scale: float, workspace: Workspace) -> None:
+        """Turn the scores of the group into votes: those that were stored, or computed once more."""
+        buffers, votes = workspace.for_scores(group), workspace.votes(group)
+        if not group.rescores:
+            # Votes that are summed with those of other processes have other exponents.
+            exponents = workspace.table_scratch.exponents if workspace.heads is None else None
+            soft_vote(buffers.scores, votes, exponents)
+            return
+        for tiles in group.tiles:
+            vote_rescoring(
+                buffers.mean_queries,
+                cache.pages,
+                self.block_table,
+                tiles.table,
+                tiles.rows_per_tile,
+                scale,
+                cache.key_scale,
+                buffers.scores,
+                votes,
+            )
 
     def build_table(
         self,
@@ -179,12 +189,12 @@ class GpuStep:
 
         Where no request has several rows, the kernel that writes them does what `finish` does too.
         """
-        votes = workspace.votes(group) if group.passes else None  # without passes no row may select
+        votes = workspace.votes(group) if group.tiles else None  # without tiles no row may select
         if votes is not None and workspace.heads is not None:
             # Behind a row's candidates lies what was there before, and stays unread when summed.
             votes = workspace.heads.sum_votes(votes[: group.num_columns])
         table, scratch = workspace.table_of(group), workspace.table_scratch
-        counted = workspace.heads is None
+        counted = workspace.heads is None and not group.rescores
         n_init, block_size = workspace.limits.method.n_init, cache.pages.shape[3]
         if _finishes_while_writing(group, cache):
             build_finished_table(

@@ -8,7 +8,6 @@ import torch
 
 from vllm_tokenselect.counters import Counter
 from vllm_tokenselect.device_memory import make_lasting
-from vllm_tokenselect.gpu.cutting import ScorePass
 from vllm_tokenselect.gpu.limits import MAX_GROUP_ROWS, StepLimits
 from vllm_tokenselect.gpu.rows import RowGroup
 from vllm_tokenselect.kernels.block_table.gpu import TableScratch
@@ -23,11 +22,10 @@ LENGTH_STEP = 4
 
 @dataclass(frozen=True)
 class ScoreBuffers:
-    """Views of the workspace for one pass over rows; see `score_paged_keys` and `soft_vote`."""
+    """Views of the workspace for the rows of a group; see `score_paged_keys` and `soft_vote`."""
 
     mean_queries: torch.Tensor
     scores: Scores
-    exponents: torch.Tensor
 
 
 class KeptLines:
@@ -98,7 +96,7 @@ class Workspace:
         self.row_numbers = make_lasting(
             lambda: torch.arange(rows, dtype=torch.int32, device=device)
         )
-        self.table_scratch = TableScratch(limits.most_vote_columns, rows, device)
+        self.table_scratch = TableScratch(limits.vote_columns, rows, device)
         if counters is None:
             counters = torch.zeros(len(Counter), dtype=torch.int64, device=device)
         self.counters = counters
@@ -122,24 +120,26 @@ class Workspace:
         return SparseBlockTable(self.slots[: rows * width].view(rows, width), self.lengths[:rows])
 
     def votes(self, group: RowGroup) -> torch.Tensor:
-        """Votes of the group's columns, fp32 [vote columns]: before the scores of its passes."""
-        return self.scores[: group.limits.vote_columns]
+        """Votes of the group's columns, fp32: before its scores, if these are stored."""
+        limits = group.limits
+        return self.scores[: limits.vote_columns if group.rescores else limits.score_columns]
 
-    def for_scores(self, group: RowGroup, part: ScorePass[torch.Tensor]) -> ScoreBuffers:
-        """Views for the scores of a pass of a group that has candidates."""
-        rows, limits = slice(part.first, part.last), group.limits
-        shape = limits.num_heads, limits.score_columns
-        maxima, sums = self.parts[:, : part.last - part.first]
+    def for_scores(self, group: RowGroup) -> ScoreBuffers:
+        """Views for the scores of a group that has candidates."""
+        num_heads, num_columns = group.limits.num_heads, group.limits.score_columns
+        logits = None
+        if not group.rescores:
+            logits = self.scores[num_columns:][: num_heads * num_columns]
+            logits = logits.view(num_heads, num_columns)
+        maxima, sums = self.parts[:, : group.num_rows]
         return ScoreBuffers(
-            mean_queries=self.mean_queries[rows],
+            mean_queries=self.mean_queries[: group.num_rows],
             scores=Scores(
-                logits=self.scores[limits.vote_columns :][: shape[0] * shape[1]].view(shape),
-                columns=group.columns.part(part.first, part.last),
+                logits=logits,
+                columns=group.columns,
                 maxima=maxima,
                 sums=sums,
-                start=limits.method.n_init,
-                ends=group.scored_end[rows],
+                start=group.limits.method.n_init,
+                ends=group.scored_end,
             ),
-            # A row's lines are counted from that of its own number on.
-            exponents=self.table_scratch.exponents[part.first :],
         )

@@ -29,9 +29,14 @@ def warps_of_row(num_heads: int, num_kv_heads: int, head_size: int) -> int:
 
 
 @cache
-def num_programs_wanted() -> int:
-    """Programs that keep the current GPU busy; a few where there is none."""
+def num_multiprocessors() -> int:
+    """Of the current GPU; a few where there is none."""
     if not torch.cuda.is_available():
-        return 8
+        return 2
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    return PROGRAMS_PER_MULTIPROCESSOR * int(properties.multi_processor_count)
+    return int(properties.multi_processor_count)
+
+
+def num_programs_wanted() -> int:
+    """Programs that keep the current GPU busy."""
+    return PROGRAMS_PER_MULTIPROCESSOR * num_multiprocessors()

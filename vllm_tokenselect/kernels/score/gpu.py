@@ -49,7 +49,8 @@ class Scores:
     Attributes:
         logits: fp32 [Hq, C], contiguous; of every head the columns of all rows, counted from the first
             row's. C is a multiple of 16: for other numbers another kernel would be compiled, which might
-            add up in another order. Undefined from a row's own end on.
+            add up in another order. Undefined from a row's own end on. None where the vote computes the
+            scores again, see `vote.gpu_rescoring`.
         columns: of the rows; row `r` has `max(ends[r] - start, 0)` candidates.
         maxima, sums: fp32 [R, Hq, NUM_PARTS], contiguous: largest score of each part of the candidates,
             and the sum of exp(score - largest) over it; -inf and 0 for an empty part.
@@ -57,7 +58,7 @@ class Scores:
         ends: int32 [R], end of the candidates (exclusive); `<= start` for a row without any.
     """
 
-    logits: torch.Tensor
+    logits: torch.Tensor | None
     columns: Columns
     maxima: torch.Tensor
     sums: torch.Tensor
@@ -65,9 +66,43 @@ class Scores:
     ends: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Product:
+    """How queries are multiplied by keys.
+
+    Attributes:
+        dtype: of both; it holds every key exactly.
+        parts: into which a query is split, of so many numbers each.
+        padded_size: of a head.
+        most_lines: query heads of rows that a program holds.
+        tokens: whose keys are multiplied at once.
+    """
+
+    dtype: torch.dtype
+    parts: int
+    padded_size: int
+    most_lines: int
+    tokens: int
+
+    @staticmethod
+    def of(query: torch.Tensor, kv_cache: torch.Tensor) -> Product:
+        dtype = _product_dtype(query.dtype, kv_cache.dtype)
+        parts = 1 if dtype in (query.dtype, torch.float32) else 2
+        padded_size = max(triton.next_power_of_2(query.shape[2]), 16)
+        key_bytes = padded_size * dtype.itemsize
+        return Product(
+            dtype,
+            parts,
+            padded_size,
+            most_lines=QUERY_BYTES // (key_bytes * parts),
+            tokens=min(TOKENS_PER_TILE, KEY_BYTES // key_bytes),
+        )
+
+
 def tile_rows(num_heads: int, num_kv_heads: int) -> int:
     """Most rows of one request that share a tile."""
-    return max(LARGEST_PRODUCT // (num_heads // num_kv_heads), 1)
+    group: int = triton.next_power_of_2(num_heads // num_kv_heads)
+    return max(LARGEST_PRODUCT // group, 1)
 
 
 def choose_programs(num_tiles: int, num_kv_heads: int, width: int) -> int:
@@ -110,21 +145,17 @@ def score_paged_keys(
     """
     if not len(tiles):
         return
-    num_columns = scores.logits.shape[1]
+    num_columns = 0 if scores.logits is None else scores.logits.shape[1]
     if num_columns % 16:
         raise ValueError(f"a head has {num_columns} scores, which is no multiple of 16")
     num_heads, head_size = query.shape[1:]
     num_kv_heads, block_size = kv_cache.shape[1], kv_cache.shape[3]
     group = num_heads // num_kv_heads
-    product = _product_dtype(query.dtype, kv_cache.dtype)
-    products = 1 if product in (query.dtype, torch.float32) else 2
-    padded_size = max(triton.next_power_of_2(head_size), 16)
-    key_bytes = padded_size * product.itemsize
-    line_bytes = key_bytes * products
+    product = Product.of(query, kv_cache)
     needed = max(triton.next_power_of_2(rows_per_tile * group), SMALLEST_PRODUCT)
-    lines = min(needed, QUERY_BYTES // line_bytes)
+    lines = min(needed, product.most_lines)
     splits = needed // lines  # of a tile, whose lines programs share
-    many = lines > 64 or lines * line_bytes == QUERY_BYTES
+    many = lines > 64 or lines == product.most_lines
     if programs is None:
         programs = choose_programs(splits * len(tiles), num_kv_heads, scores.columns.widest)
     score_tile[(num_kv_heads, programs, splits * len(tiles))](
@@ -151,15 +182,15 @@ def score_paged_keys(
         kv_cache.stride(3),
         GROUP=group,
         HEAD_SIZE=head_size,
-        PADDED_SIZE=padded_size,
+        PADDED_SIZE=product.padded_size,
         BLOCK_SIZE=block_size,
         LINES=lines,
         SPLITS=splits,
-        TOKENS=min(TOKENS_PER_TILE, KEY_BYTES // key_bytes),
+        TOKENS=product.tokens,
         SMALLEST_PART=SMALLEST_PART,
         PARTS=NUM_PARTS,
-        PRODUCT=TRITON_DTYPES[product],
-        PRODUCTS=products,
+        PRODUCT=TRITON_DTYPES[product.dtype],
+        PRODUCTS=product.parts,
         WIDEN=INTERPRETED,  # Triton's interpreter multiplies bf16 bits as if they were integers
         QUANTIZED=is_fp8(kv_cache.dtype),
         **({} if decision is None else decision.arguments),

@@ -93,8 +93,8 @@ def score_tile(
 
     `first[r] = columns[r] - columns[0]`. Beside them, of every part `p` of a row's candidates,
     `maxima[r, h, p] = max over c of logits` and `sums[r, h, p] = sum over c of exp(logits - maxima)`. The
-    scores are those of `reference.score_paged_keys`. With two products a query is the sum of two numbers of
-    16 bits.
+    scores are those of `reference.score_paged_keys`; they are not stored where `logits` is None. With two
+    products a query is the sum of two numbers of 16 bits.
 
     With what decides, a tile has one row. Every program of it decides whether the row reuses a selection,
     which leaves nothing to score; the first program writes `ends`, `table_ends` and `reused_ends`.
@@ -204,9 +204,10 @@ def score_tile(
             score = tl.dot(high, keys, input_precision="ieee") * scale
         own_last = tl.minimum(length, last)[:, None]
         own = candidate[None, :] < own_last
-        # Four scores at a time: those behind a row's own end are not looked at.
-        stored = (candidate // 4 * 4)[None, :] < own_last
-        tl.store(logits + (scored[:, None] + candidate[None, :]), score, stored)
+        if logits is not None:
+            # Four scores at a time: those behind a row's own end are not looked at.
+            stored = (candidate // 4 * 4)[None, :] < own_last
+            tl.store(logits + (scored[:, None] + candidate[None, :]), score, stored)
         score = tl.where(own, score, float("-inf"))
         above = tl.maximum(largest, tl.max(score, 1))
         shift = tl.where(above == float("-inf"), 0.0, above)
