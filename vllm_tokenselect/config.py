@@ -102,7 +102,7 @@ class TokenSelectConfig(BaseModel):
     workspace_mb: int = Field(
         default=0,
         ge=0,
-        description="memory for scores in MiB; rows are scored in passes that fit it, and no decoding step "
+        description="memory for scores in MiB; rows are scored in groups that fit it, and no decoding step "
         "of a CUDA graph has more context. 0 takes "
         + " and ".join(f"{mb} on {kind}" for kind, mb in DEFAULT_WORKSPACE_MB.items()),
     )

@@ -32,6 +32,7 @@ def soft_vote(scores: Scores, votes: torch.Tensor, exponents: torch.Tensor | Non
             `gpu_digits.first_line` tells: how often each exponent occurs among their votes, which is where
             building a table begins. None leaves it out.
     """
+    assert scores.logits is not None  # `gpu_rescoring` votes without them
     num_heads, num_columns = scores.logits.shape
     num_rows, width = scores.columns.num_rows, scores.columns.widest
     if not num_rows or not width:
