@@ -97,6 +97,16 @@ def test_full_attention_of_a_prompt_computes_its_products():
     assert found["fa3_roofline_us"] == pytest.approx(4 * seen * 28 * 128 / 790e6, abs=0.01)
 
 
+def test_a_prefill_step_reads_every_key_twice_and_keeps_no_scores():
+    # 16 chunks of 512 share a tile; the last one has most candidates.
+    step = case("reselecting", 1024 * K, queries=8 * K, captured=False)
+    (group,) = record_layer(step, 132)
+    keys = 2 * 4 * 128 * group.rows.candidates.max()
+    costs = {launch.kernel: cost_of(launch, group.rows, GPU) for launch in group.launches}
+    assert costs["score_tile"].hbm_bytes == costs["vote_tile"].hbm_bytes == keys
+    assert "_soft_vote" not in costs
+
+
 @pytest.mark.parametrize("role", ROLES)
 def test_a_longer_context_never_costs_less(role):
     contexts = (4 * K, 8 * K, 32 * K, 128 * K, 1024 * K)

@@ -3,6 +3,8 @@
 `tests/kernels_gpu` asks the same at odd and tiny sizes.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -27,6 +29,7 @@ from vllm_tokenselect.kernels.score import gpu as score_gpu
 from vllm_tokenselect.kernels.score import reference as score_reference
 from vllm_tokenselect.kernels.vote import gpu as vote_gpu
 from vllm_tokenselect.kernels.vote import reference as vote_reference
+from vllm_tokenselect.kernels.vote.gpu_rescoring import vote_rescoring
 
 pytestmark = pytest.mark.gpu
 
@@ -71,6 +74,11 @@ def test_votes_of_rows_that_share_the_reading_of_keys(shape, dtype, rows):
         score_reference.score_paged_keys(query, cache, table, sequences, start, ends, true_scale)
     )
     assert_close(votes[:, : expected.shape[1]], expected, 1e-2)
+    again = torch.zeros_like(votes)
+    twice = (query, cache, table, tiles, per_tile, scale, key_scale, replace(scores, logits=None))
+    score_gpu.score_paged_keys(*twice)
+    vote_rescoring(*twice, again.view(-1))
+    assert_close(again[:, : expected.shape[1]], expected, 1e-2)
 
 
 @pytest.mark.parametrize("context", [CONTEXT, LONG_CONTEXT])

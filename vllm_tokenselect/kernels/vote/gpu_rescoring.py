@@ -94,7 +94,8 @@ def vote_rescoring(
         WIDEN=INTERPRETED,  # Triton's interpreter multiplies bf16 bits as if they were integers
         QUANTIZED=quantized,
         num_warps=8 if many or product.padded_size > 256 else 4,
-        num_stages=2,
+        # The queries of heads of 256 elements leave no registers to load keys ahead.
+        num_stages=1 if product.padded_size == 256 else 2,
     )
 
 
