@@ -48,10 +48,15 @@ def test_steps_with_drafts_that_do_not_fit_the_workspace_are_not_captured(config
     with caplog.at_level(logging.WARNING):
         graph_sizes.limit_captured_sizes(config, limits(1 << 20))
     assert graph_sizes.captured_steps(config) == []
-    assert "Set workspace_mb to at least 640, " in caplog.text
+    assert "Set workspace_mb to at least 528, " in caplog.text
     config.compilation_config.cudagraph_capture_sizes = list(SIZES)
-    graph_sizes.limit_captured_sizes(config, limits(1 << 20, workspace_mb=640))
+    graph_sizes.limit_captured_sizes(config, limits(1 << 20, workspace_mb=528))
     assert max(graph_sizes.captured_steps(config)) == 512
+
+
+def test_a_row_that_a_graph_may_replay_takes_its_way_in_every_step(config):
+    config.speculative_config = SimpleNamespace(num_speculative_tokens=3)
+    assert graph_sizes.step_limits(config, 32, 8).graph_queries == 4
 
 
 @pytest.mark.parametrize("max_model_len", [1 << 15, 1 << 20])
