@@ -373,12 +373,12 @@ def test_every_request_has_its_own_top_k_and_may_switch_selection_off(captured):
 def test_a_whole_prompt_with_selection_off_is_one_row_as_long_as_its_context():
     server = Server([200, 200])
     off, on = Running(0, 0, 1, 200, top_k=FULL_ATTENTION), Running(1, 1, 2, 100)
-    (group,) = server.groups([(off, 0, 200), (on, 110, 111)])
-    assert group.query_len.tolist() == [200, 1]
-    assert group.max_length == 200 > METHOD.max_attended
+    groups = server.groups([(off, 0, 200), (on, 110, 111)])
+    assert [group.query_len.tolist() for group in groups] == [[200], [1]]
+    assert groups[0].max_length == 200 > METHOD.max_attended
     server.expected.update(dense=1)
     parts = [(off, 0, 200), (on, 110, 111)]
-    actual = server.run([group], parts, 201)
+    actual = server.run(groups, parts, 201)
     expected = [server.defined(r, p) for r, first, end in parts for p in range(first, end)]
     torch.testing.assert_close(actual, torch.stack(expected), rtol=2e-4, atol=2e-5)
     # A row counts once, its queries' tokens each.
