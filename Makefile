@@ -101,7 +101,7 @@ endurance: setup
 	@$(BIN)/python -m pytest -q --hypothesis-profile endurance \
 	    tests/hooks/test_request_table.py tests/method/test_selection_cache_machine.py
 
-# Needs root and Debian's packages buildah, debootstrap and runc. What it builds stays below build/image-check. A part of
+# Needs root and Debian's packages buildah, debootstrap and runc. The image stays below build/image-check. A part of
 # `make endurance`.
 image-check: setup
 	@$(BIN)/python -m pytest -q -m endurance tests/deploy/test_cpu_image.py $(ARGS)

@@ -39,7 +39,7 @@ class Storage:
     """Images of these tests alone, in a folder.
 
     Args:
-        folder: is kept, so that what has not changed is not built again.
+        folder: is kept, and with it the image that the Dockerfile starts from.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -66,10 +66,12 @@ class Storage:
         how = ("--runtime", "runc", "--isolation", "oci", "--network", "host", "--format", "docker")
         volumes = [f"--volume={path}:{path}:ro" for path in self._pip_folders()]
         volumes.append(f"--volume={self._pip_settings()}:/etc/pip.conf:ro")
+        # Without the cache: buildah would keep a step whose mounted wheel has changed.
         self.buildah(
-            *("build", *how, "--layers", "--pull-never", *volumes),
+            *("build", *how, "--layers", "--no-cache", "--pull-never", *volumes),
             *("--target", "cpu", "--tag", NAME, REPOSITORY),
         )
+        self.buildah("rmi", "--prune", "--force")
         built = time.monotonic()
         size = self.buildah("inspect", "--type", "image", "--format", "{{.FromImageID}}", NAME)
         return Built(self._size(size), based - started, built - based)
