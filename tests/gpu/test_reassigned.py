@@ -84,7 +84,7 @@ def test_positions_follow_the_length_that_the_device_knows():
 
 
 def test_a_step_longer_than_the_buffer_is_refused():
-    requests = [(0, MAX_TOKENS + 1, 2 * MAX_TOKENS)]
+    requests = [(0, MAX_TOKENS + 2, 2 * MAX_TOKENS)]
     layer = reassigning(requests, (1, 1))
     with pytest.raises(RuntimeError, match="shape"):
         layer.run(groups_of(requests, layer))
