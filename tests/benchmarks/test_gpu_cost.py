@@ -48,7 +48,7 @@ def test_the_model_knows_the_kernels_that_layers_launch_and_no_others():
         launched |= {launch.kernel for group in groups for launch in group.launches}
     assert launched <= set(PRICES)
     # A step with several rows of a request in the Selection Cache is none of these.
-    assert set(PRICES) - launched == {"_write_table", "_finish"}
+    assert set(PRICES) - launched == {"_decide", "_write_table", "_finish"}
 
 
 def test_a_kernel_without_a_price_is_an_error():

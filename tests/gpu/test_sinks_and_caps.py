@@ -51,6 +51,7 @@ def assert_attends(kind, requests, heads, sinks, soft_cap) -> None:
     for group in groups_of(requests, layer):
         least = group.query_len.cpu()
         lengths = least + torch.randint(1, 40, least.shape, generator=generator, dtype=torch.int32)
+        lengths = lengths.clamp(max=group.max_length)
         shape = (group.num_rows, group.table_width)
         num_slots = len(layer.kv_cache) * BLOCK_SIZE
         slots = torch.randint(num_slots, shape, generator=generator, dtype=torch.int32)

@@ -11,6 +11,16 @@ from vllm_tokenselect.backend.cpu_attention import CpuAttention
 HEADS, KV_HEADS, MOST = 4, 2, 768
 
 
+@pytest.fixture(autouse=True, scope="module")
+def tiles() -> None:
+    """Have Linux asked for the processor's tiles (AMX), as a model's first product does.
+
+    vLLM's attention uses them without asking.
+    """
+    ones = torch.ones(128, 128, dtype=torch.bfloat16)
+    ones @ ones
+
+
 def attend(
     library: CpuAttention,
     dtype: torch.dtype,

@@ -120,7 +120,7 @@ def test_ranks_on_two_hosts_answer_and_a_lost_host_ends_the_server(model, asked,
         assert cluster.refuses_a_wrong_token()
         here, there = hosts
         # vLLM says at once that a worker died, and then waits so long for the answer of the others.
-        patience = {"VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": "40"}
+        patience = {"VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": "90"}
         host_env = {**cluster.env, **patience, "VLLM_HOST_IP": here.address}
         with here.entered(), two_ranks(model, TOGETHER, "ray", host_env) as client:
             longest = max(range(len(asked)), key=lambda i: len(asked[i]))

@@ -191,14 +191,6 @@ def _write_finished(
         reused_end = tl.load(reused_ends + row)
     if reused_end == SELECTS:
         candidate_end = tl.load(candidate_ends + row)
-        if own_query is not None and (seat >= 0) & (candidate_end > n_init):
-            own = own_query + tl.load(own_start + row).to(tl.int64) * own_stride
-            stored = state_query + seat * QUERY_SIZE
-            shares = tl.num_programs(0)
-            remember_query(own, own_head_stride, stored, part, shares, HEAD_SIZE, QUERY_SIZE)
-            if part == 0:
-                tl.store(state_end + seat, candidate_end)
-                tl.store(state_owner + seat, tl.load(owners + row))
         write_row(
             votes,
             columns,
@@ -219,6 +211,14 @@ def _write_finished(
             MANTISSA_BITS,
             PARTS,
         )
+        if own_query is not None and (seat >= 0) & (candidate_end > n_init):
+            own = own_query + tl.load(own_start + row).to(tl.int64) * own_stride
+            stored = state_query + seat * QUERY_SIZE
+            shares = tl.num_programs(0)
+            remember_query(own, own_head_stride, stored, part, shares, HEAD_SIZE, QUERY_SIZE)
+            if part == 0:
+                tl.store(state_end + seat, candidate_end)
+                tl.store(state_owner + seat, tl.load(owners + row))
     else:
         for first in range(part * RANGE, size, tl.num_programs(0) * RANGE):
             entry = first + tl.arange(0, RANGE)
