@@ -12,6 +12,7 @@ whichever of them decides.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import triton
@@ -57,7 +58,7 @@ class Decision:
     refresh_interval: int
     state: SelectionCacheState
 
-    @property
+    @cached_property
     def arguments(self) -> dict[str, object]:
         """What the kernels that decide take, but for the sink's length."""
         num_heads, head_size = self.query.shape[1:]
