@@ -40,7 +40,12 @@ class Serving:
         )
         vllm_config.cache_config.num_gpu_blocks = num_blocks
         init_none_hash(sha256)
-        self.block_hasher = SettingsHasher(get_request_block_hasher(BLOCK_SIZE, sha256), CONFIG)
+        # vLLM 0.33 hashes a block with the tokens behind it that EAGLE reads.
+        self.lookahead = getattr(vllm_config, "num_hash_lookahead_tokens", 0)
+        hasher = get_request_block_hasher(
+            BLOCK_SIZE, sha256, *((self.lookahead,) if self.lookahead else ())
+        )
+        self.block_hasher = SettingsHasher(hasher, CONFIG, lookahead=self.lookahead)
         self.scheduler = scheduler_cls(
             vllm_config=vllm_config,
             kv_cache_config=KVCacheConfig(

@@ -108,16 +108,20 @@ def eagle(config):
     return config
 
 
-@pytest.mark.parametrize(("cached", "hit"), [(330, 192), (266, 192), (265, 128)])
-def test_where_the_last_block_of_a_hit_is_dropped_it_ends_with_the_chunk_before(
+@pytest.mark.parametrize(("cached", "hit"), [(330, 256), (266, 256), (265, 192)])
+def test_where_drafts_read_hidden_states_a_hit_ends_where_vllm_lets_it(
     make_vllm_config, cached, hit
 ):
-    """vLLM drops it with EAGLE and MTP. A reader of 300 tokens may take 256, and no block behind them."""
+    """vLLM 0.32 drops the last block of a hit with EAGLE and MTP, and with it the last chunk.
+
+    A reader of 300 tokens may take 256, and no block behind them.
+    """
     serving = Serving(eagle(make_vllm_config(max_num_batched_tokens=128)))
+    dropped = 0 if serving.lookahead else QUERY_CHUNK
     serving.add([1] * cached)
     serving.run()
     serving.add([1] * 300)
-    assert [start for _, start, _, _ in serving.step()] == [hit]
+    assert [start for _, start, _, _ in serving.step()] == [hit - dropped]
 
 
 def test_a_shorter_reader_is_cut_at_its_own_limit(make_vllm_config):

@@ -13,6 +13,9 @@ What follows a request's limit depends on where its prompt ends. So a number of 
 the blocks that end past the limit. Such blocks have names, since vLLM counts on one for each block, but
 names that nobody else comes to: in the prefix cache, in an external KV store and in KV cache events alike.
 
+Where a block is hashed with the tokens behind it too (vLLM 0.33, with EAGLE and MTP), the limit is compared
+with the end of the block.
+
 Wraps two functions:
 
 - `EngineCore.preprocess_add_request`, which hands the engine's hasher to a request. The hasher is put into
@@ -75,12 +78,16 @@ SEAMS = (
 
 @dataclass(frozen=True)
 class SettingsHasher:
-    """vLLM's hasher of one engine, and the settings of that engine."""
+    """vLLM's hasher of one engine, and the settings of that engine.
+
+    `lookahead` is the number of tokens behind a block that are hashed with it.
+    """
 
     hasher: Callable[[Request], list[Any]]
     config: TokenSelectConfig
     tensor_parallel_size: int = 1
     block_size: int = 1
+    lookahead: int = 0
 
     def __call__(self, request: Request) -> list[Any]:
         request._tokenselect_hasher = self
@@ -111,7 +118,7 @@ def shareable_tokens(request: Request, method: Method) -> int:
 
 
 def extra_keys(request: Request, start_token_idx: int, end_token_idx: int) -> list[tuple[str, str]]:
-    """Our keys among those that are hashed with a block of these tokens.
+    """Our keys among those that are hashed with a block of these tokens, which end with its lookahead.
 
     Raises:
         SettingsError: see `SettingsHasher.key`.
@@ -120,12 +127,11 @@ def extra_keys(request: Request, start_token_idx: int, end_token_idx: int) -> li
     if hasher is None:
         return []
     keys = [] if start_token_idx else [hasher.key(request)]
-    chunk = hasher.method.query_chunk
-    end_of_chunk = start_token_idx + chunk
-    begins_chunk = start_token_idx % chunk == 0 and end_token_idx < end_of_chunk
-    if begins_chunk and end_of_chunk <= shareable_tokens(request, hasher.method):
+    chunk, limit = hasher.method.query_chunk, shareable_tokens(request, hasher.method)
+    end, end_of_chunk = end_token_idx - hasher.lookahead, start_token_idx + chunk
+    if start_token_idx % chunk == 0 and end < end_of_chunk <= limit:
         keys.append(("tokenselect", _digest(request, start_token_idx, end_of_chunk)))
-    if end_token_idx > shareable_tokens(request, hasher.method):
+    if end > limit:
         keys.append(("tokenselect", _own_number(request)))
     return keys
 
@@ -134,7 +140,8 @@ def _digest(request: Request, start: int, end: int) -> str:
     """What all of a chunk is: its tokens, and whatever else vLLM hashes with them."""
     from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys
 
-    keys, _ = generate_block_hash_extra_keys(request, start, end, 0)
+    lookahead = request._tokenselect_hasher.lookahead
+    keys, _ = generate_block_hash_extra_keys(request, start, end + lookahead, 0)
     tokens = array("q", request.all_token_ids[start:end]).tobytes()
     return hashlib.sha256(tokens + repr(keys).encode()).hexdigest()
 
@@ -168,9 +175,13 @@ def check_and_bind(engine_core: EngineCore, request: EngineCoreRequest) -> None:
     if request.resumable and vllm_config.kv_transfer_config is not None:
         raise SettingsError(NO_STREAMS)
     if hasher is not None and not isinstance(hasher, SettingsHasher):
-        size = vllm_config.parallel_config.tensor_parallel_size
-        block_size = vllm_config.cache_config.block_size
-        engine_core.request_block_hasher = SettingsHasher(hasher, config, size, block_size)
+        engine_core.request_block_hasher = SettingsHasher(
+            hasher,
+            config,
+            vllm_config.parallel_config.tensor_parallel_size,
+            vllm_config.cache_config.block_size,
+            getattr(vllm_config, "num_hash_lookahead_tokens", 0),
+        )
 
 
 def _generate_with_settings(
