@@ -1,6 +1,7 @@
 """Compile every Triton kernel for GPUs that are not here, and report what it takes of them.
 
     python -m tests.kernels_gpu.compile_ahead            # a table; fails where registers are spilled
+    python -m tests.kernels_gpu.compile_ahead --shapes few    # those that CI compiles for each GPU
 
 Runs the kernels' own launchers on CPU tensors with a driver that knows only the target and with every
 launch turned into a compilation, so that what is compiled is what would be launched.
@@ -48,8 +49,11 @@ SHAPES = [
     (128, 8, 128),
     (8, 2, 512),
 ]
-# Those that differ from a shape above in nothing but how many heads there are.
-MORE_HEADS = [(64, 8, 128), (128, 8, 128)]
+# Without shapes that differ from another in nothing but how many heads there are.
+FEWER_HEADS = [shape for shape in SHAPES if shape not in ((64, 8, 128), (128, 8, 128))]
+# An odd head size, one with every variant, and the largest head.
+FEW = [(8, 8, 80), (28, 4, 128), (8, 2, 512)]
+CHOICES = {"all": SHAPES, "fewer heads": FEWER_HEADS, "few": FEW}
 
 
 @dataclass(frozen=True)
@@ -105,9 +109,9 @@ def compiling_for(architecture: int, compiled: list[Any]) -> Iterator[None]:
 
 
 def launches(
-    architecture: int, left_out: Sequence[tuple[int, int, int]] = ()
+    architecture: int, shapes: Sequence[tuple[int, int, int]] = SHAPES
 ) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Every launcher, in the shapes of models that are served but for those that are left out."""
+    """Every launcher, in these shapes of models."""
     from vllm_tokenselect.counters import Counter
     from vllm_tokenselect.gpu.cutting import MOST_CHUNKS
     from vllm_tokenselect.kernels.block_table.gpu import TableScratch, build_sparse_block_table
@@ -225,7 +229,7 @@ def launches(
                     counters=torch.zeros(len(Counter), dtype=torch.int64),
                 ),
             )
-    for heads, kv_heads, head_size in (shape for shape in SHAPES if shape not in left_out):
+    for heads, kv_heads, head_size in shapes:
         query = torch.zeros(rows, heads, head_size, dtype=torch.bfloat16)
         means = query.float()
         state = selections(heads, head_size)
@@ -365,10 +369,8 @@ def resources(kernel: Any, architecture: int) -> tuple[int, int]:
     return registers, sum(map(int, re.findall(r"(\d+) bytes spill", report)))
 
 
-def compile_all(
-    architecture: int, left_out: Sequence[tuple[int, int, int]] = ()
-) -> Iterator[Compiled]:
-    for variant, launch in launches(architecture, left_out):
+def compile_all(architecture: int, shapes: Sequence[tuple[int, int, int]]) -> Iterator[Compiled]:
+    for variant, launch in launches(architecture, shapes):
         kernels: list[Any] = []
         with compiling_for(architecture, kernels):
             launch()
@@ -381,16 +383,17 @@ def compile_all(
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--architecture", type=int, choices=ARCHITECTURES, help="default: all")
-    parser.add_argument("--fewer-heads", action="store_true", help=f"leaves out {MORE_HEADS}")
+    parser.add_argument("--shapes", choices=CHOICES, default="all", help="default: all")
     arguments = parser.parse_args()
     architecture = arguments.architecture
     if architecture is None:
         # Triton keeps what it compiled by device, of which there is one: a process each.
-        command = [sys.executable, "-m", "tests.kernels_gpu.compile_ahead", "--architecture"]
+        command = [sys.executable, "-m", "tests.kernels_gpu.compile_ahead"]
+        command += ["--shapes", arguments.shapes, "--architecture"]
         return max(subprocess.run([*command, str(each)]).returncode for each in ARCHITECTURES)
     bad = 0
     print(f"{'kernel':14} {'variant':36} sm  registers  shared B  spilled B")
-    for one in compile_all(architecture, MORE_HEADS if arguments.fewer_heads else ()):
+    for one in compile_all(architecture, CHOICES[arguments.shapes]):
         bad += not one.fits
         print(
             f"{one.kernel:14} {one.variant:36} {one.architecture:3} {one.registers:6} "

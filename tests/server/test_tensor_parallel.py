@@ -39,8 +39,6 @@ RANKS: dict[str, dict[str, str]] = {
     },
 }
 IS_ROOT = os.geteuid() == 0  # who alone may make the network namespaces of two hosts
-# Where there are two hosts, Ray serves on them.
-EXECUTORS = ["mp", pytest.param("ray", marks=pytest.mark.endurance if IS_ROOT else [])]
 SHARED_MEMORY = Path("/dev/shm")
 ONE_RANK_A_HOST = {"RAY_OVERRIDE_RESOURCES": '{"GPU": 1}'}
 
@@ -88,7 +86,7 @@ def counted(client: Client, kind: str, rank: str) -> float:
     return client.metric("vllm:tokenselect_rows_total", kind=kind, tp_rank=rank)
 
 
-@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("executor", ["mp", "ray"])
 def test_ranks_that_vote_together_say_what_one_process_says(model, asked, alone, executor):
     with two_ranks(model, TOGETHER, executor) as client:
         said = client.complete_all(asked, 12)
@@ -112,6 +110,7 @@ def test_ranks_apart_answer_and_a_killed_one_ends_the_server(model, asked):
         wait_until(lambda: not any(map(is_alive, (server, *processes))))
 
 
+@pytest.mark.endurance
 @pytest.mark.skipif(not IS_ROOT, reason="network namespaces are root's to make")
 def test_ranks_on_two_hosts_answer_and_a_lost_host_ends_the_server(model, asked, alone):
     with two_hosts() as hosts, TemporaryDirectory(prefix="ray-") as folder:

@@ -8,6 +8,7 @@ in /metrics what each request attended to or not, and hangs in the middle of an 
 
 import http.server
 import json
+import signal
 import sys
 import time
 from collections import Counter
@@ -82,4 +83,6 @@ if __name__ == "__main__":
         if not Handler.told["figures"]:
             asking.wait_for_figures = partial(asking.wait_for_figures, timeout=0.5)
         app(sys.argv[2:])
+    # A shell has what it starts with "&" ignore an interrupt, by which this one is to end.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[2])), Handler).serve_forever()
