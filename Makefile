@@ -12,7 +12,7 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup constraints newest demo test lint types pytest emulate docs settings check-vllm bench gpu-check endurance image-check models scaling clean
+.PHONY: help setup constraints newest demo test lint types pytest emulate docs settings check-vllm bench gpu-check endurance image-check models scaling alarms clean
 
 help:
 	@echo "make demo                        a real model answers about a document, with and without TOKENSELECT"
@@ -31,6 +31,7 @@ help:
 	@echo "make models                      ask small models of every family, and write docs/models.md"
 	@echo "make bench ARGS='--help'         speed against vLLM's own attention"
 	@echo "make scaling                     write the tables of deploy/SCALING.md anew"
+	@echo "make alarms                      write the PrometheusRule anew, from deploy/prometheus"
 
 setup: $(STAMP)
 
@@ -117,6 +118,9 @@ gpu-check:
 
 scaling: setup
 	@$(BIN)/python deploy/scaling_tables.py
+
+alarms: setup
+	@$(BIN)/python deploy/prometheus/operator_rule.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis dist build

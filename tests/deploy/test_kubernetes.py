@@ -29,7 +29,7 @@ from tests.deploy.tools import REPOSITORY
 
 # The oldest with the preStop hook `sleep` in every cluster, and the newest that is known.
 KUBERNETES = ["1.30", "1.36"]
-OTHERS = {"RayCluster", "PodMonitor"}
+OTHERS = {"RayCluster", "PodMonitor", "PrometheusRule"}
 NODE_LOCAL_DNS, METADATA_SERVICE = "169.254.20.10", "169.254.169.254"
 AUTOSCALED = [name for name in VARIANTS if "autoscaled" in name]
 DOWNLOADING = [name for name in VARIANTS if not name.startswith("cpu")]

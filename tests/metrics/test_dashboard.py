@@ -1,7 +1,6 @@
 """The dashboard and the alarms ask for nothing that does not exist, and for everything that we count."""
 
 import itertools
-import json
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,19 +9,15 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from tests.metrics.alarms import ALARMS, REPOSITORY, metrics
+from tests.metrics.dashboard import EXPRESSIONS, PANELS, VARIABLES
 from vllm_tokenselect.metrics import TokenSelectCollector
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-DASHBOARD = json.loads((REPOSITORY / "deploy/grafana/tokenselect.json").read_text())
-PANELS = DASHBOARD["panels"]
-EXPRESSIONS = [target["expr"] for panel in PANELS for target in panel["targets"]]
-VARIABLES = {variable["name"]: variable for variable in DASHBOARD["templating"]["list"]}
 
 SERIES = {"gauge": ("",), "counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}
 
 
-def series_of(metrics) -> set[str]:
-    return {name + suffix for kind, name in metrics for suffix in SERIES[kind]}
+def series_of(described) -> set[str]:
+    return {name + suffix for kind, name in described for suffix in SERIES[kind]}
 
 
 def vllms_series() -> set[str]:
@@ -38,25 +33,26 @@ def our_series() -> set[str]:
     return series_of((metric.type, metric.name) for metric in TokenSelectCollector().describe())
 
 
-def named(expression: str) -> set[str]:
-    return set(re.findall(r"vllm:\w+", expression))
-
-
 def test_every_metric_of_the_dashboard_exists():
     queries = [*EXPRESSIONS, VARIABLES["model_name"]["query"]["query"]]
-    asked = set().union(*map(named, queries))
+    asked = set().union(*map(metrics, queries))
     assert asked
     assert asked <= vllms_series() | our_series()
 
 
 def test_every_metric_of_the_alarms_exists():
-    asked = named((REPOSITORY / "docs/operating.md").read_text())
+    asked = set().union(*(metrics(alarm["expr"]) for alarm in ALARMS.values()))
     assert our_series() <= asked
     assert asked <= vllms_series() | our_series()
 
 
+def test_every_metric_of_the_page_about_watching_exists():
+    named = metrics((REPOSITORY / "docs/operating.md").read_text())
+    assert our_series() <= named <= vllms_series() | our_series()
+
+
 def test_every_metric_of_ours_is_shown():
-    assert our_series() <= set().union(*map(named, EXPRESSIONS))
+    assert our_series() <= set().union(*map(metrics, EXPRESSIONS))
 
 
 @pytest.mark.parametrize("expression", EXPRESSIONS)

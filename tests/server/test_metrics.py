@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.metrics.alarms import ALARMS, metrics
+from tests.metrics.dashboard import EXPRESSIONS
 from tests.oracle.cases import SETTINGS
 from tests.server.conftest import FP32, SPARSE, Client, serving
 from tests.server.counted import CONTEXT, Counts, counts, scrape, settled_counts, sums_over
@@ -74,6 +76,12 @@ def test_the_labels_are_those_of_vllms_own_metrics(sparse_client, prompts):
     )
     assert own
     assert ours == [{**labels, "tp_rank": "0"} for labels in own]
+
+
+def test_a_server_has_every_metric_that_alarms_and_dashboard_read(sparse_client, prompts):
+    sparse_client.complete(prompts(904, 100), 2)
+    read = set().union(*map(metrics, (*EXPRESSIONS, *(rule["expr"] for rule in ALARMS.values()))))
+    assert read <= {sample.name for sample in scrape(sparse_client)}
 
 
 def test_every_one_of_several_api_servers_tells_the_same_and_nothing_is_left_behind(
