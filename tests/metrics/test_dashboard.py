@@ -9,10 +9,12 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from tests.metrics.alarms import ALARMS, REPOSITORY, metrics
+from tests.metrics.alarms import ALARMS, REPOSITORY, metrics, selectors
 from tests.metrics.dashboard import EXPRESSIONS, PANELS, VARIABLES
 from vllm_tokenselect.metrics import TokenSelectCollector
 
+# From the widest to the narrowest: each offers what is within those before it.
+CHOICES = ["namespace", "pod", "instance", "model_name"]
 SERIES = {"gauge": ("",), "counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}
 
 
@@ -34,7 +36,7 @@ def our_series() -> set[str]:
 
 
 def test_every_metric_of_the_dashboard_exists():
-    queries = [*EXPRESSIONS, VARIABLES["model_name"]["query"]["query"]]
+    queries = [*EXPRESSIONS, *(VARIABLES[name]["query"]["query"] for name in CHOICES)]
     asked = set().union(*map(metrics, queries))
     assert asked
     assert asked <= vllms_series() | our_series()
@@ -56,17 +58,37 @@ def test_every_metric_of_ours_is_shown():
 
 
 @pytest.mark.parametrize("expression", EXPRESSIONS)
-def test_an_expression_is_about_the_chosen_models(expression):
-    assert expression.count('{model_name=~"$model_name"') == len(
-        re.findall(r"vllm:\w+", expression)
-    )
+def test_an_expression_is_about_the_chosen_servers_and_models(expression):
+    chosen = ", ".join(f'{name}=~"${name}"' for name in CHOICES)
+    assert all(s.partition("{")[2].startswith(chosen) for s in selectors(expression))
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_all_servers_are_shown_at_first_those_without_kubernetes_labels_too(name):
+    """`.*` is also true of a label that is not there."""
+    variable = VARIABLES[name]
+    assert variable["includeAll"]
+    assert variable["allValue"] == ".*"
+    assert variable["current"]["value"] == ["$__all"]
+    before = CHOICES[: CHOICES.index(name)]
+    chosen = ", ".join(f'{other}=~"${other}"' for other in before)
+    series = "vllm:num_requests_running" + (f"{{{chosen}}}" if chosen else "")
+    assert variable["query"]["query"] == variable["definition"] == f"label_values({series}, {name})"
+
+
+def test_what_an_alarm_points_to_is_a_panel_of_this_name():
+    page = (REPOSITORY / "docs/alarms.md").read_text()
+    named = set(re.findall(r'(?<!\w)"([A-Z][^"]+)"', page))
+    assert named
+    assert named <= {panel["title"] for panel in PANELS}
 
 
 def test_everything_reads_the_chosen_data_source():
     assert VARIABLES["datasource"]["type"] == "datasource"
     assert VARIABLES["datasource"]["query"] == "prometheus"
     targets = [target for panel in PANELS for target in panel["targets"]]
-    sources = [user["datasource"]["uid"] for user in (*PANELS, *targets, VARIABLES["model_name"])]
+    choices = [VARIABLES[name] for name in CHOICES]
+    sources = [user["datasource"]["uid"] for user in (*PANELS, *targets, *choices)]
     assert set(sources) == {"${datasource}"}
 
 
