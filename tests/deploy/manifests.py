@@ -3,6 +3,7 @@
 import os
 import re
 from functools import cache
+from itertools import permutations
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,23 +19,29 @@ OFFERED = re.compile(r"^( *)# ( *(?:(?:- )?[\w./]+:(?: \S+)?|- \.\./\S+))$", re.
 
 # What a user applies: a folder, and the optional components that its file offers.
 VARIANTS = {
-    "cpu": ("overlays/cpu", []),
-    "cpu, monitored": ("overlays/cpu", ["monitoring"]),
-    "gpu": ("overlays/gpu", []),
-    "gpu, monitored": ("overlays/gpu", ["monitoring"]),
-    "gpu, autoscaled": ("overlays/gpu", ["monitoring", "autoscaling"]),
-    "gpu-tp": ("overlays/gpu-tp", []),
-    "gpu-tp, monitored": ("overlays/gpu-tp", ["monitoring"]),
-    "gpu-tp, autoscaled": ("overlays/gpu-tp", ["monitoring", "autoscaling"]),
-    "kuberay": ("kuberay", []),
-    "kuberay, monitored": ("kuberay", ["monitoring"]),
+    "cpu": ("overlays/cpu", ()),
+    "cpu, monitored": ("overlays/cpu", ("monitoring",)),
+    "gpu": ("overlays/gpu", ()),
+    "gpu, monitored": ("overlays/gpu", ("monitoring",)),
+    "gpu, autoscaled": ("overlays/gpu", ("monitoring", "autoscaling")),
+    "gpu-tp": ("overlays/gpu-tp", ()),
+    "gpu-tp, monitored": ("overlays/gpu-tp", ("monitoring",)),
+    "gpu-tp, autoscaled": ("overlays/gpu-tp", ("monitoring", "autoscaling")),
+    "kuberay": ("kuberay", ()),
+    "kuberay, monitored": ("kuberay", ("monitoring",)),
 }
 
 
-@cache
 def build(variant: str, name_suffix: str = "") -> tuple[Manifest, ...]:
     """Every object of one of the VARIANTS, with what a user's own kustomization puts behind all names."""
-    folder, components = VARIANTS[variant]
+    return combine(*VARIANTS[variant], name_suffix)
+
+
+@cache
+def combine(
+    folder: str, components: tuple[str, ...], name_suffix: str = ""
+) -> tuple[Manifest, ...]:
+    """Every object of a folder with components of `components/`, in this order."""
     with TemporaryDirectory() as work:
         # kustomize takes folders of other trees by a relative path only.
         above = Path(os.path.relpath(ROOT, Path(work).resolve()))
@@ -50,6 +57,17 @@ def build(variant: str, name_suffix: str = "") -> tuple[Manifest, ...]:
 def kustomize(folder: str | Path) -> tuple[Manifest, ...]:
     """Every object that kustomize makes of a folder."""
     return tuple(yaml.safe_load_all(run("kubectl", "kustomize", folder)))
+
+
+def combinations() -> list[tuple[str, tuple[str, ...]]]:
+    """Each folder that is applied with all that it offers, in any number and order."""
+    found = []
+    for folder in dict.fromkeys(folder for folder, _ in VARIANTS.values()):
+        text = (ROOT / folder / "kustomization.yaml").read_text()
+        offered = re.findall(r"^ *#  *- (?:\.\./)+components/(\w+)$", text, re.MULTILINE)
+        for number in range(len(offered) + 1):
+            found += [(folder, chosen) for chosen in permutations(offered, number)]
+    return found
 
 
 def uncomment(folder: Path) -> None:

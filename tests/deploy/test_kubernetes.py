@@ -1,5 +1,6 @@
 """Every way to deploy on Kubernetes builds, is valid, runs without rights and opens one port."""
 
+import copy
 import re
 import shutil
 import tomllib
@@ -10,12 +11,14 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from tests.deploy.accepted import check, check_restricted
 from tests.deploy.dockerfile import values
-from tests.deploy.kuberay_schema import RAY_CLUSTER
 from tests.deploy.manifests import (
     ROOT,
     VARIANTS,
     build,
+    combinations,
+    combine,
     config_map,
     kustomize,
     objects,
@@ -29,7 +32,6 @@ from tests.deploy.tools import REPOSITORY
 
 # The oldest with the preStop hook `sleep` in every cluster, and the newest that is known.
 KUBERNETES = ["1.30", "1.36"]
-OTHERS = {"RayCluster", "PodMonitor", "PrometheusRule"}
 NODE_LOCAL_DNS, METADATA_SERVICE = "169.254.20.10", "169.254.169.254"
 AUTOSCALED = [name for name in VARIANTS if "autoscaled" in name]
 DOWNLOADING = [name for name in VARIANTS if not name.startswith("cpu")]
@@ -38,53 +40,66 @@ MONITORED = [name for name in VARIANTS if "monitored" in name or "autoscaled" in
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
 
 
-@every_variant
+def test_every_overlay_is_tried_with_every_component_that_it_offers():
+    assert len(combinations()) == 2 + 5 + 5 + 2
+    assert {chosen for _, chosen in combinations()} >= {(), ("monitoring",), ("autoscaling",)}
+
+
+@pytest.mark.parametrize(("folder", "components"), combinations())
 @pytest.mark.parametrize("version", KUBERNETES)
-def test_objects_are_what_kubernetes_accepts(variant, version):
-    for manifest in build(variant):
-        if manifest["kind"] not in OTHERS:
-            kubernetes_validate.validate(manifest, version, strict=True)
+def test_every_combination_of_components_is_what_a_cluster_accepts(folder, components, version):
+    manifests = combine(folder, components)
+    check(manifests, version)
+    kinds = {manifest["kind"] for manifest in manifests}
+    assert ({"PodMonitor", "PrometheusRule"} <= kinds) == ("monitoring" in components)
+    assert ("HorizontalPodAutoscaler" in kinds) == ("autoscaling" in components)
 
 
-@pytest.mark.parametrize("version", KUBERNETES)
-def test_ray_clusters_are_what_kuberay_and_kubernetes_accept(version):
-    [cluster] = objects("kuberay", "RayCluster")
-    jsonschema.validate(cluster, RAY_CLUSTER)
-    for template in pod_templates("kuberay"):
-        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {}, **template}
-        kubernetes_validate.validate(pod, version, strict=True)
+@pytest.mark.parametrize(("folder", "components"), combinations())
+def test_pods_run_without_rights(folder, components):
+    """As "restricted" asks, with a read-only root file system beside it."""
+    for template in templates_of(combine(folder, components)):
+        check_restricted(template)
 
 
-# What the level "restricted" of Kubernetes' Pod Security Standards lets a pod mount.
-RESTRICTED_VOLUMES = {
-    *("configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim"),
-    *("projected", "secret"),
+MISTAKES = {
+    "Deployment": ["spec", "replica"],
+    "HorizontalPodAutoscaler": ["spec", "maxReplica"],
+    "NetworkPolicy": ["spec", "policyType"],
+    "PodMonitor": ["spec", "podMetricsEndpoints", 0, "intervall"],
+    "PrometheusRule": ["spec", "groups", 0, "rules", 0, "expression"],
+    "RayCluster": ["spec", "headGroupSpec", "headService", "spec", "clusterIp"],
 }
 
 
-@every_variant
-def test_pods_run_without_rights(variant):
-    """As "restricted" asks, with a read-only root file system beside it."""
-    for template in pod_templates(variant):
-        pod = template["spec"]
-        assert not {"hostIPC", "hostNetwork", "hostPID", "initContainers"} & set(pod)
-        assert not [
-            kind for v in pod["volumes"] for kind in v.keys() - RESTRICTED_VOLUMES - {"name"}
-        ]
-        assert set(pod["securityContext"]) == {
-            *("runAsNonRoot", "runAsUser", "runAsGroup", "fsGroup", "fsGroupChangePolicy"),
-            "seccompProfile",
-        }
-        assert pod["securityContext"]["runAsNonRoot"]
-        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
-        assert pod["automountServiceAccountToken"] is False
-        for container in pod["containers"]:
-            assert not [port for port in container.get("ports", []) if "hostPort" in port]
-            assert container["securityContext"] == {
-                "allowPrivilegeEscalation": False,
-                "capabilities": {"drop": ["ALL"]},
-                "readOnlyRootFilesystem": True,
-            }
+@pytest.mark.parametrize("kind", MISTAKES)
+def test_a_misspelt_field_is_refused(kind):
+    variant = "kuberay, monitored" if kind == "RayCluster" else "gpu, autoscaled"
+    manifest = copy.deepcopy(objects(variant, kind)[0])
+    *path, field = MISTAKES[kind]
+    place = manifest
+    for step in path:
+        place = place[step]
+    place[field] = 1
+    with pytest.raises((jsonschema.ValidationError, kubernetes_validate.ValidationError)):
+        check((manifest,), KUBERNETES[1])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hostNetwork": True},
+        {"securityContext": {"runAsNonRoot": False}},
+        {"automountServiceAccountToken": True},
+        {"volumes": [{"name": "host", "hostPath": {"path": "/"}}]},
+        {"containers": [{"securityContext": {"privileged": True}}]},
+    ],
+    ids=str,
+)
+def test_a_pod_with_more_rights_is_refused(change):
+    template = {"spec": {**pod_templates("cpu")[0]["spec"], **change}}
+    with pytest.raises(AssertionError):
+        check_restricted(template)
 
 
 @every_variant
@@ -211,14 +226,11 @@ def uncommented(tmp_path_factory):
 def test_everything_that_is_offered_as_a_comment_works_together(uncommented, folder, version):
     manifests = kustomize(uncommented / folder)
     kinds = {manifest["kind"] for manifest in manifests}
-    assert "PodMonitor" in kinds
+    assert {"PodMonitor", "PrometheusRule"} <= kinds
     assert ("HorizontalPodAutoscaler" in kinds) == ("gpu" in folder)
-    for manifest in manifests:
-        if manifest["kind"] not in OTHERS:
-            kubernetes_validate.validate(manifest, version, strict=True)
+    check(manifests, version)
     for template in templates_of(manifests):
-        pod = {"apiVersion": "v1", "kind": "Pod", **template}
-        kubernetes_validate.validate(pod, version, strict=True)
+        check_restricted(template)
         on_gpus = "cpu" not in folder
         assert template["spec"].get("runtimeClassName") == ("nvidia" if on_gpus else None)
         assert ("nodeSelector" in template["spec"]) == on_gpus
