@@ -251,7 +251,9 @@ def test_drafts_go_without_the_selection_cache_of_a_profile(selected, profile):
     selected.speculative_config = SimpleNamespace(method="ngram", num_speculative_tokens=0)
     selected.additional_config = {"tokenselect": {"profile": str(profile)}}
     configure(selected, "cpu")
-    assert selected.additional_config["tokenselect"]["similarity_threshold"] == 1.0
+    settings = selected.additional_config["tokenselect"]
+    assert settings["similarity_threshold"] == 1.0
+    assert settings.source == f"the profile {profile} for tiny of 2026-11-29"
 
 
 def test_settings_that_cannot_be_read_are_refused(selected):

@@ -19,6 +19,7 @@ from tests.oracle.cases import CACHED_SETTINGS
 from tests.server.conftest import FP32, SMALL_WORKERS, Client, Completion, serving
 from tests.server.test_client import wait_until
 from tests.server.test_killed_worker import is_alive
+from tests.server.test_start import start_logs
 from tests.server.two_hosts import RayCluster, two_hosts
 
 pytestmark = pytest.mark.server
@@ -95,6 +96,7 @@ def test_ranks_that_vote_together_say_what_one_process_says(model, asked, alone,
             wait_until(
                 lambda kind=kind: 0 < counted(client, kind, "0") == counted(client, kind, "1")
             )
+        assert len(start_logs(client.server.log())) == 1
 
 
 def test_ranks_apart_answer_and_a_killed_one_ends_the_server(model, asked):

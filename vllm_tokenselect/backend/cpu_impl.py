@@ -35,6 +35,9 @@ class CpuTokenSelectImpl(TokenSelectImpl[CpuTokenSelectMetadata]):
             vllm_config.cache_config.block_size,
             self.heads,
         )
+        self.attends_with = (
+            "kernels of its own for rows of one query, vLLM's CPU attention for rows of several"
+        )
         method = self.config.method
         longest = method.max_attended
         if not method.reassigns_positions:

@@ -83,6 +83,20 @@ def pages_may_be_padded(vllm_config: VllmConfig, layer: Any) -> bool:
     return own.page_size_padded is not None or largest % own.page_size_bytes != 0
 
 
+def describe_attention(shape: LayerShape) -> str:
+    """What attends, in words."""
+    name = _name(shape, flash_version(shape.library, shape.head_size))
+    if not shape.few_queries:
+        return name
+    return f"a kernel of its own for rows of up to {shape.few_queries} queries, {name} for others"
+
+
+def _name(shape: LayerShape, version: int | None) -> str:
+    if shape.library == "sdpa" and (shape.has_sinks or shape.soft_cap):
+        return "PyTorch's plain operations"
+    return library_name(shape.library, version)
+
+
 def make_attention(shape: LayerShape, padded: bool = False) -> RowAttention:
     """The attention of layers of a shape, which should share it: it may hold scratch.
 
@@ -98,16 +112,15 @@ def make_attention(shape: LayerShape, padded: bool = False) -> RowAttention:
             limits.num_kv_heads, shape.head_size, shape.dtype, limits.table_width, shape.device
         )
     attention = _library(shape, version, buffer)
-    plain = isinstance(attention, PlainAttention)
     get_logger(__name__).info(
         "TOKENSELECT attends with %s, %s%s%s: %d MiB of buffers, up to %d MiB of %s",
-        "PyTorch's plain operations" if plain else library_name(shape.library, version),
+        _name(shape, version),
         "through the sparse block table" if in_place else "over gathered tokens",
         ", positions reassigned" if reassigned else "",
         ", since pages of the KV cache are padded" if padded else "",
         attention.buffer_bytes >> 20,
         attention.scratch_bytes >> 20,
-        "logits" if plain else "partial outputs",
+        "logits" if isinstance(attention, PlainAttention) else "partial outputs",
     )
     if not shape.few_queries:
         return attention

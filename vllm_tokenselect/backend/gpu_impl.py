@@ -12,6 +12,7 @@ from vllm.v1.attention.backends.fa_utils import reshape_and_cache_flash
 
 from vllm_tokenselect.backend.gpu_attention import (
     LayerShape,
+    describe_attention,
     few_queries,
     make_attention,
     pages_may_be_padded,
@@ -64,6 +65,7 @@ class GpuTokenSelectImpl(TokenSelectImpl[GpuTokenSelectMetadata]):
             few_queries=few_queries(self.config, vllm_config),
         )
         self.vllm_config = vllm_config
+        self.attends_with = describe_attention(self.shape)
         self.workspace, self.attention = _shared(self.shape)
         if not self.reassigns_positions:
             _compile(self.shape, None)

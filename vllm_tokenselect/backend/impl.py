@@ -31,6 +31,7 @@ class TokenSelectImpl(AttentionImpl[M]):
             loaded after the layer is made: read it as the layer attends.
         logits_soft_cap: `cap * tanh(scale * q.k / cap)` takes the place of `scale * q.k` in the
             attention; 0 for no cap.
+        attends_with: what attends, in words; known once the layer is prepared.
         selections: the layer's part of the Selection Cache; None for a layer without.
         follows, followers: the layer's role, as in `LayerCache`.
     """
@@ -78,6 +79,7 @@ class TokenSelectImpl(AttentionImpl[M]):
         self.took_rotation = False
         self.follows, self.followers = Role()
         self.took_role = False
+        self.attends_with = ""
         self.selections: SelectionCacheState | None = None
         if torch.get_default_device().type != "meta":  # where a model is only looked at
             self.prepare(vllm_config)

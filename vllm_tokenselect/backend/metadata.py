@@ -61,15 +61,8 @@ class TokenSelectMetadataBuilder(AttentionMetadataBuilder[M]):
         self.model_runner_v2 = vllm_config.use_v2_model_runner
         self._log_selection_cache(count_anchors(layer_names, vllm_config), scheduler.max_num_seqs)
 
-        if self.method.min_context:
-            logger.info(
-                "TOKENSELECT: generated tokens attend to up to %d tokens of context in full (min_context)",
-                self.method.min_context,
-            )
-
     def _log_selection_cache(self, num_layers: int, num_requests: int) -> None:
         if not self.method.reuses_selections:
-            logger.info("TOKENSELECT: no Selection Cache; every generated token selects anew")
             return
         layer = SelectionCacheState.allocate(
             num_requests,
@@ -79,11 +72,12 @@ class TokenSelectMetadataBuilder(AttentionMetadataBuilder[M]):
             self.dtype,
             torch.device("meta"),
         )
-        logger.info(
+        logger.info_once(
             "TOKENSELECT: the Selection Cache of %d layers has %d MiB for %d requests",
             num_layers,
             num_layers * layer.num_bytes >> 20,
             num_requests,
+            scope="global",
         )
 
     def plan(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping
+from copy import copy
 from typing import TYPE_CHECKING, Any
 
 from vllm_tokenselect.config import (
@@ -191,7 +192,8 @@ def _without_selection_cache(
         "TOKENSELECT selects for every token anew (similarity_threshold 1): with "
         "--speculative-config a reused selection would depend on which drafts were rejected."
     )
-    settings = {**additional.get(ADDITIONAL_CONFIG_KEY, {}), "similarity_threshold": 1.0}
+    settings = copy(additional.get(ADDITIONAL_CONFIG_KEY, {}))
+    settings["similarity_threshold"] = 1.0
     vllm_config.additional_config = {**additional, ADDITIONAL_CONFIG_KEY: settings}
     return TokenSelectConfig.from_mapping(settings)
 

@@ -26,6 +26,7 @@ from vllm_tokenselect.hooks import drafts
 from vllm_tokenselect.hooks.dense_layers import leave_dense
 from vllm_tokenselect.hooks.registration import BACKEND_NAME, backend_member, is_selected
 from vllm_tokenselect.hooks.seam import Seam
+from vllm_tokenselect.hooks.start_log import describe_start, why_nothing_selects
 
 SEAM = Seam(
     name="layer_backends",
@@ -88,24 +89,17 @@ def settle_layers(
                 "layers that attend to the whole context"
             )
         check_hybrid_steps(vllm_config)
-        _settle_anchors(stages, vllm_config)
-    get_logger(__name__).info_once("Attention backends: %s", listed, scope="global")
-
-
-def _settle_anchors(stages: list[list[Layer]], vllm_config: Any) -> None:
-    config = TokenSelectConfig.from_additional_config(vllm_config.additional_config)
-    if not config.method.shares_selections:
-        return
-    names = [[layer.name for layer in stage if selects(layer)] for stage in stages]
-    context = vllm_config.compilation_config.static_forward_context
-    own = {name: context[name] for stage in names for name in stage if name in context}
-    anchors = settle_anchors(own, names, config)
-    get_logger(__name__).info_once(
-        "TOKENSELECT: generated tokens select in the layers %s; in the others they attend to what the one "
-        "below selected",
-        ", ".join(map(str, anchors)),
-        scope="global",
-    )
+        names = [[layer.name for layer in stage if selects(layer)] for stage in stages]
+        context = vllm_config.compilation_config.static_forward_context
+        own = {name: context[name] for stage in names for name in stage if name in context}
+        config = TokenSelectConfig.from_additional_config(vllm_config.additional_config)
+        anchors = settle_anchors(own, names, config) if config.method.shares_selections else []
+    logger = get_logger(__name__)
+    impls = [layer.impl for layer in own.values()]
+    said = describe_start(vllm_config, listed, sum(map(len, names)), len(layers), impls, anchors)
+    logger.info_once("%s", said, scope="global")
+    if reason := why_nothing_selects(vllm_config):
+        logger.warning_once("%s", reason, scope="global")
 
 
 def describe_layers(vllm_config: Any) -> list[Layer]:

@@ -13,6 +13,18 @@ AUTO = "auto"
 SHIPPED = Path(__file__).parent
 
 
+class ProfileSettings(dict[str, Any]):
+    """Settings that took a profile's in the place of `profile`. They know it in every process of an engine.
+
+    Attributes:
+        source: which profile.
+    """
+
+    def __init__(self, settings: Mapping[str, Any], source: str) -> None:
+        super().__init__(settings)
+        self.source = source
+
+
 class Resolved(NamedTuple):
     """Settings without `profile`, and what the log says of where they come from; empty without one."""
 
@@ -51,9 +63,10 @@ def resolve_profile(given: Mapping[str, Any], model: ProfileModel) -> Resolved:
             )
         where = f"the profile {wanted}"
     overridden = sorted(set(beside) & set(profile.settings))
+    source = f"{where} for {profile.model.name} of {profile.date}"
     return Resolved(
-        {**profile.settings, **beside},
-        f"{where} for {profile.model.name} of {profile.date}: {profile.settings}"
+        ProfileSettings({**profile.settings, **beside}, source),
+        f"{source}: {profile.settings}"
         + (f"; given beside it: {', '.join(overridden)}" if overridden else ""),
     )
 
