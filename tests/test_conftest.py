@@ -41,5 +41,5 @@ def test_too_little_memory_for_the_servers_is_said_in_one_line(run_tests):
 
 
 def test_what_starts_no_server_needs_no_memory_for_servers(run_tests):
-    asked = ("-m", "not server", "tests/tools/bench/test_timing.py", "tests/server/test_start.py")
+    asked = ("-m", "not server", "tests/tools/common/test_timing.py", "tests/server/test_start.py")
     assert run_tests(*asked)[0] == 0

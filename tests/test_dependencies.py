@@ -87,6 +87,7 @@ MODULES = {
     "inspect": "vllm_tokenselect.tools.inspect.command",
     "plan": "vllm_tokenselect.tools.plan.command",
     "tune": "vllm_tokenselect.tools.inspect.tune",
+    "verify": "vllm_tokenselect.tools.verify.command",
 }
 
 
@@ -122,7 +123,11 @@ NEEDED = [
     for module in EXTRAS[extra]
 ]
 # What a command cannot do without; nothing of it is used.
-ARGUMENTS = {"eval": ["http://127.0.0.1:9"], "plan": ["no-such-model"]}
+ARGUMENTS = {
+    "eval": ["http://127.0.0.1:9"],
+    "plan": ["no-such-model"],
+    "verify": ["http://127.0.0.1:9"],
+}
 
 
 @pytest.mark.parametrize(("command", "module"), NEEDED, ids=["-".join(one) for one in NEEDED])

@@ -106,6 +106,30 @@ def test_vllm_bench_serve_runs_against_it(sparse_client):
     assert successful.split()[-1] == "4"
 
 
+def test_verify_passes_a_server_that_selects_and_agrees_with_full_attention(sparse_client):
+    url = sparse_client.server.base_url
+    command = [
+        sys.executable,
+        "-m",
+        "vllm_tokenselect",
+        "verify",
+        url,
+        "--length",
+        "1500",
+        "--json",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = json.loads(done.stdout)
+    assert {check["name"]: check["state"] for check in told["checks"]} == dict.fromkeys(
+        ("answers", "agrees", "selects", "is timed"), "pass"
+    )
+    assert 1350 < told["measured"]["prompt_tokens"] <= 1500
+    counts = told["measured"]["counts"]
+    assert 0 < counts["attended"] < counts["in_context"]
+    assert counts["reselected"] > 0
+
+
 def run_example(name, *arguments):
     command = [sys.executable, str(EXAMPLES / name), *arguments]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)

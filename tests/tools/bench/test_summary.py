@@ -7,7 +7,7 @@ import pytest
 
 from vllm_tokenselect.tools.bench.samples import Measured, Sample, Selected
 from vllm_tokenselect.tools.bench.summary import summarize
-from vllm_tokenselect.tools.bench.timing import TimedAnswer
+from vllm_tokenselect.tools.common.timing import TimedAnswer
 
 ALONE = {"prompt_tokens": 1000, "rate": None, "round": 0, "generation": 0, "at_s": 0.0}
 NOTHING = {"waited": False, "worker_rss_mib": None, "device_mib": None}

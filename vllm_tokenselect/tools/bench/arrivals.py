@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 
-from vllm_tokenselect.tools.bench.timing import TimedAnswer, timed
 from vllm_tokenselect.tools.common.client import Client
+from vllm_tokenselect.tools.common.timing import TimedAnswer, timed
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from vllm_tokenselect.tools.bench.timing import TimedAnswer
 from vllm_tokenselect.tools.common.server_facts import SelectionCounter
+from vllm_tokenselect.tools.common.timing import TimedAnswer
 
 
 class ReuseCounter(SelectionCounter):

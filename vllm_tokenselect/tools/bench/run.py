@@ -15,8 +15,8 @@ from vllm_tokenselect.tools.bench.machine import PeakMemory
 from vllm_tokenselect.tools.bench.prompts import Prompts
 from vllm_tokenselect.tools.bench.reuse import ReuseCounter
 from vllm_tokenselect.tools.bench.samples import Measured, Sample, Selected
-from vllm_tokenselect.tools.bench.timing import timed
 from vllm_tokenselect.tools.common.client import Client, Endpoint, ServerError
+from vllm_tokenselect.tools.common.timing import timed
 
 # The default rates, as shares of the rate at which the first server answers one request at a time.
 RATE_SHARES = (0.5, 1.0, 2.0)

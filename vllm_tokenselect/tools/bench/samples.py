@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from vllm_tokenselect.tools.bench.timing import TimedAnswer
+from vllm_tokenselect.tools.common.timing import TimedAnswer
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from vllm_tokenselect.tools.cli.evaluate import evaluate
 from vllm_tokenselect.tools.cli.inspect import inspect, tune
 from vllm_tokenselect.tools.cli.plan import plan
 from vllm_tokenselect.tools.cli.required_extras import check_extras_first
+from vllm_tokenselect.tools.cli.verify import verify
 
 app = typer.Typer(
     name="tokenselect",
@@ -45,6 +46,7 @@ app.command("eval")(evaluate)
 app.command()(inspect)
 app.command()(tune)
 app.command()(plan)
+app.command()(verify)
 
 
 @app.command()

@@ -23,6 +23,7 @@ EXTRA_OF_COMMAND = {
     "inspect": "inspect",
     "plan": "plan",
     "tune": "inspect",
+    "verify": "verify",
 }
 
 

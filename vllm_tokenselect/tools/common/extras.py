@@ -14,6 +14,7 @@ EXTRAS = {
     ),
     "inspect": ("matplotlib", "scipy", "transformers"),
     "plan": ("transformers", "triton"),
+    "verify": ("aiohttp", "tenacity"),
 }
 
 

@@ -57,6 +57,11 @@ def ask_server(url: str, model: str | None) -> ServerFacts:
     try:
         served = {entry["id"]: entry for entry in request(f"{url}/v1/models")["data"]}
     except (OSError, ValueError, KeyError) as error:
+        if isinstance(error, urllib.error.HTTPError) and error.code in (401, 403):
+            raise ServerError(
+                f"{url} refuses the API key (HTTP {error.code}): set OPENAI_API_KEY to the one that the "
+                "server was started with"
+            ) from error
         raise ServerError(
             f"{url}/v1/models does not answer ({error}): start the server first (vllm serve MODEL "
             "--attention-backend TOKENSELECT), or name where it listens, as http://HOST:PORT"

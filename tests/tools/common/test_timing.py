@@ -6,8 +6,8 @@ import pytest
 
 from tests.tools.bench.server import StreamingServer, client_of
 from tests.tools.common.server import MODEL, SmallServer
-from vllm_tokenselect.tools.bench.timing import timed
 from vllm_tokenselect.tools.common.client import Client, Endpoint
+from vllm_tokenselect.tools.common.timing import timed
 
 
 @pytest.fixture

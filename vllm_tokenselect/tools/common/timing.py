@@ -18,6 +18,7 @@ class TimedAnswer:
         seconds: until the last token or the failure.
         output_tokens: number of tokens that came.
         error: why it failed; None when it was answered to the end.
+        prompt_tokens: as the server has counted them; 0 where it does not tell.
     """
 
     ttft_s: float | None
@@ -25,28 +26,29 @@ class TimedAnswer:
     seconds: float
     output_tokens: int
     error: str | None = None
+    prompt_tokens: int = 0
 
 
 async def timed(
-    client: Client, prompt: list[int], output_tokens: int, begun: float | None = None
+    client: Client, prompt: list[int] | str, output_tokens: int, begun: float | None = None
 ) -> TimedAnswer:
     """Generate from a prompt and time its tokens. A failure is an outcome too.
 
     Args:
-        prompt: in tokens.
+        prompt: in tokens, or a text.
         output_tokens: to generate, even if the model would end before.
         begun: `time.perf_counter` at which the request arrived; None for now.
     """
     begun = time.perf_counter() if begun is None else begun
     arrivals: list[float] = []
-    told, error = 0, None
+    told, prompt_tokens, error = 0, 0, None
     body = {"prompt": prompt, "max_tokens": output_tokens, "ignore_eos": True}
     try:
         async for event in client.stream("/v1/completions", body):
             if event.get("choices"):
                 arrivals.append(time.perf_counter())
             if usage := event.get("usage"):
-                told = usage["completion_tokens"]
+                told, prompt_tokens = usage["completion_tokens"], usage.get("prompt_tokens", 0)
     except ServerError as failure:
         error = str(failure)
     if not arrivals:
@@ -56,4 +58,4 @@ async def timed(
     came = told or len(arrivals)
     tpot_ms = 1000 * (arrivals[-1] - arrivals[0]) / (came - 1) if came > 1 and not error else None
     ended = time.perf_counter() if error else arrivals[-1]
-    return TimedAnswer(arrivals[0] - begun, tpot_ms, ended - begun, came, error)
+    return TimedAnswer(arrivals[0] - begun, tpot_ms, ended - begun, came, error, prompt_tokens)
