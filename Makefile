@@ -28,6 +28,7 @@ help:
 	@echo "make gpu-check                   every check and benchmark that wants a GPU, in ten minutes"
 	@echo "make endurance                   an hour and more of random load on real servers"
 	@echo "make image-check                 build the CPU image, run it as a pod would, and ask it"
+	@echo "make release-check               build sdist, wheel and SBOMs into dist/, and check them"
 	@echo "make models                      ask small models of every family, and write docs/models.md"
 	@echo "make bench ARGS='--help'         speed against vLLM's own attention"
 	@echo "make scaling                     write the tables of deploy/SCALING.md anew"
@@ -115,6 +116,10 @@ models: setup
 # installs for CPUs. ARGS='--results FOLDER' says where the results go, ARGS=--dry tries every step without a GPU.
 gpu-check:
 	@$(PYTHON) -m benchmarks.gpu $(ARGS)
+
+# ARGS=--demo also runs the demo from the wheel in a new environment.
+release-check: setup
+	@$(BIN)/python .ci/release-check $(ARGS)
 
 scaling: setup
 	@$(BIN)/python deploy/scaling_tables.py
