@@ -79,11 +79,11 @@ def leave_in_mid_prefill(client, prompt):
     wait_until(lambda: client.metric("vllm:num_requests_running") == 0)
 
 
-def wait_until(happened, timeout=60):
+def wait_until(happened, timeout=60, pause=0.1):
     deadline = time.monotonic() + timeout
     while not happened():
         assert time.monotonic() < deadline
-        time.sleep(0.1)
+        time.sleep(pause)
 
 
 def test_vllm_bench_serve_runs_against_it(sparse_client):
