@@ -12,7 +12,7 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup constraints newest demo test lint types pytest emulate docs settings check-vllm bench gpu-check endurance image-check models scaling alarms clean
+.PHONY: help setup constraints newest demo test lint types pytest emulate docs settings check-vllm bench gpu-check endurance image-check alarms-check models scaling alarms clean
 
 help:
 	@echo "make demo                        a real model answers about a document, with and without TOKENSELECT"
@@ -29,6 +29,7 @@ help:
 	@echo "make endurance                   an hour and more of random load on real servers"
 	@echo "make image-check                 build the CPU image, run it as a pod would, and ask it"
 	@echo "make release-check               build sdist, wheel and SBOMs into dist/, and check them"
+	@echo "make alarms-check                let a real Prometheus watch servers until each alarm has fired"
 	@echo "make models                      ask small models of every family, and write docs/models.md"
 	@echo "make bench ARGS='--help'         speed against vLLM's own attention"
 	@echo "make scaling                     write the tables of deploy/SCALING.md anew"
@@ -107,6 +108,12 @@ endurance: setup
 # `make endurance`.
 image-check: setup
 	@$(BIN)/python -m pytest -q -m endurance tests/deploy/test_cpu_image.py $(ARGS)
+
+# Needs Debian's package prometheus, which has promtool, and ten minutes: a real Prometheus watches real servers that
+# do well and badly. A part of `make endurance`. ARGS=-s shows each query with what it gave.
+alarms-check: setup
+	@$(BIN)/python -m pytest -q -m endurance tests/metrics/test_alarms.py tests/deploy/test_compose.py \
+	    tests/server/test_alarms.py $(ARGS)
 
 # Goes on where it was stopped with ARGS='--keep FOLDER'.
 models: setup

@@ -86,10 +86,10 @@ class Prometheus:
         """Alarms of the rules that it has read."""
         return {rule["name"] for group in self._get("rules")["groups"] for rule in group["rules"]}
 
-    def firing(self, port: int) -> set[str]:
-        """Alarms of a server that fire now."""
+    def firing(self, port: int) -> dict[str, float]:
+        """Alarms of a server that fire now, with the value of their expressions."""
         return {
-            alarm["labels"]["alertname"]
+            alarm["labels"]["alertname"]: float(alarm["value"])
             for alarm in self._get("alerts")["alerts"]
             if alarm["state"] == "firing" and alarm["labels"]["instance"] == f"127.0.0.1:{port}"
         }
