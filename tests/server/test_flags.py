@@ -21,6 +21,7 @@ LAYERS, RANK = 2, 8
 COVERING = {"top_k": 4096}  # more than any prompt here has: full attention
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}
 CHOICES = ["north", "south"]
+LMCACHE = json.dumps({"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"})
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +59,10 @@ def ask(client: Client, prompt: list[int], model: str, **asked: object) -> str:
     return answer.choices[0].text
 
 
-def answers(client: Client, batch: list[list[int]]) -> dict[str, list[str]]:
+def answers(client: Client, batch: list[list[int]], **asked: object) -> dict[str, list[str]]:
     """What is said plainly, through the adapter, and in the only words that are allowed."""
     return {
-        "plain": [ask(client, prompt, client.model) for prompt in batch],
+        "plain": [ask(client, prompt, client.model, **asked) for prompt in batch],
         "adapter": [ask(client, prompt, "adapter") for prompt in batch],
         "choice": [
             ask(client, prompt, client.model, structured_outputs={"choice": CHOICES})
@@ -79,7 +80,10 @@ OPEN_PATHS = {
     *("/metrics", "/load", "/version", "/kv_event_sources", "/docs", "/redoc", "/openapi.json"),
     *("/health", "/ping"),
 }
-OPTIONS = ("--no-enable-prefix-caching", "--speculative-config", json.dumps(NGRAM))
+OPTIONS = (
+    *("--no-enable-prefix-caching", "--speculative-config", json.dumps(NGRAM)),
+    *("--scheduling-policy", "priority"),
+)
 
 
 @dataclass(frozen=True)
@@ -105,12 +109,13 @@ def said(model, adapter, prompts) -> dict[str, Said]:
         model, settings=COVERING, extra_args=arguments, enforce_eager=False, env=KEY
     ) as client:
         url = client.server.base_url
-        combined = Said(answers(client, batch), answered_without_a_key(url, asked))
+        # Without the policy, vLLM refuses a priority.
+        combined = Said(answers(client, batch, priority=1), answered_without_a_key(url, asked))
     return {"plain": plain, "combined": combined}
 
 
 def test_combined_options_change_nothing_that_is_said(said):
-    """Compiled, without prefix caching, with drafts, adapters and structured output, all at once."""
+    """Compiled, no prefix caching, drafts, adapters, structured output and priorities, all at once."""
     expected = said["plain"].answers
     assert expected["adapter"] != expected["plain"]
     assert {*expected["choice"]} <= {*CHOICES}
@@ -127,7 +132,16 @@ def test_the_guard_closes_all_but_what_probes_and_prometheus_ask(said):
 
 
 @pytest.mark.endurance
-def test_a_quantized_cache_is_refused_on_a_cpu(refusal):
-    log = refusal({}, "--kv-cache-dtype", "fp8")
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--kv-cache-dtype", "fp8", "fp8"),
+        ("--kv-offloading-size", "1", '"spec_name": "CpuOffloadingSpec"'),
+        ("--kv-transfer-config", LMCACHE, "does not serve the KV connector LMCacheConnectorV1"),
+        ("--scheduler-cls", "vllm.v1.core.sched.scheduler.Scheduler", "cannot be used"),
+    ],
+)
+def test_what_is_not_served_on_a_cpu_stops_the_server_by_name(refusal, option, value, said):
+    log = refusal({}, option, value)
     assert "TOKENSELECT" in log
-    assert "fp8" in log
+    assert said in log
