@@ -1,6 +1,11 @@
 """The real model that the tests serve, and Triton's interpreter where there is no GPU."""
 
 import os
+
+# Two test processes and their servers share two cores. A thread that waits for another gives its core
+# away, where OpenMP would have it spin. Read when PyTorch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 from pathlib import Path
 
 import psutil

@@ -98,6 +98,20 @@ class DiagnosedModel:
         logits: torch.Tensor = out.logits[0, :-1].float()
         return logits
 
+    @torch.inference_mode()
+    def extend(
+        self, cache: Cache, tokens: list[int], attention: Attention | None = None
+    ) -> torch.Tensor:
+        """Read tokens behind those of a cache, and into it.
+
+        Returns:
+            logits fp32 [tokens, vocabulary] of the token behind each.
+        """
+        with _attending(attention):
+            out = self._model(self._ids(tokens), past_key_values=cache)
+        logits: torch.Tensor = out.logits[0].float()
+        return logits
+
     def losses(
         self,
         tokens: list[int],

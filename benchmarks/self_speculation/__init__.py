@@ -1,0 +1,1 @@
+"""Does a model draft for itself, with selected tokens? See README.md."""
