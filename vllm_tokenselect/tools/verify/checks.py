@@ -23,9 +23,8 @@ from vllm_tokenselect.tools.verify.prompts import SHORT, as_long_as, paragraphs
 ON, OFF = "on", "off"
 _NOT_SERVED = '="off" cannot be served here'
 _SHORT_ANSWER, _LONG_ANSWER = 16, 32  # tokens
-_SPARE = (
-    64  # tokens of the longest context that a prompt leaves to the answer, and to a wrong guess
-)
+# Tokens of the longest context that a prompt leaves to the answer, and to a wrong guess of its length.
+_SPARE = 64
 
 State = Literal["pass", "fail", "unknown"]
 
