@@ -130,17 +130,18 @@ def extra_keys(request: Request, start_token_idx: int, end_token_idx: int) -> li
     chunk, limit = hasher.method.query_chunk, shareable_tokens(request, hasher.method)
     end, end_of_chunk = end_token_idx - hasher.lookahead, start_token_idx + chunk
     if start_token_idx % chunk == 0 and end < end_of_chunk <= limit:
-        keys.append(("tokenselect", _digest(request, start_token_idx, end_of_chunk)))
+        keys.append(
+            ("tokenselect", _digest(request, start_token_idx, end_of_chunk, hasher.lookahead))
+        )
     if end > limit:
         keys.append(("tokenselect", _own_number(request)))
     return keys
 
 
-def _digest(request: Request, start: int, end: int) -> str:
+def _digest(request: Request, start: int, end: int, lookahead: int) -> str:
     """What all of a chunk is: its tokens, and whatever else vLLM hashes with them."""
     from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys
 
-    lookahead = request._tokenselect_hasher.lookahead
     keys, _ = generate_block_hash_extra_keys(request, start, end + lookahead, 0)
     tokens = array("q", request.all_token_ids[start:end]).tobytes()
     return hashlib.sha256(tokens + repr(keys).encode()).hexdigest()

@@ -63,18 +63,22 @@ def _settings(config: TokenSelectConfig, device_type: str) -> str:
 
 def _reach(config: TokenSelectConfig, max_model_len: int) -> str:
     """Up to where nothing is selected."""
-    method = config.method
-    full = method.attended_before + 1  # the query itself is one
+    full = _attended_in_full(config)
     return (
         f"attended in full: prompts of up to {full} tokens, and by generated tokens contexts of up to "
-        f"{max(method.min_context, full)}; --max-model-len is {max_model_len}"
+        f"{max(config.method.min_context, full)}; --max-model-len is {max_model_len}"
     )
+
+
+def _attended_in_full(config: TokenSelectConfig) -> int:
+    """The longest context of which nothing can be selected, whatever the row is."""
+    return config.method.attended_before + 1  # the query itself is one
 
 
 def why_nothing_selects(vllm_config: Any) -> str:
     """Why no request can be long enough to select on this server; empty if one can."""
     config = TokenSelectConfig.from_additional_config(vllm_config.additional_config)
-    full, longest = config.method.attended_before + 1, vllm_config.model_config.max_model_len
+    full, longest = _attended_in_full(config), vllm_config.model_config.max_model_len
     if longest > full:
         return ""
     return (
