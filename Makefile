@@ -6,13 +6,14 @@ VERSION ?= 0.33.0
 ARGS    ?=
 JOBS    ?= 2
 TRITON  ?= 3.6.0
+LMCACHE ?= 0.5.6
 
 VENV  := .venv
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup constraints newest demo test lint types pytest emulate docs settings check-vllm bench gpu-check endurance image-check alarms-check models release-check scaling alarms clean
+.PHONY: help setup constraints newest demo test lint types pytest emulate docs settings check-vllm bench gpu-check endurance image-check alarms-check lmcache-check models release-check scaling alarms clean
 
 help:
 	@echo "make demo                        a real model answers about a document, with and without TOKENSELECT"
@@ -30,6 +31,7 @@ help:
 	@echo "make image-check                 build the CPU image, run it as a pod would, and ask it"
 	@echo "make release-check               build sdist, wheel and SBOMs into dist/, and check them"
 	@echo "make alarms-check                let a real Prometheus watch servers until each alarm has fired"
+	@echo "make lmcache-check               keep prompts in a real LMCache, and load them from it"
 	@echo "make models                      ask small models of every family, and write docs/models.md"
 	@echo "make bench ARGS='--help'         speed against vLLM's own attention"
 	@echo "make scaling                     write the tables of deploy/SCALING.md anew"
@@ -100,6 +102,7 @@ endurance: setup
 	@$(BIN)/python -m tests.endurance.invariance --json benchmarks/results/invariance.json $(ARGS)
 	@$(BIN)/python -m tests.endurance.soak --json benchmarks/results/soak.json
 	@$(BIN)/python -m tests.models.table --write docs/models.md
+	@$(MAKE) lmcache-check
 	@$(BIN)/python -m pytest -q -m endurance
 	@$(BIN)/python -m pytest -q --hypothesis-profile endurance \
 	    tests/hooks/test_request_table.py tests/method/test_selection_cache_machine.py
@@ -114,6 +117,14 @@ image-check: setup
 alarms-check: setup
 	@$(BIN)/python -m pytest -q -m endurance tests/metrics/test_alarms.py tests/deploy/test_compose.py \
 	    tests/server/test_alarms.py $(ARGS)
+
+# LMCache asks for packages that only GPUs need. On a CPU these are enough, and they are kept in a folder of their own.
+lmcache-check: setup
+	@test -d build/lmcache-$(LMCACHE)/lmcache || \
+	    $(BIN)/python -m pip install --quiet --no-deps --target build/lmcache-$(LMCACHE) lmcache==$(LMCACHE) \
+	        aiofile==3.12.3 caio==0.12.10 aiofiles==25.1.0
+	@PYTHONPATH=$(CURDIR)/build/lmcache-$(LMCACHE) $(BIN)/python -m pytest -q -m endurance tests/hooks/test_lmcache_loads.py \
+	    tests/server/test_lmcache.py $(ARGS)
 
 # Goes on where it was stopped with ARGS='--keep FOLDER'.
 models: setup

@@ -10,6 +10,7 @@ from packaging.specifiers import SpecifierSet
 from tests.docs.pages import REPOSITORY, rows
 from tests.kernels_gpu.compile_ahead import ARCHITECTURES
 from tests.test_dependencies import read_constraints
+from vllm_tokenselect.engine.lmcache import TESTED
 from vllm_tokenselect.plugin import SUPPORTED_VLLM
 
 TABLE = rows("docs/compatibility.md", "vLLM", "Python")
@@ -58,6 +59,13 @@ def test_kernels_are_compiled_by_the_tritons_that_are_named(row):
     assert compiled[4].split(", ") == [f"sm_{each}" for each in ARCHITECTURES]
     emulated = row("make emulate")[3]
     assert re.search(rf"^TRITON +\?= {re.escape(emulated)}$", MAKEFILE, re.MULTILINE)
+
+
+def test_the_lmcache_that_was_tried_is_the_one_that_is_named_and_installed(row):
+    release = TESTED.removeprefix("lmcache==")
+    assert f"LMCache {release}" in row("make lmcache-check")[0]
+    assert re.search(rf"^LMCACHE +\?= {re.escape(release)}$", MAKEFILE, re.MULTILINE)
+    assert (REPOSITORY / "docs/connectors.md").read_text().count(f"LMCache {release}") == 2
 
 
 def test_what_was_resolved_for_gpus_is_in_its_constraints(row):

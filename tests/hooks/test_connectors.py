@@ -58,9 +58,9 @@ RANDOM = settings(
 )
 
 
-def serve(make_vllm_config, engine, arrivals, **options) -> Connected | None:
+def serve(make_vllm_config, engine, arrivals, kind=Connected, **options) -> Connected | None:
     try:
-        running = start_engine(engine, make_vllm_config(), Connected, **options)
+        running = start_engine(engine, make_vllm_config(), kind, **options)
     except SettingsError:
         event("refused")
         return None

@@ -18,7 +18,7 @@ from vllm_tokenselect.engine.connectors import check_connectors
 from vllm_tokenselect.hooks.engine_config import configure
 from vllm_tokenselect.hooks.registration import backend_member
 
-SERVED = ("OffloadingConnector", "ExampleConnector", "MultiConnector")
+SERVED = ("OffloadingConnector", "ExampleConnector", "MultiConnector", "LMCacheMPConnector")
 WHOLE = {"block_size": 128, "enable_chunked_prefill": False, "max_num_batched_tokens": 4608}
 
 
@@ -69,7 +69,6 @@ def test_a_connector_that_is_not_vllms_is_refused(make_vllm_config):
     ("options", "named"),
     [
         ({"kv_offloading_size": 1.0}, "CpuOffloadingSpec"),
-        ({"kv_offloading_size": 1.0, "kv_offloading_backend": "lmcache"}, "LMCacheMPConnector"),
         ({"kv_transfer_config": connector("OffloadingConnector")}, "CpuOffloadingSpec"),
         (
             {"kv_transfer_config": connector("ExampleConnector")},
@@ -80,6 +79,39 @@ def test_a_connector_that_is_not_vllms_is_refused(make_vllm_config):
 def test_what_a_cpu_cannot_do_is_refused_with_what_to_do_instead(engine, options, named):
     with pytest.raises(ValidationError, match=named):
         engine(**options)
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_lmcache_is_served_where_it_is_installed(make_vllm_config, monkeypatch, installed):
+    spec = object() if installed else None
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: spec)
+    named, sized = make_vllm_config(), make_vllm_config()
+    named.kv_transfer_config = connector("LMCacheMPConnector")
+    sized.cache_config.kv_offloading_size = 1.0
+    sized.cache_config.kv_offloading_backend = "lmcache"
+    for config in (named, sized):
+        if installed:
+            check_connectors(config, TokenSelectConfig(), "cpu")
+        else:
+            with pytest.raises(SettingsError, match=r"pip install lmcache==0\.5\.6"):
+                check_connectors(config, TokenSelectConfig(), "cpu")
+
+
+def test_lmcache_is_refused_with_what_was_not_tried(make_vllm_config, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    config, name = make_vllm_config(), "LMCacheMPConnector"
+
+    def refused(match: str) -> None:
+        with pytest.raises(SettingsError, match=f"{name} cannot be used with .*{match}"):
+            check_connectors(config, TokenSelectConfig(), "cpu")
+
+    config.kv_transfer_config = connector(name, **{"lmcache.mp.lazy_offload": True})
+    refused("lazy_offload does")
+    config.kv_transfer_config = connector("MultiConnector", connectors=[{"kv_connector": name}])
+    refused("in a MultiConnector")
+    config.kv_transfer_config = connector(name)
+    monkeypatch.setenv("LMCACHE_USE_UPSTREAM_MP", "1")
+    refused("GPUs only")
 
 
 def test_a_connector_is_refused_beside_a_draft_model(make_vllm_config):

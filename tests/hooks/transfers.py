@@ -65,7 +65,7 @@ class Connected(Workload):
             kv_role="kv_both",
             kv_connector_extra_config={"cpu_bytes_to_use": 1 << 30, **(extra or {})},
             kv_load_failure_policy=policy,
-            kv_connector_module_path=None if connector == "OffloadingConnector" else __name__,
+            kv_connector_module_path=__name__ if connector == "Losing" else None,
         )
         self.random = random.Random(seed)
         super().__init__(engine, template)
@@ -77,13 +77,14 @@ class Connected(Workload):
         ]
         self.expected: dict[str, np.ndarray] = {}
         self.loaded = 0
-        if connector == "OffloadingConnector":
-            self.worker = OffloadingConnector(
-                config, KVConnectorRole.WORKER, self.scheduler.kv_cache_config
-            )
-            self.worker.connector_worker.worker = Copies(self)
-        else:
-            self.worker = LosingWorker(self)
+        self.worker = self.make_worker(config)
+
+    def make_worker(self, config: Any) -> Any:
+        if self.transfer.kv_connector == "Losing":
+            return LosingWorker(self)
+        worker = OffloadingConnector(config, KVConnectorRole.WORKER, self.kv_cache_config)
+        worker.connector_worker.worker = Copies(self)
+        return worker
 
     def configure(self, engine: Engine, template: Any) -> Any:
         config = super().configure(engine, template)

@@ -176,6 +176,7 @@ def start_engine(
         # Reading vLLM's source for each scheduler would take most of the time of these tests.
         patch.setattr("vllm_tokenselect.hooks.scheduler.SEAMS", ())
         patch.setattr("vllm_tokenselect.hooks.connector_loads.CONNECTOR_SEAMS", ())
+        patch.setattr("vllm_tokenselect.hooks.lmcache_requests.SEAMS", ())
         patch.setattr(graph_sizes, "replayed_limits", lambda _: engine.graph_limits)
         if engine.encoder_limit:
             # What vLLM would find out by loading the processor of a model that sees images.

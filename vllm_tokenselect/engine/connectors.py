@@ -7,6 +7,8 @@ chunks do (`hooks.connector_loads`).
 - `OffloadingConnector`, which `--kv-offloading-size` makes, names blocks by vLLM's block hashes. These
   carry the settings' fingerprint (`hooks.block_hashes`).
 - `ExampleConnector` names files by a prompt's tokens alone. It is given a folder for each fingerprint.
+- `LMCacheMPConnector` names chunks by a prompt's tokens and a salt. It is given one for each fingerprint
+  (`hooks.lmcache_requests`).
 - `MultiConnector` is what its connectors are.
 """
 
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_tokenselect.config import TokenSelectConfig
+from vllm_tokenselect.engine.lmcache import LMCACHE, check_lmcache
 from vllm_tokenselect.method.request_settings import fingerprint
 from vllm_tokenselect.method.settings import SettingsError
 
@@ -50,8 +53,7 @@ _UNTRIED = (
     "it names blocks by vLLM's block hashes, as it should, but no test has shown what it does"
 )
 _REASONS = {
-    "LMCacheConnectorV1": _BY_TOKENS,
-    "LMCacheMPConnector": _BY_TOKENS,
+    "LMCacheConnectorV1": f"{_BY_TOKENS}. {LMCACHE} is LMCache's other connector",
     "FlexKVConnectorV1": "a package of its own names its blocks, and knows no settings",
     "HF3FSKVConnector": _BY_TOKENS,
     "NixlConnector": _BY_REQUEST,
@@ -80,9 +82,7 @@ def check_connectors(vllm_config: VllmConfig, config: TokenSelectConfig, device:
         simple = os.environ.get("VLLM_USE_SIMPLE_KV_OFFLOAD", "0") not in ("", "0")
         own = "SimpleCPUOffloadConnector" if simple else OFFLOADING
         extra = {} if transfer is None else transfer.kv_connector_extra_config
-        _check(
-            vllm_config, config, device, "LMCacheMPConnector" if by_lmcache else own, None, extra
-        )
+        _check(vllm_config, config, device, LMCACHE if by_lmcache else own, None, extra)
     elif transfer is not None and transfer.kv_connector is not None:
         for name, module, extra in _leaves(
             transfer.kv_connector,
@@ -122,16 +122,21 @@ def _check(
             "whose layers keep keys of their own: no test has shown what is loaded of them. Leave one of "
             "them out."
         )
-    if module or name not in (OFFLOADING, EXAMPLE):
+    if module or name not in (OFFLOADING, EXAMPLE, LMCACHE):
         reason = "it is not vLLM's own, so nothing is known of it" if module else None
         reason = reason or _REASONS.get(name, "nothing is known of it")
         raise SettingsError(
             f"TOKENSELECT does not serve the KV connector {name} (--kv-transfer-config, "
-            f"--kv-offloading-size): {reason}. Served are {OFFLOADING}, {EXAMPLE} and {MULTI} with these."
+            f"--kv-offloading-size): {reason}. Served are {LMCACHE}, {OFFLOADING}, {EXAMPLE} and "
+            f"{MULTI} with the last two."
         )
     if name == EXAMPLE:
         _check_example(vllm_config)
         _give_folder(vllm_config, config, extra)
+    elif name == LMCACHE:
+        transfer = vllm_config.kv_transfer_config
+        beside_others = transfer is not None and transfer.kv_connector == MULTI
+        check_lmcache(vllm_config, extra, beside_others)
     elif device == "cpu" and extra.get("spec_name", _GPU_SPECS[0]) in _GPU_SPECS:
         raise SettingsError(
             f"{OFFLOADING} (--kv-offloading-size) cannot be used as it is on a CPU: vLLM copies blocks "
@@ -181,15 +186,25 @@ def _what_files_hold(vllm_config: VllmConfig, config: TokenSelectConfig) -> str:
     """All that the bytes of a file depend on, but for the model and its tokens."""
     block_size = vllm_config.cache_config.block_size
     method = config.method.for_blocks(block_size)
-    dtypes: Mapping[str, object] = {
+    own = fingerprint(method, config.top_k, 1, block_size)
+    return f"{own},{number_formats(vllm_config)}"
+
+
+def number_formats(vllm_config: VllmConfig) -> str:
+    """What the bytes of a block depend on beside the model, its tokens and the settings."""
+    formats: Mapping[str, object] = {
         "dtype": getattr(vllm_config.model_config, "dtype", None),
         "cache_dtype": vllm_config.cache_config.cache_dtype,
         "device": vllm_config.device_config.device_type,
     }
-    own = fingerprint(method, config.top_k, 1, block_size)
-    return own + "," + ",".join(f"{name}={value}" for name, value in dtypes.items())
+    return ",".join(f"{name}={value}" for name, value in formats.items())
 
 
 def carries_tokens_alone(connector: object) -> bool:
     """Whether a connector names what it holds by a prompt's tokens alone."""
     return type(connector).__name__ == EXAMPLE
+
+
+def carries_trackers(connector: object) -> bool:
+    """Whether a connector is LMCache's, which keeps a tracker for each request."""
+    return type(connector).__name__ == LMCACHE

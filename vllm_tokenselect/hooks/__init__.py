@@ -11,7 +11,7 @@ In a process that takes requests, or schedules them:
     request_validation  refuses a request whose own settings cannot be served
     scheduler           keeps query chunks whole, limits the prefix cache, says whom to preempt
     block_hashes        keeps what other settings computed apart in the prefix cache
-    connector_loads     limits what comes from a KV connector
+    connector_loads     limits what comes from a KV connector; `lmcache_requests` what LMCache sees
 
 In a worker:
     layer_backends      counts layers, and refuses a model that would not select; `dense_layers`

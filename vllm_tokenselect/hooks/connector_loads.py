@@ -8,6 +8,7 @@
    (`block_hashes`), and its room would be wasted.
 4. `ExampleConnector`, which names files by the tokens of a whole prompt, sees only requests with the
    server's own settings, whose files are complete.
+5. LMCache is shown no more of a request than may be shared (`lmcache_requests`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from vllm.v1.request import RequestStatus
 
 from vllm_tokenselect.engine import connectors
+from vllm_tokenselect.hooks import lmcache_requests
 from vllm_tokenselect.hooks.scheduler_seams import CONNECTOR_SEAMS
 from vllm_tokenselect.method.request_settings import requested_top_k
 
@@ -52,6 +54,7 @@ class LimitLoads(_Scheduler):
 
     def _limit_connectors(self) -> None:
         self._asked_to_wait = False
+        self._reports_cached_blocks = False
         if self.connector is None:
             return
         for seam in CONNECTOR_SEAMS:
@@ -63,6 +66,11 @@ class LimitLoads(_Scheduler):
             elif connectors.carries_tokens_alone(connector):
                 find = self._ask_example(connector, find)
             else:
+                if connectors.carries_trackers(connector):
+                    self._reports_cached_blocks = True
+                    lmcache_requests.limit_requests(
+                        self, connector, self._load_end, self._alignment
+                    )
                 find = self._ask_any(find)
             connector.get_num_new_matched_tokens = self._noting_waits(find)
 
@@ -193,6 +201,8 @@ class LimitLoads(_Scheduler):
         evict_blocks: bool = True,
     ) -> tuple[set[str], int, set[int]]:
         requests = list(requests)
+        if self._reports_cached_blocks:
+            invalid_block_ids = lmcache_requests.lost_blocks(self, invalid_block_ids)
         lost = {
             request.request_id: self._first_lost_token(
                 request, invalid_block_ids, num_scheduled_tokens.get(request.request_id, 0)

@@ -1,5 +1,7 @@
 """What a hook expects of vLLM's function, checked against vLLM's source; and how it wraps the function.
 
+The functions of a package that vLLM calls, as LMCache's, are checked in the same way.
+
 The check reads source text only. The same expectation is thus checked at server start against the
 installed vLLM, and ahead of time against a release that was downloaded but not installed.
 """
@@ -19,6 +21,12 @@ from typing import Any, Literal
 
 # A vLLM built with our diffs in patches/ calls the hook itself.
 PATCH_MARK = "vllm_tokenselect"
+
+# By package: its name, and what to install where it is not what a hook expects.
+_SUPPORTED = {
+    "vllm": ("vLLM", "a supported vLLM release (0.32 or 0.33)"),
+    "lmcache": ("LMCache", "lmcache==0.5.6"),
+}
 
 Status = Literal["holds", "patched", "broken"]
 # Called in the place of a function of vLLM: with that function, and then the arguments of the call.
@@ -45,7 +53,7 @@ class Seam:
 
     Attributes:
         name: the hook's name, as the file in `hooks/` that owns it.
-        module: dotted module of vLLM.
+        module: dotted module of vLLM, or of LMCache.
         qualname: `function` or `Class.method` in it.
         parameters: names of its first parameters, in order.
         why: what the hook is for.
@@ -67,6 +75,10 @@ class Seam:
     @property
     def target(self) -> str:
         return f"{self.module}:{self.qualname}"
+
+    @property
+    def _package(self) -> str:
+        return self.module.partition(".")[0]
 
     def check_source(self, source: str) -> Finding:
         """Check the source text of the module."""
@@ -99,10 +111,10 @@ class Seam:
         return self.check_source(path.read_text(encoding="utf-8"))
 
     def check_installed(self) -> Finding:
-        """Check against the vLLM that this Python would import, without importing the module."""
-        spec = importlib.util.find_spec("vllm")
+        """Check against the release that this Python would import, without importing the module."""
+        spec = importlib.util.find_spec(self._package)
         if spec is None or not spec.submodule_search_locations:
-            return self._finding("broken", "vLLM is not installed")
+            return self._finding("broken", f"{self._package} is not installed")
         return self.check_tree(Path(spec.submodule_search_locations[0]).parent)
 
     def require(self) -> Status:
@@ -114,10 +126,11 @@ class Seam:
         finding = self.check_installed()
         if finding.status == "holds" or finding.status == "patched":
             return finding.status
+        name, supported = _SUPPORTED[self._package]
         raise SeamBroken(
-            f"vllm-tokenselect cannot hook into this vLLM: {self.target}: {finding.detail}. "
-            "Install a supported vLLM release (0.32 or 0.33) or a newer vllm-tokenselect; "
-            "`tokenselect doctor` lists every hook."
+            f"vllm-tokenselect cannot hook into this {name}: {self.target}: {finding.detail}. "
+            f"Install {supported} or a newer vllm-tokenselect; `tokenselect doctor` lists every hook of "
+            "vLLM."
         )
 
     def wrap(self, around: Around, owner: type | None = None) -> None:

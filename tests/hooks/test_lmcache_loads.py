@@ -1,0 +1,145 @@
+"""With LMCache, too, a request reads what it would have computed itself, whatever comes when.
+
+LMCache's own connector decides what is looked up, loaded and stored. Its server and worker are stand-ins.
+Runs where LMCache is installed: `make lmcache-check`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("vllm")
+pytest.importorskip("lmcache", reason="LMCache is not installed (make lmcache-check)")
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lmcache.integration.vllm import lmcache_mp_connector
+
+from tests.hooks.test_connectors import ARRIVALS, RANDOM, engines, serve
+from tests.hooks.transfers import Connected, LosingWorker
+from vllm_tokenselect.config import TokenSelectConfig
+
+pytestmark = pytest.mark.endurance
+
+
+class Server:
+    """What LMCache's server holds of one engine, by name; and what its scheduler asks of it."""
+
+    def __init__(self, chunk: int) -> None:
+        self.lmcache_tokens_per_chunk = chunk
+        self.held: dict[tuple[str, tuple[int, ...]], np.ndarray] = {}
+        self.found: dict[str, int] = {}
+
+    def maybe_submit_lookup_request(
+        self, request_id: str, token_ids: list[int], cache_salt: str, **_: Any
+    ) -> None:
+        size = self.lmcache_tokens_per_chunk
+        ends = range(size, len(token_ids) + 1, size)
+        missing = (end for end in ends if (cache_salt, tuple(token_ids[:end])) not in self.held)
+        self.found[request_id] = next(missing, len(token_ids) // size * size + size) - size
+
+    def check_lookup_result(self, request_id: str) -> int | None:
+        return self.found[request_id]
+
+    def ignore(self, *_: Any, **__: Any) -> None: ...
+
+    cleanup_lookup_result = free_lookup_locks = end_session = report_block_allocations = ignore
+
+
+class Worker(LosingWorker):
+    """Copies chunks from and to the engine's cache; loads end some steps late, and may fail."""
+
+    def start_load_kv(self, context: Any) -> None:
+        for job in self.meta.requests:
+            if job.direction == "RETRIEVE":
+                ready = self.step + self.engine.random.choice((0, 1, 4))
+                self.under_way.append((job.request_id, job, 0, ready))
+
+    def chunks(self, job: Any) -> list[tuple[tuple[str, tuple[int, ...]], list[int]]]:
+        """Name and blocks of each chunk of a load or a store."""
+        (blocks,) = job.op.block_ids
+        block_size = self.engine.engine.block_size
+        size = self.engine.server.lmcache_tokens_per_chunk
+        each = size // block_size
+        return [
+            (
+                (job.cache_salt, tuple(job.op.token_ids[:end])),
+                blocks[(end - size - job.op.start) // block_size :][:each],
+            )
+            for end in range(job.op.start + size, job.op.end + 1, size)
+        ]
+
+    def load(self, id_: str, job: Any, _: int) -> None:
+        (cache,) = self.engine.caches
+        skipped = job.op.skip_first_n_tokens // cache.shape[1]
+        fails = self.loses and self.engine.random.random() < 0.3
+        for name, blocks in self.chunks(job):
+            rest = slice(skipped, None)
+            cache[blocks[rest]] = -1 if fails else self.engine.server.held[name][rest]
+            skipped = max(skipped - len(blocks), 0)
+        self.engine.loaded += job.op.end - job.op.start
+        if fails:
+            self.lost |= set(job.op.flat_block_ids)  # also those that it skips, as LMCache does
+
+    def wait_for_save(self) -> None:
+        for job in self.meta.requests:
+            if job.direction == "STORE":
+                for name, blocks in self.chunks(job):
+                    self.engine.server.held[name] = self.engine.caches[0][blocks].copy()
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> Worker:
+        super().get_transfer_results(finished_req_ids)
+        self.finished_sending = set(finished_req_ids)
+        return self
+
+
+class KeptByLMCache(Connected):
+    server: Server
+
+    def make_worker(self, config: Any) -> Worker:
+        return Worker(self)
+
+    def configure(self, engine: Any, template: Any) -> Any:
+        config = super().configure(engine, template)
+        config.cache_config.mamba_cache_mode = "none"
+        self.server = Server(self.chunk)
+        self.patch.setattr(
+            lmcache_mp_connector, "LMCacheMPSchedulerAdapter", lambda **_: self.server
+        )
+        return config
+
+    def __init__(self, *args: Any, chunk: int, patch: pytest.MonkeyPatch, **options: Any) -> None:
+        self.chunk, self.patch = chunk, patch
+        super().__init__(*args, connector="LMCacheMPConnector", **options)
+
+
+@settings(RANDOM, max_examples=600)
+@given(
+    engine=engines(("full",)),
+    arrivals=ARRIVALS,
+    times=st.sampled_from([1, 1, 2, 3]),
+    seed=st.integers(0, 999),
+    loses=st.booleans(),
+)
+def test_what_lmcache_loads_is_what_the_request_would_have_computed(
+    make_vllm_config, engine, arrivals, times, seed, loses
+):
+    method = TokenSelectConfig(query_chunk=engine.query_chunk).method.for_blocks(engine.block_size)
+    chunk = times * math.lcm(method.query_chunk, engine.block_size)
+    with pytest.MonkeyPatch.context() as patch:
+        running = serve(
+            make_vllm_config,
+            engine,
+            arrivals,
+            kind=KeptByLMCache,
+            chunk=chunk,
+            patch=patch,
+            extra={"loses": loses},
+            seed=seed,
+        )
+    if running is not None:
+        assert not [end for end in running.ends.values() if end.finish_reason.name == "ERROR"]
