@@ -21,6 +21,7 @@ from lmcache.integration.vllm import lmcache_mp_connector
 
 from tests.hooks.test_connectors import ARRIVALS, RANDOM, engines, serve
 from tests.hooks.transfers import Connected, LosingWorker
+from tests.hooks.workload import Arrival, Engine, start_engine
 from vllm_tokenselect.config import TokenSelectConfig
 
 pytestmark = pytest.mark.endurance
@@ -76,7 +77,7 @@ class Worker(LosingWorker):
     def load(self, id_: str, job: Any, _: int) -> None:
         (cache,) = self.engine.caches
         skipped = job.op.skip_first_n_tokens // cache.shape[1]
-        fails = self.loses and self.engine.random.random() < 0.3
+        fails = self.fails()
         for name, blocks in self.chunks(job):
             rest = slice(skipped, None)
             cache[blocks[rest]] = -1 if fails else self.engine.server.held[name][rest]
@@ -84,6 +85,9 @@ class Worker(LosingWorker):
         self.engine.loaded += job.op.end - job.op.start
         if fails:
             self.lost |= set(job.op.flat_block_ids)  # also those that it skips, as LMCache does
+
+    def fails(self) -> bool:
+        return self.loses and self.engine.random.random() < 0.3
 
     def wait_for_save(self) -> None:
         for job in self.meta.requests:
@@ -143,3 +147,22 @@ def test_what_lmcache_loads_is_what_the_request_would_have_computed(
         )
     if running is not None:
         assert not [end for end in running.ends.values() if end.finish_reason.name == "ERROR"]
+
+
+def test_what_is_stored_after_a_load_that_failed_was_computed(make_vllm_config):
+    """The prefix cache has 32 tokens of a prompt, LMCache 160, and the load of the others fails."""
+    engine = Engine(32, 0, 16, budget=64, max_num_seqs=1, prefix_caching=True, max_model_len=660)
+    longer = ((101, 160), (2, 300))
+    with pytest.MonkeyPatch.context() as patch:
+        running = start_engine(
+            engine,
+            make_vllm_config(),
+            KeptByLMCache,
+            chunk=32,
+            patch=patch,
+            extra={"loses": True},
+        )
+        running.worker.fails = iter([True, False]).__next__
+        for text in (((101, 160), (3, 40)), ((4, 640),), longer, ((5, 640),), longer):
+            running.run([Arrival(0, text, 1)], 200)
+    assert running.loaded == (160 - 32) + (448 - 96)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -41,9 +42,6 @@ class Connector:
                 cache_salt=request.cache_salt or "",
             ),
         )
-
-    def build_connector_meta(self, output: object) -> list[int]:
-        return [len(tracker.all_token_ids) for tracker in self.request_trackers.values()]
 
 
 class Engine:
@@ -119,14 +117,6 @@ def test_a_salt_tells_apart_all_that_blocks_depend_on_beside_tokens(engine):
     assert not {*"@/\\\0"} & {*"".join(salts)}, "LMCache allows none of these"
 
 
-def test_nothing_is_stored_of_a_request_whose_load_failed(engine):
-    serving = engine()
-    serving.track(250), serving.track(250)
-    assert serving.connector.build_connector_meta(None) == [192, 192]
-    serving.requests["request 1"]._tokenselect_load_failed = True
-    assert serving.connector.build_connector_meta(None) == [192, 0]
-
-
 def test_blocks_that_were_in_the_prefix_cache_are_not_lost():
     blocks = [SimpleNamespace(block_hash=name) for name in (None, b"cached", None, b"cached")]
     pool = SimpleNamespace(blocks=blocks)
@@ -151,5 +141,6 @@ def test_another_lmcache_is_refused_by_name(monkeypatch, tmp_path):
     for folder in (integration, *integration.parents[:2]):
         (folder / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "lmcache", raising=False)
     with pytest.raises(SeamBroken, match=r"this LMCache: .*Install lmcache==0\.5\.6"):
         lmcache_requests.SEAMS[0].require()

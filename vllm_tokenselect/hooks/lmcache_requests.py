@@ -8,10 +8,12 @@ It keeps a tracker for each request: its tokens, its salt, and how many tokens w
 2. The tokens end at the request's limit. So nothing past it is looked up, loaded or stored.
 3. LMCache's chunks hold whole query chunks. Otherwise two prompts that part within a query chunk would
    share a name for different blocks.
-4. After a load that failed nothing more is stored of the request: LMCache goes on counting what it did not
-   load as computed, and would store it.
-5. Of a load that failed LMCache reports all blocks of its chunks, also those at their start that were in
+4. Of a load that failed LMCache reports all blocks of its chunks, also those at their start that were in
    the prefix cache and that it left alone. Other requests may be reading these, so they are not lost.
+
+After a load that failed LMCache goes on counting as computed what it did not load. It stores nothing too
+early all the same, since it stores no more than has blocks, and a request gets blocks for no more than the
+tokens of the step, unless a draft model asks for more.
 """
 
 from __future__ import annotations
@@ -26,7 +28,6 @@ from vllm_tokenselect.hooks.seam import Seam
 from vllm_tokenselect.method.settings import SettingsError
 
 if TYPE_CHECKING:
-    from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.request import Request
 
@@ -79,7 +80,7 @@ SEAMS = (
         qualname="LMCacheMPRequestMetadata.GetStoreMetadata",
         parameters=("tracker", "lmcache_tokens_per_chunk"),
         contains=(
-            "min_available_tokens = min(len(tracker.all_token_ids),",
+            "min_available_tokens = min(len(tracker.all_token_ids), allocated_tokens, computed_tokens,",
             "num_chunks = num_staging_tokens // lmcache_tokens_per_chunk",
             "token_ids = tracker.get_token_ids()",
             "cache_salt=tracker.cache_salt",
@@ -142,25 +143,19 @@ def limit_requests(
         seam.require()
     _check(connector, alignment, len(scheduler.kv_cache_config.kv_cache_groups))
     make_tracker = connector._get_or_create_request_tracker
-    build_meta = connector.build_connector_meta
     formats = number_formats(scheduler.vllm_config)
 
     def make_limited_tracker(request: Request) -> Any:
         known = connector.request_trackers.get(request.request_id)
         tracker = make_tracker(request)
         if tracker is not known:
-            _limit(tracker, load_end(request))
-            tracker.cache_salt = _salt(request, load_end(request), formats)
+            end = load_end(request)
+            tracker.all_token_ids = tracker.all_token_ids[:end]
+            tracker.mm_adjusted_prompt_ids = tracker.mm_adjusted_prompt_ids[:end]
+            tracker.cache_salt = _salt(request, end, formats)
         return tracker
 
-    def build_meta_after_failures(output: SchedulerOutput) -> Any:
-        for request_id, tracker in connector.request_trackers.items():
-            if hasattr(scheduler.requests.get(request_id), "_tokenselect_load_failed"):
-                _limit(tracker, 0)
-        return build_meta(output)
-
     connector._get_or_create_request_tracker = make_limited_tracker
-    connector.build_connector_meta = build_meta_after_failures
 
 
 def lost_blocks(scheduler: Scheduler, reported: set[int]) -> set[int]:
@@ -183,11 +178,6 @@ def _check(connector: Any, alignment: int, num_groups: int) -> None:
             f"depend on tokens behind them, and other prompts would find them. Start LMCache's server with "
             f"--chunk-size {alignment}, or a multiple of it."
         )
-
-
-def _limit(tracker: Any, end: int) -> None:
-    tracker.all_token_ids = tracker.all_token_ids[:end]
-    tracker.mm_adjusted_prompt_ids = tracker.mm_adjusted_prompt_ids[:end]
 
 
 def _salt(request: Request, end: int, formats: str) -> str:
