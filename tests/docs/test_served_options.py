@@ -30,6 +30,7 @@ FLAGS = "tests/server/test_flags.py"
 COMBINED = f"{FLAGS}::test_combined_options_change_nothing_that_is_said"
 REFUSED = f"{FLAGS}::test_what_is_not_served_on_a_cpu_stops_the_server_by_name"
 ORACLE = "tests/server/test_sparse_equals_oracle.py"
+DRAFTS = "tests/server/test_drafts.py"
 OFFLOAD = "tests/server/test_offloading.py"
 RANKS = "tests/server/test_tensor_parallel.py"
 ENGINE = "tests/gpu/test_engine.py"
@@ -50,10 +51,11 @@ TABLE = {
     "--speculative-config": Served(
         (
             COMBINED,
-            "tests/server/test_drafts.py::"
-            "test_a_draft_model_changes_nothing_that_is_said_beside_others_preempted_and_with_hits",
+            f"{DRAFTS}::test_a_draft_model_changes_nothing_that_is_said_beside_others_preempted_and_with_hits",
+            f"{DRAFTS}::test_layers_that_draft_change_nothing_that_is_said_beside_others_preempted_and_with_hits",
+            "tests/models/test_drafted_hybrids.py::test_drafts_are_accepted_and_change_nothing_but_ties",
         ),
-        untried=("engines try them, with random heads", "mtp are tried in engines only"),
+        untried=("it needs a package that is compiled first", "the tests leave out suffix"),
         elsewhere=(
             f"{ENGINE}::test_an_eagle_head_changes_nothing_that_is_said",
             f"{ENGINE}::test_layers_that_predict_several_tokens_change_nothing_that_is_said",

@@ -76,6 +76,24 @@ def test_a_kind_of_draft_that_is_not_served_is_refused_by_name(changed, named):
         drafts.check_drafts(SimpleNamespace(**kind | changed))
 
 
+def test_drafts_for_a_hybrid_model_on_a_cpu_are_refused_where_vllm_cannot_copy_its_states(
+    monkeypatch,
+):
+    monkeypatch.setattr("vllm.triton_utils.HAS_TRITON", False)
+    hybrid = SimpleNamespace(is_hybrid=True)
+    config = SimpleNamespace(model_config=hybrid, speculative_config=SimpleNamespace())
+    config.cache_config = SimpleNamespace(mamba_cache_mode="align")
+    with pytest.raises(SettingsError, match="Add --no-enable-prefix-caching, or leave out"):
+        drafts.check_states(config, "cpu")
+    drafts.check_states(config, "cuda")
+    config.cache_config.mamba_cache_mode = "none"
+    drafts.check_states(config, "cpu")
+    config.cache_config.mamba_cache_mode, hybrid.is_hybrid = "align", False
+    drafts.check_states(config, "cpu")
+    hybrid.is_hybrid, config.speculative_config = True, None
+    drafts.check_states(config, "cpu")
+
+
 def of_runner_v1(config: Any) -> tuple[Any, Any]:
     """What Model Runner V1 makes an EAGLE head with: no backend, and the model of the head apart."""
     own = replace(config.attention_config, backend=config.speculative_config.attention_backend)

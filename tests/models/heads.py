@@ -1,8 +1,13 @@
-"""Random layers that draft for a small model, one each, as EAGLE, EAGLE-3 and MiMo have them."""
+"""Random layers that draft for a small model, one each, as EAGLE, EAGLE-3, MiMo and Qwen3-Next have them.
+
+What a random model says follows mostly from the last token alone if its embeddings are large
+(`echo_tokens`). A layer that reads little but that token's embedding proposes the same, now and then.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -10,13 +15,26 @@ from safetensors.torch import load_file, save_file
 
 from tests.models.zoo import save
 
+WEIGHTS = "model.safetensors"
+LITTLE = 0.1
+TIMES_LARGER = 600  # so large that what was read before a token still decides what follows some
+ADDING = re.compile("o_proj|down_proj")  # what a layer adds to its input comes out of these
+
+
+def echo_tokens(model: Path) -> Path:
+    """Multiply the embeddings of a model whose last matrix is another one; returns its folder."""
+    weights = load_file(model / WEIGHTS)
+    weights["model.embed_tokens.weight"] *= TIMES_LARGER
+    save_file(weights, model / WEIGHTS, {"format": "pt"})
+    return model
+
 
 def save_eagle(target: Path, folder: Path) -> Path:
     """Write an EAGLE head that reads the target's last hidden states and embeddings; returns its folder."""
     config = json.loads((target / "config.json").read_text())
     width = config["hidden_size"]
-    weights = {"fc.weight": (width, 2 * width)}
-    weights |= {f"layers.0.{name}": shape for name, shape in _layer(config, width).items()}
+    weights = _random({f"layers.0.{name}": shape for name, shape in _layer(config, width).items()})
+    weights["fc.weight"] = _read_embedding(width, first=True)
     return _save(folder, {**config, "num_hidden_layers": 1}, weights)
 
 
@@ -24,10 +42,13 @@ def save_eagle3(target: Path, folder: Path) -> Path:
     """Write an EAGLE-3 head that reads the hidden states before layers 1, 2 and 3; returns its folder."""
     config = json.loads((target / "config.json").read_text())
     width = config["hidden_size"]
-    weights = {"fc.weight": (width, 3 * width), "norm.weight": (width,)}
-    weights |= {f"midlayer.{name}": shape for name, shape in _layer(config, 2 * width).items()}
-    weights |= {f"midlayer.{name}.weight": (width,) for name in ("input_layernorm", "hidden_norm")}
-    weights["lm_head.weight"] = (config["vocab_size"], width)
+    shapes = {f"midlayer.{name}": shape for name, shape in _layer(config, 2 * width).items()}
+    shapes |= {f"midlayer.{name}.weight": (width,) for name in ("input_layernorm", "hidden_norm")}
+    weights = _random({"fc.weight": (width, 3 * width), "norm.weight": (width,), **shapes})
+    weights["fc.weight"] *= LITTLE**4  # it is scaled up again where attention reads it
+    for name, weight in _attend_to_itself(config).items():
+        weights[f"midlayer.self_attn.{name}.weight"] = weight
+    weights["lm_head.weight"] = load_file(target / WEIGHTS)["lm_head.weight"]
     changed = {"num_hidden_layers": 1, "architectures": ["LlamaForCausalLMEagle3"]}
     changed["eagle_aux_hidden_state_layer_ids"] = [1, 2, 3]
     return _save(folder, {**config, **changed}, weights)
@@ -39,16 +60,61 @@ def save_mimo(folder: Path, options: dict) -> Path:
     config = json.loads((folder / "config.json").read_text())
     width = config["hidden_size"]
     names = ("token_layernorm", "hidden_layernorm", "final_layernorm", "input_layernorm")
-    layer = {f"{name}.weight": (width,) for name in names}
-    layer |= {"input_proj.weight": (width, 2 * width), **_layer(config, width)}
+    layer = {f"{name}.weight": (width,) for name in names} | _layer(config, width)
     for name in ("q_proj", "k_proj", "v_proj"):
         layer[f"self_attn.{name}.bias"] = layer[f"self_attn.{name}.weight"][:1]
-    shapes = {f"model.mtp_layers.0.{name}": shape for name, shape in layer.items()}
-    weights = load_file(folder / "model.safetensors") | _random(shapes)
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    drafting = _random(layer)
+    drafting["input_proj.weight"] = _read_embedding(width, first=False)
+    weights = load_file(folder / WEIGHTS)
+    weights |= {f"model.mtp_layers.0.{name}": weight for name, weight in drafting.items()}
+    save_file(weights, folder / WEIGHTS, {"format": "pt"})
     changed = {"architectures": ["MiMoForCausalLM"]}
     (folder / "config.json").write_text(json.dumps({**config, **changed}))
     return folder
+
+
+def save_qwen3_next(folder: Path, options: dict) -> Path:
+    """Write a random Qwen3-Next with a layer that predicts one token more; returns its folder."""
+    save(folder, "Qwen3Next", {**options, "num_nextn_predict_layers": 1})
+    config = json.loads((folder / "config.json").read_text())
+    width, last = config["hidden_size"], f"model.layers.{config['num_hidden_layers'] - 1}."
+    weights = load_file(folder / WEIGHTS)
+    names = ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")
+    drafting = {f"mtp.{name}.weight": torch.zeros(width) for name in names}  # and one, each
+    drafting["mtp.fc.weight"] = _read_embedding(width, first=True)
+    for name in [name for name in weights if name.startswith(last)]:
+        scale = LITTLE**2 if ADDING.search(name) else 1  # the model's own weights are large
+        drafting[name.replace(last, "mtp.layers.0.")] = weights[name] * scale
+    save_file(weights | drafting, folder / WEIGHTS, {"format": "pt"})
+    return folder
+
+
+def _read_embedding(width: int, *, first: bool) -> torch.Tensor:
+    """A projection of embedding and hidden state, in either order, that hardly sees the hidden state."""
+    hidden = _random({"hidden": (width, width)})["hidden"] * LITTLE
+    halves = (torch.eye(width), hidden)
+    return torch.cat(halves if first else halves[::-1], dim=1)
+
+
+def _attend_to_itself(config: dict) -> dict[str, torch.Tensor]:
+    """Projections of embedding and hidden state, with which a token reads much of its own embedding."""
+    width, heads = config["hidden_size"], config["num_attention_heads"]
+    kv_heads, size = config["num_key_value_heads"], config.get("head_dim") or width // heads
+    shapes = {"keys": (kv_heads * size, width), "values": (width, kv_heads * size)}
+    random = _random({**shapes, "hidden": (kv_heads * size, width)})
+    values, _ = torch.linalg.qr(random["values"])  # [width, kv_heads * size]
+    group = heads // kv_heads
+
+    def for_queries(rows: torch.Tensor) -> torch.Tensor:
+        return rows.unflatten(0, (kv_heads, size)).repeat_interleave(group, 0).flatten(0, 1)
+
+    keys = torch.cat([random["keys"] * 2, random["hidden"] * LITTLE], dim=1)
+    return {
+        "q_proj": for_queries(keys),
+        "k_proj": keys,
+        "v_proj": torch.cat([values.T, random["hidden"] * LITTLE], dim=1),
+        "o_proj": for_queries(values.T).T.contiguous() / group,
+    }
 
 
 def _layer(config: dict, read: int) -> dict[str, tuple[int, ...]]:
@@ -68,18 +134,21 @@ def _layer(config: dict, read: int) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _save(folder: Path, config: dict, shapes: dict[str, tuple[int, ...]]) -> Path:
+def _save(folder: Path, config: dict, weights: dict[str, torch.Tensor]) -> Path:
     folder.mkdir(parents=True)
-    save_file(_random(shapes), folder / "model.safetensors", {"format": "pt"})
+    save_file(weights, folder / WEIGHTS, {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
 def _random(shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """Random weights of a layer that adds little to what it reads, and of norms that change nothing."""
     generator = torch.Generator().manual_seed(0)
-    return {
-        name: torch.ones(shape)
-        if len(shape) == 1
-        else torch.randn(shape, generator=generator) / shape[-1] ** 0.5
-        for name, shape in shapes.items()
-    }
+    weights = {}
+    for name, shape in shapes.items():
+        if len(shape) == 1:
+            weights[name] = torch.ones(shape)
+            continue
+        scale = LITTLE if ADDING.search(name) else 1
+        weights[name] = torch.randn(shape, generator=generator) * scale / shape[-1] ** 0.5
+    return weights

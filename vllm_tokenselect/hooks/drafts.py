@@ -50,6 +50,28 @@ def check_drafts(config: SpeculativeConfig) -> None:
         _refuse("several modules that each predict a token further (MTP of several modules)")
 
 
+def check_states(vllm_config: VllmConfig, device: str) -> None:
+    """Check that vLLM can keep the states of a hybrid model while drafts are proposed.
+
+    Where prefixes are cached, vLLM copies states with a kernel of Triton, and fails at the first request
+    where Triton has no kernels for the device, as on CPUs with PyPI's.
+
+    Raises:
+        SettingsError: naming the options.
+    """
+    from vllm.triton_utils import HAS_TRITON
+
+    model = vllm_config.model_config
+    if vllm_config.speculative_config is None or model is None or device != "cpu" or HAS_TRITON:
+        return
+    if model.is_hybrid and vllm_config.cache_config.mamba_cache_mode == "align":
+        raise SettingsError(
+            "--speculative-config cannot be used for a hybrid model on a CPU with prefix caching: without "
+            "Triton vLLM itself fails at the first request, when it copies states. Add "
+            "--no-enable-prefix-caching, or leave out --speculative-config."
+        )
+
+
 def _refuse(what: str) -> NoReturn:
     raise SettingsError(
         f"TOKENSELECT does not support {what} for drafts (--speculative-config). Leave it out, or leave "

@@ -22,7 +22,7 @@ from vllm_tokenselect.engine.kv_cache import check_kv_cache_dtype
 from vllm_tokenselect.engine.log import get_logger
 from vllm_tokenselect.engine.step_size import check_steps
 from vllm_tokenselect.hooks import metrics, model_length, request_validation
-from vllm_tokenselect.hooks.drafts import SCHEDULERS, check_drafts, is_of_draft
+from vllm_tokenselect.hooks.drafts import SCHEDULERS, check_drafts, check_states, is_of_draft
 from vllm_tokenselect.hooks.registration import is_selected
 from vllm_tokenselect.hooks.seam import Seam, wrap_function
 from vllm_tokenselect.method.settings import SettingsError
@@ -89,6 +89,7 @@ def configure(vllm_config: VllmConfig, device: str) -> None:
     refuse_features(vllm_config, device)
     if vllm_config.speculative_config is not None:
         check_drafts(vllm_config.speculative_config)
+        check_states(vllm_config, device)
     asked = config.model_fields_set
     if config.profile is not None and vllm_config.model_config is not None:
         config = _by_profile(vllm_config)
