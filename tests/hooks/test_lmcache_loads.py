@@ -6,6 +6,7 @@ Runs where LMCache is installed: `make lmcache-check`.
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -149,20 +150,43 @@ def test_what_lmcache_loads_is_what_the_request_would_have_computed(
         assert not [end for end in running.ends.values() if end.finish_reason.name == "ERROR"]
 
 
-def test_what_is_stored_after_a_load_that_failed_was_computed(make_vllm_config):
-    """The prefix cache has 32 tokens of a prompt, LMCache 160, and the load of the others fails."""
-    engine = Engine(32, 0, 16, budget=64, max_num_seqs=1, prefix_caching=True, max_model_len=660)
-    longer = ((101, 160), (2, 300))
+@pytest.fixture
+def start(make_vllm_config):
+    """Start an engine of which the first load fails, and none after it."""
     with pytest.MonkeyPatch.context() as patch:
-        running = start_engine(
-            engine,
-            make_vllm_config(),
-            KeptByLMCache,
-            chunk=32,
-            patch=patch,
-            extra={"loses": True},
-        )
-        running.worker.fails = iter([True, False]).__next__
-        for text in (((101, 160), (3, 40)), ((4, 640),), longer, ((5, 640),), longer):
-            running.run([Arrival(0, text, 1)], 200)
+
+        def make(chunk: int, **options: Any) -> Any:
+            engine = Engine(32, 0, 16, budget=68, prefix_caching=True, max_model_len=660, **options)
+            running = start_engine(
+                engine,
+                make_vllm_config(),
+                KeptByLMCache,
+                chunk=chunk,
+                patch=patch,
+                extra={"loses": True},
+            )
+            running.worker.fails = itertools.chain([True], itertools.repeat(False)).__next__
+            return running
+
+        yield make
+
+
+def test_what_is_stored_after_a_load_that_failed_was_computed(start):
+    """The prefix cache has 32 tokens of a prompt, LMCache 160, and the load of the others fails."""
+    running, longer = start(32, max_num_seqs=1), ((101, 160), (2, 300))
+    for text in (((101, 160), (3, 40)), ((4, 640),), longer, ((5, 640),), longer):
+        running.run([Arrival(0, text, 1)], 200)
     assert running.loaded == (160 - 32) + (448 - 96)
+
+
+def test_a_load_that_fails_takes_no_blocks_from_requests_that_run(start):
+    """The load begins with a whole chunk of LMCache's, half of which another request is reading."""
+    running = start(64, max_num_seqs=2, asynchronous=True)
+    running.run([Arrival(0, ((101, 160), (3, 40)), 1)], 200)
+    running.run([Arrival(0, ((4, 640),), 1)], 200)
+    reads, loads = Arrival(0, ((101, 96), (5, 60)), 60), Arrival(6, ((101, 160), (2, 60)), 1)
+    running.run([reads, loads], 200)
+    assert running.loaded == 128 - 64
+    assert len(running.ends) == 4
+    starts = [start for request, start, *_ in running.steps if request.request_id == "2"]
+    assert starts == sorted(starts), "nothing was computed again"
