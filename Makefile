@@ -13,7 +13,7 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup constraints newest demo test lint types pytest emulate docs settings check-vllm bench gpu-check endurance image-check alarms-check lmcache-check models release-check scaling alarms clean
+.PHONY: help setup constraints newest demo test lint types pytest emulate docs settings check-vllm bench gpu-check endurance image-check alarms-check lmcache-check nixl-check models release-check scaling alarms clean
 
 help:
 	@echo "make demo                        a real model answers about a document, with and without TOKENSELECT"
@@ -32,6 +32,7 @@ help:
 	@echo "make release-check               build sdist, wheel and SBOMs into dist/, and check them"
 	@echo "make alarms-check                let a real Prometheus watch servers until each alarm has fired"
 	@echo "make lmcache-check               keep prompts in a real LMCache, and load them from it"
+	@echo "make nixl-check                  let one server read what another one computed, through NIXL"
 	@echo "make models                      ask small models of every family, and write docs/models.md"
 	@echo "make bench ARGS='--help'         speed against vLLM's own attention"
 	@echo "make scaling                     write the tables of deploy/SCALING.md anew"
@@ -125,6 +126,11 @@ lmcache-check: setup
 	        aiofile==3.12.3 caio==0.12.10 aiofiles==25.1.0
 	@PYTHONPATH=$(CURDIR)/build/lmcache-$(LMCACHE) $(BIN)/python -m pytest -q -m endurance tests/hooks/test_lmcache_loads.py \
 	    tests/server/test_lmcache.py $(ARGS)
+
+# NIXL, which the test downloads into build/, is no dependency: its wheels want no GPU, and are large. A part of
+# `make endurance`.
+nixl-check: setup
+	@$(BIN)/python -m pytest -q -m endurance tests/server/test_nixl.py $(ARGS)
 
 # Goes on where it was stopped with ARGS='--keep FOLDER'.
 models: setup

@@ -1,6 +1,7 @@
 """A request whose own settings cannot be served is refused when it arrives."""
 
 import asyncio
+import re
 import sys
 from types import SimpleNamespace
 
@@ -140,10 +141,18 @@ class Body:
 def ask(vllm, make_processor):
     """What an endpoint does before it begins a response, with a request as it was sent."""
 
-    def ask(body: dict, raw: bool = True, kind=CompletionRequest, backend="TOKENSELECT") -> str:
+    def ask(
+        body: dict,
+        raw: bool = True,
+        kind=CompletionRequest,
+        backend="TOKENSELECT",
+        transfer: KVTransferConfig | None = None,
+    ) -> str:
         request = kind(model="m", prompt="p", **body)
+        processor = make_processor(backend=backend)
+        processor.vllm_config.kv_transfer_config = transfer
         endpoint = SimpleNamespace(
-            input_processor=make_processor(backend=backend),
+            input_processor=processor,
             request_logger=None,
             has_kv_connector=False,
             _is_model_supported=lambda name: True,
@@ -189,6 +198,45 @@ def test_true_is_no_number_though_vllm_reads_it_as_one(ask):
     with pytest.raises(VLLMValidationError, match=f"tokenselect_top_k=True .*{ALLOWED}"):
         ask(body)
     assert ask({"vllm_xargs": {"tokenselect_top_k": 1, "flag": True}}) == "answered"
+
+
+OFFERED = {"do_remote_prefill": True, "remote_block_ids": [[1, 2]]}
+
+
+def offer(settings: str) -> dict:
+    return OFFERED | {"tokenselect": {"settings": settings, "prompt": "..."}}
+
+
+@pytest.mark.parametrize("name", ["NixlConnector", "MultiConnector"])
+def test_what_a_server_of_other_settings_computed_is_refused_with_both(ask, name):
+    children = {"connectors": [{"kv_connector": "NixlConnector", "kv_role": "kv_both"}]}
+    extra = children if name == "MultiConnector" else {}
+    transfer = KVTransferConfig(
+        kv_connector=name, kv_role="kv_consumer", kv_connector_extra_config=extra
+    )
+    with pytest.raises(VLLMValidationError, match="computed it with v1:top_k=1; this") as refused:
+        ask({"kv_transfer_params": offer("v1:top_k=1")}, transfer=transfer)
+    assert refused.value.parameter == "kv_transfer_params"
+    own = re.search("this request has (.*)[.] Give both", str(refused.value)).group(1)
+    assert "top_k=2048," in own
+    assert "tail_queries=" in own
+    assert ask({"kv_transfer_params": offer(own)}, transfer=transfer) == "answered"
+    # The settings are the request's own.
+    few = {"tokenselect_top_k": 64}
+    with pytest.raises(VLLMValidationError, match=r"this request has v1:top_k=64,"):
+        ask({"kv_transfer_params": offer(own), "vllm_xargs": few}, transfer=transfer)
+    of_few = offer(own.replace("top_k=2048", "top_k=64"))
+    assert ask({"kv_transfer_params": of_few, "vllm_xargs": few}, transfer=transfer) == "answered"
+    # A server on another backend says nothing.
+    with pytest.raises(VLLMValidationError, match="the other server is not on TOKENSELECT"):
+        ask({"kv_transfer_params": OFFERED}, transfer=transfer)
+    assert ask({"kv_transfer_params": {"do_remote_decode": True}}, transfer=transfer) == "answered"
+
+
+def test_other_connectors_do_not_read_what_is_offered(ask):
+    transfer = KVTransferConfig(kv_connector="OffloadingConnector", kv_role="kv_both")
+    assert ask({"kv_transfer_params": OFFERED}, transfer=transfer) == "answered"
+    assert ask({"kv_transfer_params": OFFERED}) == "answered"
 
 
 @pytest.fixture

@@ -18,7 +18,14 @@ from vllm_tokenselect.engine.connectors import check_connectors
 from vllm_tokenselect.hooks.engine_config import configure
 from vllm_tokenselect.hooks.registration import backend_member
 
-SERVED = ("OffloadingConnector", "ExampleConnector", "MultiConnector", "LMCacheMPConnector")
+NIXL = ("NixlConnector", "NixlPullConnector")
+SERVED = (
+    "OffloadingConnector",
+    "ExampleConnector",
+    "MultiConnector",
+    "LMCacheMPConnector",
+    "NixlConnector",
+)
 WHOLE = {"block_size": 128, "enable_chunked_prefill": False, "max_num_batched_tokens": 4608}
 
 
@@ -43,7 +50,7 @@ def connector(name: str, **extra) -> KVTransferConfig:
     return KVTransferConfig(kv_connector=name, kv_role="kv_both", kv_connector_extra_config=extra)
 
 
-@pytest.mark.parametrize("name", sorted({*KVConnectorFactory._registry} - {*SERVED}))
+@pytest.mark.parametrize("name", sorted({*KVConnectorFactory._registry} - {*SERVED, *NIXL}))
 def test_a_connector_that_is_not_served_is_refused_with_the_reason(make_vllm_config, name):
     config = make_vllm_config()
     config.attention_config.backend = backend_member()
@@ -122,6 +129,16 @@ def test_a_connector_is_refused_beside_a_draft_model(make_vllm_config):
     config.speculative_config = SimpleNamespace(method="eagle")
     with pytest.raises(SettingsError, match="cannot be used with eagle drafts"):
         check_connectors(config, TokenSelectConfig(), "cuda")
+
+
+@pytest.mark.parametrize("name", NIXL)
+def test_nixl_is_served_in_one_direction(make_vllm_config, name):
+    config = make_vllm_config()
+    config.kv_transfer_config = connector(name)
+    check_connectors(config, TokenSelectConfig(), "cpu")
+    config.kv_transfer_config = connector(name, bidirectional_kv_xfer=True)
+    with pytest.raises(SettingsError, match=f"bidirectional_kv_xfer cannot be used with {name}"):
+        check_connectors(config, TokenSelectConfig(), "cpu")
 
 
 def test_an_offloading_size_is_served_on_a_gpu(make_vllm_config, monkeypatch):

@@ -162,6 +162,7 @@ class Arrival:
     lora: int = 0
     priority: int = 0
     continuations: int = 0  # how often a stream's input goes on, with the same tokens again
+    transfer: dict[str, Any] | None = None  # the request's kv_transfer_params
 
     @property
     def tokens(self) -> list[int]:
@@ -233,7 +234,11 @@ class Workload:
         request = Request(
             request_id=request_id,
             prompt_token_ids=arrival.tokens,
-            sampling_params=SamplingParams(max_tokens=arrival.max_tokens, ignore_eos=True),
+            sampling_params=SamplingParams(
+                max_tokens=arrival.max_tokens,
+                ignore_eos=True,
+                extra_args={"kv_transfer_params": arrival.transfer} if arrival.transfer else None,
+            ),
             pooling_params=None,
             mm_features=[
                 MultiModalFeatureSpec(None, "image", name, PlaceholderRange(offset, length))

@@ -9,6 +9,7 @@ chunks do (`hooks.connector_loads`).
 - `ExampleConnector` names files by a prompt's tokens alone. It is given a folder for each fingerprint.
 - `LMCacheMPConnector` names chunks by a prompt's tokens and a salt. It is given one for each fingerprint
   (`hooks.lmcache_requests`).
+- `NixlConnector` names nothing. The server that computed a prompt says with its answer what it computed.
 - `MultiConnector` is what its connectors are.
 """
 
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
 OFFLOADING = "OffloadingConnector"
 EXAMPLE = "ExampleConnector"
 MULTI = "MultiConnector"
+NIXL = ("NixlConnector", "NixlPullConnector")  # two names of one connector
+
+# Where `kv_transfer_params` say what was computed.
+HANDED_OVER = "tokenselect"
 
 NO_STREAMS = (
     "streaming input cannot be served with a KV connector (--kv-transfer-config, --kv-offloading-size): "
@@ -56,9 +61,8 @@ _REASONS = {
     "LMCacheConnectorV1": f"{_BY_TOKENS}. {LMCACHE} is LMCache's other connector",
     "FlexKVConnectorV1": "a package of its own names its blocks, and knows no settings",
     "HF3FSKVConnector": _BY_TOKENS,
-    "NixlConnector": _BY_REQUEST,
-    "NixlPullConnector": _BY_REQUEST,
-    "NixlPushConnector": _BY_REQUEST,
+    "NixlPushConnector": "the server that computed a prompt writes all of it, and cannot know where the "
+    f"reader's load ends. {NIXL[0]} reads instead",
     "MooncakeConnector": _BY_REQUEST,
     "MoRIIOConnector": _BY_REQUEST,
     "MooncakeStoreConnector": _UNTRIED,
@@ -122,13 +126,13 @@ def _check(
             "whose layers keep keys of their own: no test has shown what is loaded of them. Leave one of "
             "them out."
         )
-    if module or name not in (OFFLOADING, EXAMPLE, LMCACHE):
+    if module or name not in (OFFLOADING, EXAMPLE, LMCACHE, *NIXL):
         reason = "it is not vLLM's own, so nothing is known of it" if module else None
         reason = reason or _REASONS.get(name, "nothing is known of it")
         raise SettingsError(
             f"TOKENSELECT does not serve the KV connector {name} (--kv-transfer-config, "
-            f"--kv-offloading-size): {reason}. Served are {LMCACHE}, {OFFLOADING}, {EXAMPLE} and "
-            f"{MULTI} with the last two."
+            f"--kv-offloading-size): {reason}. Served are {LMCACHE}, {OFFLOADING}, {EXAMPLE}, {NIXL[0]} "
+            f"and {MULTI} with the last three."
         )
     if name == EXAMPLE:
         _check_example(vllm_config)
@@ -137,6 +141,13 @@ def _check(
         transfer = vllm_config.kv_transfer_config
         beside_others = transfer is not None and transfer.kv_connector == MULTI
         check_lmcache(vllm_config, extra, beside_others)
+    elif name in NIXL:
+        if extra.get("bidirectional_kv_xfer"):
+            raise SettingsError(
+                f"bidirectional_kv_xfer cannot be used with {name} and TOKENSELECT: what a server "
+                "generated was not computed in query chunks, so it is not what the other server would "
+                "compute. Leave it out of kv_connector_extra_config."
+            )
     elif device == "cpu" and extra.get("spec_name", _GPU_SPECS[0]) in _GPU_SPECS:
         raise SettingsError(
             f"{OFFLOADING} (--kv-offloading-size) cannot be used as it is on a CPU: vLLM copies blocks "
@@ -198,6 +209,28 @@ def number_formats(vllm_config: VllmConfig) -> str:
         "device": vllm_config.device_config.device_type,
     }
     return ",".join(f"{name}={value}" for name, value in formats.items())
+
+
+def asks_for_handed_over(vllm_config: VllmConfig) -> bool:
+    """Whether requests of this engine may ask for what another server computed."""
+    transfer = vllm_config.kv_transfer_config
+    return (
+        transfer is not None
+        and transfer.kv_connector is not None
+        and any(
+            name in NIXL
+            for name, _, _ in _leaves(
+                transfer.kv_connector,
+                transfer.kv_connector_module_path,
+                transfer.kv_connector_extra_config,
+            )
+        )
+    )
+
+
+def hands_over_requests(connector: object) -> bool:
+    """Whether a connector moves a request's blocks, whatever they hold."""
+    return type(connector).__name__ in NIXL
 
 
 def carries_tokens_alone(connector: object) -> bool:

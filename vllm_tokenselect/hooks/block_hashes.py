@@ -38,7 +38,11 @@ from vllm_tokenselect.config import TokenSelectConfig
 from vllm_tokenselect.engine.connectors import NO_STREAMS
 from vllm_tokenselect.hooks.registration import is_selected
 from vllm_tokenselect.hooks.seam import Seam
-from vllm_tokenselect.method.request_settings import fingerprint, requested_top_k
+from vllm_tokenselect.method.request_settings import (
+    fingerprint,
+    requested_top_k,
+    transfer_settings,
+)
 from vllm_tokenselect.method.settings import SettingsError
 
 if TYPE_CHECKING:
@@ -136,6 +140,22 @@ def extra_keys(request: Request, start_token_idx: int, end_token_idx: int) -> li
     if end > limit:
         keys.append(("tokenselect", _own_number(request)))
     return keys
+
+
+def handed_over(request: Request) -> dict[str, str]:
+    """What another server has to know of a request to read its blocks: `settings`, and a digest `prompt`.
+
+    The digest covers what may be shared of the prompt, with all that vLLM hashes beside its tokens.
+    """
+    hasher: SettingsHasher = request._tokenselect_hasher
+    top_k = requested_top_k(
+        getattr(request.sampling_params, "extra_args", None), hasher.config.top_k
+    )
+    size, limit = hasher.tensor_parallel_size, shareable_tokens(request, hasher.method)
+    return {
+        "settings": transfer_settings(hasher.method, top_k, size, hasher.block_size),
+        "prompt": _digest(request, 0, limit, hasher.lookahead),
+    }
 
 
 def _digest(request: Request, start: int, end: int, lookahead: int) -> str:

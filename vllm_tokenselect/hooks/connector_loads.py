@@ -9,12 +9,13 @@
 4. `ExampleConnector`, which names files by the tokens of a whole prompt, sees only requests with the
    server's own settings, whose files are complete.
 5. LMCache is shown no more of a request than may be shared (`lmcache_requests`).
+6. `NixlConnector`, which names nothing, reads what was computed for the same prompt (`nixl_transfers`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,8 @@ from safetensors import SafetensorError, safe_open
 from vllm.v1.request import RequestStatus
 
 from vllm_tokenselect.engine import connectors
-from vllm_tokenselect.hooks import lmcache_requests
+from vllm_tokenselect.hooks import lmcache_requests, nixl_transfers
+from vllm_tokenselect.hooks.nixl_transfers import Find, Match
 from vllm_tokenselect.hooks.scheduler_seams import CONNECTOR_SEAMS
 from vllm_tokenselect.method.request_settings import requested_top_k
 
@@ -35,10 +37,6 @@ if TYPE_CHECKING:
     from vllm_tokenselect.method.settings import Method
 else:
     _Scheduler = object  # vLLM's comes last among the bases
-
-# Tokens past those that are already computed, and whether they are loaded between steps; None: ask later.
-Match = tuple[int | None, bool]
-Find = Callable[["Request", int], Match]
 
 
 class LimitLoads(_Scheduler):
@@ -65,6 +63,10 @@ class LimitLoads(_Scheduler):
                 find = self._ask_offloading(connector, find)
             elif connectors.carries_tokens_alone(connector):
                 find = self._ask_example(connector, find)
+            elif connectors.hands_over_requests(connector):
+                nixl_transfers.check_layers(self.kv_cache_config)
+                nixl_transfers.say_what_was_computed(connector)
+                find = nixl_transfers.find_handed_over(self._ask_any(find), self.block_size)
             else:
                 if connectors.carries_trackers(connector):
                     self._reports_cached_blocks = True

@@ -14,15 +14,19 @@ from __future__ import annotations
 
 from collections.abc import Coroutine, Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from vllm_tokenselect.config import TokenSelectConfig
-from vllm_tokenselect.engine.connectors import NO_STREAMS
+from vllm_tokenselect.engine.connectors import HANDED_OVER, NO_STREAMS, asks_for_handed_over
 from vllm_tokenselect.engine.replayed_steps import prompt_steps
 from vllm_tokenselect.hooks.registration import is_selected
 from vllm_tokenselect.hooks.seam import Seam
 from vllm_tokenselect.method.misplaced import looks_like_ours
-from vllm_tokenselect.method.request_settings import SWITCH, requested_top_k
+from vllm_tokenselect.method.request_settings import (
+    SWITCH,
+    requested_top_k,
+    transfer_settings,
+)
 from vllm_tokenselect.method.settings import FULL_ATTENTION, Method, SettingsError
 
 if TYPE_CHECKING:
@@ -106,6 +110,48 @@ class Engine:
         except SettingsError as error:
             _refuse(str(error))
 
+    def check_transfer(
+        self, params: Mapping[str, Any] | None, extra_args: Mapping[str, Any] | None
+    ) -> None:
+        """Check by which settings another server computed what a request asks for.
+
+        Args:
+            params: vLLM's `kv_transfer_params` of the request.
+
+        Raises:
+            VLLMValidationError: naming both servers' settings. vLLM then has the other server free its
+                blocks.
+        """
+        if not (params and params.get("do_remote_prefill") and self._asks_for_handed_over):
+            return
+        config = self.vllm_config
+        block_size = config.cache_config.block_size
+        own = transfer_settings(
+            self.method.for_blocks(block_size),
+            requested_top_k(extra_args, self.method.top_k),
+            config.parallel_config.tensor_parallel_size,
+            block_size,
+        )
+        said = params.get(HANDED_OVER)
+        theirs = said.get("settings") if isinstance(said, dict) else None
+        if theirs == own:
+            return
+        computed = (
+            f"it does not say by which settings (field {HANDED_OVER!r}), so the other server is not on "
+            "TOKENSELECT, or a router dropped the field"
+            if theirs is None
+            else f"the other server computed it with {theirs}"
+        )
+        _refuse(
+            f"the prompt of another server cannot be read: {computed}; this request has {own}. Give both "
+            "servers the same settings and the request to both of them the same vllm_xargs",
+            parameter="kv_transfer_params",
+        )
+
+    @cached_property
+    def _asks_for_handed_over(self) -> bool:
+        return asks_for_handed_over(self.vllm_config)
+
 
 def engine_of(processor: InputProcessor) -> Engine | None:
     """The engine that an input processor works for; None if it is not on TOKENSELECT."""
@@ -151,7 +197,9 @@ def check_request(serving: Any, request: Any) -> None:
     if engine is None:
         return
     sampling = getattr(request, "sampling_params", None)
-    engine.check(getattr(request, "vllm_xargs", None) or getattr(sampling, "extra_args", None))
+    extra_args = getattr(request, "vllm_xargs", None) or getattr(sampling, "extra_args", None)
+    engine.check(extra_args)
+    engine.check_transfer(getattr(request, "kv_transfer_params", None), extra_args)
     _check_unread(request, getattr(request, "model_extra", None) or {})
 
 
@@ -192,10 +240,10 @@ def _check_unread(request: Any, body: Mapping[str, Any]) -> None:
         )
 
 
-def _refuse(message: str) -> None:
+def _refuse(message: str, parameter: str = "vllm_xargs") -> NoReturn:
     from vllm.exceptions import VLLMValidationError
 
-    raise VLLMValidationError(message, parameter="vllm_xargs") from None
+    raise VLLMValidationError(message, parameter=parameter) from None
 
 
 def _validate_and_process(

@@ -89,6 +89,24 @@ def fingerprint(
     return f"v{METHOD_VERSION}:" + ",".join(f"{name}={value}" for name, value in settings.items())
 
 
+def transfer_settings(
+    method: Method, top_k: int, tensor_parallel_size: int, block_size: int
+) -> str:
+    """What two servers must have in common to hand over a request's blocks, as `fingerprint` takes it.
+
+    Beside what the blocks hold, it counts where their prompt's end is cut, since whole blocks are moved up
+    to there.
+    """
+    own = fingerprint(method, top_k, tensor_parallel_size, block_size)
+    cut = {
+        "block_size": block_size,
+        "query_chunk": method.query_chunk,
+        "tail_queries": method.tail_queries,
+    }
+    missing = (f"{name}={value}" for name, value in cut.items() if f"{name}=" not in own)
+    return ",".join((own, *missing))
+
+
 def _allowed(server_top_k: int) -> str:
     return (
         f'{SWITCH} is "on" or "off", and {TOP_K} an integer from 1 to this server\'s {server_top_k}'
