@@ -9,11 +9,13 @@ from packaging.specifiers import SpecifierSet
 
 from tests.docs.pages import REPOSITORY, rows
 from tests.kernels_gpu.compile_ahead import ARCHITECTURES
+from tests.server.nixl import RELEASES
 from tests.test_dependencies import read_constraints
 from vllm_tokenselect.engine.lmcache import TESTED
 from vllm_tokenselect.plugin import SUPPORTED_VLLM
 
 TABLE = rows("docs/compatibility.md", "vLLM", "Python")
+PAGE = (REPOSITORY / "docs/compatibility.md").read_text()
 CI = (REPOSITORY / ".ci/run").read_text()
 MAKEFILE = (REPOSITORY / "Makefile").read_text()
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
@@ -72,6 +74,14 @@ def test_what_was_resolved_for_gpus_is_in_its_constraints(row):
     named = read_constraints("gpu")
     cells = row("make constraints")
     assert [cells[0], cells[2], cells[3]] == [named[n] for n in ("vllm", "torch", "triton")]
+
+
+def test_the_nixl_that_was_run_is_the_one_that_the_check_downloads():
+    named = re.search(
+        r"^\*\*NIXL\*\* (\S+) \(`(\S+)` and `(\S+)`,.*`make nixl-check`", PAGE, re.MULTILINE
+    )
+    release, *packages = named.groups()
+    assert [f"{package}=={release}" for package in packages] == list(RELEASES)
 
 
 def test_every_torch_and_python_of_the_table_is_allowed():

@@ -85,6 +85,7 @@ TABLE = {
             REFUSED,
             f"{OFFLOAD}::test_an_answer_is_the_same_from_the_cache_from_host_memory_and_from_files",
             "tests/server/test_prefill_and_decoding_apart.py::test_two_servers_answer_as_one",
+            "tests/server/test_nixl.py::test_two_servers_answer_as_one",
             "tests/server/test_several_connectors.py::"
             "test_prompts_come_from_the_first_connector_that_has_them",
         )

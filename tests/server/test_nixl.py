@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -18,7 +16,9 @@ import pytest
 
 from tests.models.shortened import first_layers
 from tests.server.conftest import SMALL_WORKERS, SPARSE, Client, Completion, serving
+from tests.server.nixl import downloaded
 from tests.server.test_client import wait_until
+from tests.server.test_offloading import BLOCK_BYTES
 from tests.server.test_prefill_and_decoding_apart import (
     LAYERS,
     is_healthy,
@@ -29,15 +29,21 @@ from vllm_tokenselect.tools.common.server import free_port
 
 pytestmark = [pytest.mark.server, pytest.mark.endurance]
 
-REPOSITORY = Path(__file__).parents[2]
-# Both that vLLM imports and what it wraps. The first alone would bring builds for CUDA 12 and 13.
-RELEASES = ("nixl==1.5.1", "nixl-cu12==1.5.1")
 ARGUMENTS = (
     *("--dtype", "float32", "--block-size", "128", "--max-model-len", "4096"),
     *("--max-num-batched-tokens", "1024", "--max-num-seqs", "4"),
 )
 LENGTHS = (60, 700, 1500, 2305, 3000)
 FEW = {"tokenselect_top_k": 100}
+OFFLOADING = {
+    "kv_connector": "OffloadingConnector",
+    "kv_role": "kv_both",
+    "kv_connector_extra_config": {
+        "spec_name": "CpuOffloadingSpec",
+        "spec_module_path": "vllm_tokenselect.backend.cpu_offloading",
+        "cpu_bytes_to_use": 100 * BLOCK_BYTES,
+    },
+}
 
 
 @pytest.fixture(scope="module")
@@ -46,29 +52,25 @@ def model(smollm2, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def nixl() -> Path:
-    """A folder with NIXL, which is downloaded once."""
-    folder = REPOSITORY / "build" / "-".join(RELEASES).replace("==", "-")
-    if not (folder / "nixl" / "__init__.py").exists():
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
-        subprocess.run([*pip, "--target", str(folder), *RELEASES], check=True)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def start(model, nixl) -> Callable[..., AbstractContextManager[Client]]:
+def start(model) -> Callable[..., AbstractContextManager[Client]]:
     """Start a server that computes for others, or reads what others computed."""
+    folder = downloaded()
 
-    def start(role: str, policy: str = "recompute") -> AbstractContextManager[Client]:
+    def start(
+        role: str, policy: str = "recompute", beside: tuple[dict[str, Any], ...] = ()
+    ) -> AbstractContextManager[Client]:
         transfer = {
             "kv_connector": "NixlConnector",
             "kv_role": role,
-            "kv_buffer_device": "cpu",
-            "kv_load_failure_policy": policy,
             # So only a reader's word frees a prompt's blocks.
             "kv_connector_extra_config": {"kv_lease_duration": 3600},
         }
-        path = os.pathsep.join(filter(None, (str(nixl), os.environ.get("PYTHONPATH"))))
+        if beside:
+            several = {"connectors": [transfer, *beside]}
+            transfer = {"kv_connector": "MultiConnector", "kv_role": "kv_both"}
+            transfer["kv_connector_extra_config"] = several
+        transfer["kv_load_failure_policy"] = policy
+        path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
         own = {"VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port()), "PYTHONPATH": path}
         return serving(
             model,
@@ -156,7 +158,7 @@ def test_two_servers_answer_as_one(start, asked):
         prompt = asked.prompts[2]
         offered = offer(prefill, prompt)
         before = loaded(decode)
-        with pytest.raises(openai.BadRequestError, match=r"top_k=256,.* this request has .*=100,"):
+        with pytest.raises(openai.BadRequestError, match=r"top_k=368,.* this request has .*=100,"):
             read(decode, prompt, offered, **FEW)
         wait_until(lambda: not keeps_blocks(prefill))
         assert loaded(decode) == before
@@ -179,18 +181,17 @@ def test_two_servers_answer_as_one(start, asked):
 
 
 def test_a_prompt_whose_server_died_is_computed_or_ends_with_an_error(start, asked):
-    with ExitStack() as decoders:
-        decode = decoders.enter_context(start("kv_consumer"))
-        with start("kv_producer") as prefill:
+    with start("kv_consumer", beside=(OFFLOADING,)) as decode:
+        with start("kv_producer", beside=(OFFLOADING,)) as prefill:
             offers = [offer(prefill, prompt) for prompt in asked.prompts]
             assert read(decode, asked.prompts[4], offers[4]) == asked.answers[4].tokens
+            assert loaded(decode) == shared_tokens(len(asked.prompts[4]))
             os.killpg(prefill.server.pid, signal.SIGKILL)
-        before = loaded(decode)
-        # The first of them knows the server that died, and finds no answer.
         for index in (2, 3):
             assert read(decode, asked.prompts[index], offers[index]) == asked.answers[index].tokens
-        assert loaded(decode) == before
+        assert decode.metric("vllm:nixl_num_failed_transfers_total") == 2
     with start("kv_consumer", policy="fail") as decode:
+        # This one never saw that server, and finds nobody.
         with pytest.raises(openai.InternalServerError):
             read(decode, asked.prompts[2], offers[2])
         assert is_healthy(decode)
