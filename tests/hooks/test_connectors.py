@@ -32,6 +32,7 @@ def engines(draw, kinds=("full", "full", "sliding", "states"), asynchronous=True
         states=kind == "states",
         prefix_caching=kind == "states" or draw(st.booleans()),  # vLLM insists
         drafts=drafts,
+        heads=drafts > 0 and draw(st.booleans()),
         max_model_len=660,
     )
 

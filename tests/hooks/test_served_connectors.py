@@ -121,14 +121,16 @@ def test_lmcache_is_refused_with_what_was_not_tried(make_vllm_config, monkeypatc
     refused("GPUs only")
 
 
-def test_a_connector_is_refused_beside_a_draft_model(make_vllm_config):
+def test_beside_a_draft_model_only_the_offloading_is_served(make_vllm_config):
     config = make_vllm_config()
-    config.kv_transfer_config = connector("OffloadingConnector")
-    config.speculative_config = SimpleNamespace(method="ngram")
-    check_connectors(config, TokenSelectConfig(), "cuda")
-    config.speculative_config = SimpleNamespace(method="eagle")
-    with pytest.raises(SettingsError, match="cannot be used with eagle drafts"):
+    for method in ("ngram", "eagle"):
+        config.kv_transfer_config = connector("OffloadingConnector")
+        config.speculative_config = SimpleNamespace(method=method)
         check_connectors(config, TokenSelectConfig(), "cuda")
+    for name in NIXL:
+        config.kv_transfer_config = connector(name)
+        with pytest.raises(SettingsError, match=f"{name} cannot be used with eagle drafts"):
+            check_connectors(config, TokenSelectConfig(), "cuda")
 
 
 @pytest.mark.parametrize("name", NIXL)

@@ -94,7 +94,7 @@ class Connected(Workload):
 
     def make_hasher(self, config: Any, hasher: Any) -> SettingsHasher:
         settings = TokenSelectConfig.from_additional_config(config.additional_config)
-        return SettingsHasher(hasher, settings, 1, self.engine.block_size)
+        return SettingsHasher(hasher, settings, 1, self.engine.block_size, self.lookahead)
 
     def add(self, arrival: Arrival, request_id: str | None = None) -> Request:
         request = super().add(arrival, request_id)

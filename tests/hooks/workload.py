@@ -69,6 +69,7 @@ class Engine:
     local_chunk: int = 0  # a second group of layers attends within chunks of so many tokens
     states: bool = False  # a second group of layers keeps states
     drafts: int = 0
+    heads: bool = False  # what drafts reads the model's hidden states (EAGLE), instead of n-grams
     max_loras: int = 0
     encoder_limit: int = 0  # tokens of images in the cache, and in a step
     shares: bool = False  # layers share selections, and CUDA graphs replay decoding steps
@@ -102,13 +103,13 @@ class Engine:
             config.additional_config["tokenselect"] |= SHORT
             config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
         if self.drafts:
+            n_grams = {"method": "ngram", "prompt_lookup_max": 2, "prompt_lookup_min": 2}
+            heads = {"method": "eagle", "model": template.model_config.model}
             config.speculative_config = SpeculativeConfig(
-                method="ngram",
                 num_speculative_tokens=self.drafts,
-                prompt_lookup_max=2,
-                prompt_lookup_min=2,
                 target_model_config=template.model_config,
                 target_parallel_config=ParallelConfig(),
+                **(heads if self.heads else n_grams),
             )
         if self.max_loras:
             config.lora_config = LoRAConfig(max_loras=self.max_loras, max_cpu_loras=8)
@@ -196,9 +197,14 @@ class Workload:
         self.engine = engine
         config = self.configure(engine, template)
         init_none_hash(sha256)
-        self.hasher = self.make_hasher(
-            config, get_request_block_hasher(engine.prefix_match_unit or engine.block_size, sha256)
+        # vLLM 0.33 hashes a block with the tokens behind it that EAGLE reads.
+        self.lookahead = getattr(config, "num_hash_lookahead_tokens", 0)
+        hasher = get_request_block_hasher(
+            engine.prefix_match_unit or engine.block_size,
+            sha256,
+            *((self.lookahead,) if self.lookahead else ()),
         )
+        self.hasher = self.make_hasher(config, hasher)
         ours = TokenSelectAsyncScheduler if engine.asynchronous else TokenSelectScheduler
         self.kv_cache_config = KVCacheConfig(
             num_blocks=engine.num_blocks(),

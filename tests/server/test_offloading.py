@@ -7,13 +7,18 @@ connector, what it keeps and looks up, the files and the counters are vLLM's own
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from tests.models.heads import echo_tokens, save_eagle
 from tests.models.shortened import first_layers
+from tests.models.zoo import save
 from tests.server.conftest import SMALL_WORKERS, SPARSE, Client, Completion, serving
+from tests.server.test_drafts import SMALL
 
 pytestmark = pytest.mark.server
 
@@ -161,3 +166,30 @@ def test_servers_of_other_settings_find_none_of_each_others_files(model, prompts
             client.complete(prompt, 2)
             counted.append(found(client))
     assert counted == [0, 0, SHARED]
+
+
+@pytest.mark.endurance
+@pytest.mark.parametrize("method", ["draft_model", "eagle"])
+def test_beside_drafts_an_answer_is_the_same_from_host_memory(method, tmp_path):
+    """Host memory keeps the keys of what drafts too; the cache holds three prompts."""
+    model = echo_tokens(save(tmp_path / "target", "Llama", SMALL))
+    make = partial(first_layers, count=2) if method == "draft_model" else save_eagle
+    drafter = make(model, tmp_path / "drafter")
+    asked = [random.Random(seed).choices(range(3, 512), k=LENGTH) for seed in range(6)]
+    small = (*FP32, "--skip-tokenizer-init")
+    with serving(model, settings=SPARSE, extra_args=small, env=SMALL_WORKERS) as client:
+        expected = [client.complete(prompt, 24) for prompt in asked]
+    drafts = {"method": method, "model": str(drafter), "num_speculative_tokens": 3}
+    arguments = (
+        *offloading(tmp_path / "files", 200, 40),
+        *("--skip-tokenizer-init", "--speculative-config", json.dumps(drafts)),
+    )
+    with serving(model, settings=SPARSE, extra_args=arguments, env=SMALL_WORKERS) as client:
+        same([client.complete(prompt, 24) for prompt in asked], expected)
+        before = loads(client)
+        accepted = client.metric("vllm:spec_decode_num_accepted_tokens_total")
+        same([client.complete(prompt, 24) for prompt in asked], expected)
+        found = since(client, before)
+        assert found["cache"] == 0
+        assert found["connector"] == 6 * SHARED
+        assert client.metric("vllm:spec_decode_num_accepted_tokens_total") == 2 * accepted > 0

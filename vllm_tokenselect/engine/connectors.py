@@ -120,11 +120,11 @@ def _check(
     extra: dict[str, Any],
 ) -> None:
     drafts = vllm_config.speculative_config
-    if drafts is not None and drafts.method not in ("ngram", "suffix"):
+    if drafts is not None and drafts.method not in ("ngram", "suffix") and name != OFFLOADING:
         raise SettingsError(
-            f"a KV connector ({name}) cannot be used with {drafts.method} drafts (--speculative-config), "
-            "whose layers keep keys of their own: no test has shown what is loaded of them. Leave one of "
-            "them out."
+            f"the KV connector {name} cannot be used with {drafts.method} drafts (--speculative-config), "
+            f"whose layers keep keys of their own: no test has shown what is loaded of them. {OFFLOADING} "
+            "works with them. Take it, or leave one of them out."
         )
     if module or name not in (OFFLOADING, EXAMPLE, LMCACHE, *NIXL):
         reason = "it is not vLLM's own, so nothing is known of it" if module else None
