@@ -105,6 +105,7 @@ endurance: setup
 	@$(BIN)/python -m tests.models.table --write docs/models.md
 	@$(MAKE) lmcache-check
 	@$(BIN)/python -m pytest -q -m endurance
+	@$(MAKE) lmcache-check
 	@$(BIN)/python -m pytest -q --hypothesis-profile endurance \
 	    tests/hooks/test_request_table.py tests/method/test_selection_cache_machine.py
 
@@ -120,6 +121,7 @@ alarms-check: setup
 	    tests/server/test_alarms.py $(ARGS)
 
 # LMCache asks for packages that only GPUs need. On a CPU these are enough, and they are kept in a folder of their own.
+# A part of `make endurance`, whose other tests run without LMCache.
 lmcache-check: setup
 	@test -d build/lmcache-$(LMCACHE)/lmcache || \
 	    $(BIN)/python -m pip install --quiet --no-deps --target build/lmcache-$(LMCACHE) lmcache==$(LMCACHE) \
