@@ -103,7 +103,6 @@ endurance: setup
 	@$(BIN)/python -m tests.endurance.invariance --json benchmarks/results/invariance.json $(ARGS)
 	@$(BIN)/python -m tests.endurance.soak --json benchmarks/results/soak.json
 	@$(BIN)/python -m tests.models.table --write docs/models.md
-	@$(MAKE) lmcache-check
 	@$(BIN)/python -m pytest -q -m endurance
 	@$(MAKE) lmcache-check
 	@$(BIN)/python -m pytest -q --hypothesis-profile endurance \
@@ -121,7 +120,6 @@ alarms-check: setup
 	    tests/server/test_alarms.py $(ARGS)
 
 # LMCache asks for packages that only GPUs need. On a CPU these are enough, and they are kept in a folder of their own.
-# A part of `make endurance`, whose other tests run without LMCache.
 lmcache-check: setup
 	@test -d build/lmcache-$(LMCACHE)/lmcache || \
 	    $(BIN)/python -m pip install --quiet --no-deps --target build/lmcache-$(LMCACHE) lmcache==$(LMCACHE) \
