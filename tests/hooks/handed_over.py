@@ -33,6 +33,7 @@ class Reading:
         self.other: Linked | None = None
         self.fails = engine.transfer.kv_connector_extra_config.get("fails", False)
         self.under_way: list[tuple[str, Any, int]] = []
+        self.asked = 0
         self.step = 0
         self.read_by_other: set[str] = set()
         self.done_at_once: set[str] = set()
@@ -48,6 +49,7 @@ class Reading:
         return set()
 
     def start_load_kv(self, context: Any) -> None:
+        self.asked += len(self.meta.reqs_to_recv)
         for id_, meta in self.meta.reqs_to_recv.items():
             if any(meta.local_block_ids):
                 ready = self.step + self.engine.random.choice((0, 1, 4))

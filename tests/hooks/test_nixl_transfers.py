@@ -99,9 +99,31 @@ def test_what_a_decoding_server_offers_back_is_not_read(make_vllm_config):
     assert request.status == RequestStatus.RUNNING, "it would wait for what it reads"
 
 
+MALFORMED = {
+    "no blocks": {"remote_block_ids": None},
+    "a number": {"remote_block_ids": 7},
+    "no groups": {"remote_block_ids": [7]},
+    "names": {"remote_block_ids": [["7"] * 40]},
+    "two groups": {"remote_block_ids": [[7] * 40, [7] * 40]},
+    "no host": {"remote_host": None},
+}
+
+
+@pytest.mark.parametrize("wrong", MALFORMED.values(), ids=MALFORMED)
+def test_what_is_not_an_offer_is_left_alone_and_the_prompt_computed(make_vllm_config, wrong):
+    prefill, decode = start(make_vllm_config, ENGINE), start(make_vllm_config, ENGINE)
+    asked = prefill.add(replace(ARRIVAL, max_tokens=1, transfer={"do_remote_decode": True}))
+    while prefill.unfinished():
+        prefill.step()
+    offer = {**prefill.ends[asked.request_id].kv_transfer_params, **wrong}
+    decode.run([replace(ARRIVAL, transfer=offer)], 100)
+    assert decode.worker.asked == 0, "a worker would fail on it"
+    assert decode.ends["0"].finish_reason.name == "LENGTH"
+
+
 @pytest.mark.parametrize("layers", [{"window": 40}, {"states": True}])
 def test_a_model_with_windows_or_states_is_refused(make_vllm_config, layers):
-    with pytest.raises(SettingsError, match="NixlConnector cannot be used with this model: layers"):
+    with pytest.raises(SettingsError, match="NixlConnector cannot be used with this model, "):
         start_engine(
             replace(ENGINE, **layers),
             copy.copy(make_vllm_config()),

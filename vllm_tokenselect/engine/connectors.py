@@ -87,13 +87,20 @@ def check_connectors(vllm_config: VllmConfig, config: TokenSelectConfig, device:
         own = "SimpleCPUOffloadConnector" if simple else OFFLOADING
         extra = {} if transfer is None else transfer.kv_connector_extra_config
         _check(vllm_config, config, device, LMCACHE if by_lmcache else own, None, extra)
-    elif transfer is not None and transfer.kv_connector is not None:
-        for name, module, extra in _leaves(
+    else:
+        for name, module, extra in _configured(vllm_config):
+            _check(vllm_config, config, device, name, module, extra)
+
+
+def _configured(vllm_config: VllmConfig) -> Iterator[tuple[str, str | None, dict[str, Any]]]:
+    """The connectors of `--kv-transfer-config`, as `_leaves`."""
+    transfer = vllm_config.kv_transfer_config
+    if transfer is not None and transfer.kv_connector is not None:
+        yield from _leaves(
             transfer.kv_connector,
             transfer.kv_connector_module_path,
             transfer.kv_connector_extra_config,
-        ):
-            _check(vllm_config, config, device, name, module, extra)
+        )
 
 
 def _leaves(
@@ -213,19 +220,7 @@ def number_formats(vllm_config: VllmConfig) -> str:
 
 def asks_for_handed_over(vllm_config: VllmConfig) -> bool:
     """Whether requests of this engine may ask for what another server computed."""
-    transfer = vllm_config.kv_transfer_config
-    return (
-        transfer is not None
-        and transfer.kv_connector is not None
-        and any(
-            name in NIXL
-            for name, _, _ in _leaves(
-                transfer.kv_connector,
-                transfer.kv_connector_module_path,
-                transfer.kv_connector_extra_config,
-            )
-        )
-    )
+    return any(name in NIXL for name, _, _ in _configured(vllm_config))
 
 
 def hands_over_requests(connector: object) -> bool:

@@ -145,8 +145,16 @@ def extra_keys(request: Request, start_token_idx: int, end_token_idx: int) -> li
 def handed_over(request: Request) -> dict[str, str]:
     """What another server has to know of a request to read its blocks: `settings`, and a digest `prompt`.
 
-    The digest covers what may be shared of the prompt, with all that vLLM hashes beside its tokens.
+    The digest covers what may be shared of the prompt, with all that vLLM hashes beside its tokens. It is
+    kept, since a scheduler asks again for as long as a request waits.
     """
+    if not hasattr(request, "_tokenselect_handed_over"):
+        request._tokenselect_handed_over = _describe(request)
+    described: dict[str, str] = request._tokenselect_handed_over
+    return described
+
+
+def _describe(request: Request) -> dict[str, str]:
     hasher: SettingsHasher = request._tokenselect_hasher
     top_k = requested_top_k(
         getattr(request.sampling_params, "extra_args", None), hasher.config.top_k

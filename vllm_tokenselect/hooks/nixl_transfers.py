@@ -27,23 +27,26 @@ if TYPE_CHECKING:
 Match = tuple[int | None, bool]
 Find = Callable[["Request", int], Match]
 
+_ADDRESS = ("remote_engine_id", "remote_request_id", "remote_host", "remote_port")
+
 
 def check_layers(kv_cache_config: KVCacheConfig) -> None:
-    """Refuse a model whose layers do not all keep all tokens.
+    """Refuse a model whose layers do not all keep all tokens, in blocks of one kind.
+
+    Windows and states that a server hands over belong to the end of a prompt, where no load ends.
 
     Raises:
-        SettingsError: naming the connector and the kind of layer.
+        SettingsError: naming the connector and the kinds of blocks.
     """
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-    for group in kv_cache_config.kv_cache_groups:
-        if type(group.kv_cache_spec) is not FullAttentionSpec:
-            raise SettingsError(
-                "the KV connector NixlConnector cannot be used with this model: layers like "
-                f"{group.layer_names[0]} ({type(group.kv_cache_spec).__name__}) keep a window or a state, "
-                "and what they hand over belongs to the end of a prompt, where no load ends. Leave out "
-                "--kv-transfer-config, or take OffloadingConnector."
-            )
+    kinds = [type(group.kv_cache_spec).__name__ for group in kv_cache_config.kv_cache_groups]
+    if kinds != [FullAttentionSpec.__name__]:
+        raise SettingsError(
+            "the KV connector NixlConnector cannot be used with this model, whose layers keep blocks of "
+            f"these kinds: {', '.join(kinds)}. It can where all layers keep all tokens (one kind, "
+            f"{FullAttentionSpec.__name__}). Leave out --kv-transfer-config, or take OffloadingConnector."
+        )
 
 
 def say_what_was_computed(connector: Any) -> None:
@@ -70,19 +73,39 @@ def find_handed_over(find: Find, block_size: int) -> Find:
         if not params.get("do_remote_prefill"):
             # What a decoding server offers back was not computed in chunks.
             return 0, False
+        if not _is_whole(params):
+            # vLLM's worker would fail on it, and with it every request.
+            params["do_remote_prefill"] = False
+            return _compute(request, "do not say where its blocks are, and which")
         found, later = find(request, num_computed_tokens)
         if not found:
             return found, later
-        (blocks,) = params.get("remote_block_ids") or [[]]
+        (blocks,) = params["remote_block_ids"]
         num_blocks = (num_computed_tokens + found) // block_size
         if params.get(HANDED_OVER) != handed_over(request) or len(blocks) < num_blocks:
-            get_logger(__name__).warning(
-                "request %s computes its prompt: what kv_transfer_params offers belongs to another one "
-                "(its tokens, adapter, images, salt or settings differ)",
-                request.request_id,
+            return _compute(
+                request,
+                "offer what belongs to another one (its tokens, adapter, images, salt or settings differ)",
             )
-            return 0, False
         params["remote_block_ids"] = [blocks[:num_blocks]]
         return found, later
 
     return find_same_prompt
+
+
+def _compute(request: Request, why: str) -> Match:
+    get_logger(__name__).warning(
+        "request %s computes its prompt: its kv_transfer_params %s", request.request_id, why
+    )
+    return 0, False
+
+
+def _is_whole(params: dict[str, Any]) -> bool:
+    """Whether parameters say where the blocks are, and which, as a server with one kind of block does."""
+    groups = params.get("remote_block_ids")
+    return all(params.get(name) is not None for name in _ADDRESS) and (
+        isinstance(groups, list | tuple)
+        and len(groups) == 1
+        and isinstance(groups[0], list)
+        and all(isinstance(block, int) for block in groups[0])
+    )
