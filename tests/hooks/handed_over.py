@@ -14,7 +14,7 @@ from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.base_worker import NixlBaseConnectorWorker
 
-from tests.hooks.transfers import LOST, Connected
+from tests.hooks.transfers import LOST, Connected, LosingWorker
 from tests.hooks.workload import Arrival
 
 
@@ -25,35 +25,21 @@ class Linked(Connected):
         return Reading(self)
 
 
-class Reading:
+class Reading(LosingWorker):
     """The worker's half: reads blocks of the other engine, some steps late, or fails to."""
 
     def __init__(self, engine: Linked) -> None:
-        self.engine = engine
+        super().__init__(engine)
         self.other: Linked | None = None
-        self.fails = engine.transfer.kv_connector_extra_config.get("fails", False)
-        self.under_way: list[tuple[str, Any, int]] = []
         self.asked = 0
-        self.step = 0
         self.read_by_other: set[str] = set()
-        self.done_at_once: set[str] = set()
-
-    def bind_connector_metadata(self, meta: Any) -> None:
-        self.meta = meta
-
-    def handle_preemptions(self, meta: Any) -> None: ...
-    def wait_for_save(self) -> None: ...
-    def build_connector_worker_meta(self) -> None: ...
-
-    def get_block_ids_with_load_errors(self) -> set[int]:
-        return set()
 
     def start_load_kv(self, context: Any) -> None:
         self.asked += len(self.meta.reqs_to_recv)
         for id_, meta in self.meta.reqs_to_recv.items():
             if any(meta.local_block_ids):
                 ready = self.step + self.engine.random.choice((0, 1, 4))
-                self.under_way.append((id_, meta, ready))
+                self.under_way.append((id_, meta, 0, ready))
             else:
                 self.tell_other(meta)
         self.meta.reqs_to_recv = {}
@@ -61,26 +47,20 @@ class Reading:
     def tell_other(self, meta: Any) -> None:
         self.other.worker.read_by_other.add(meta.remote.request_id)
 
-    def read(self, meta: Any) -> None:
+    def load(self, id_: str, meta: Any, _: int) -> None:
         rule = NixlBaseConnectorWorker._apply_prefix_caching
         (here,), (there,) = rule(
             SimpleNamespace(_has_mamba=False), meta.local_block_ids, meta.remote.block_ids, 1, 1
         )
         self.engine.caches[0][here] = self.other.caches[0][there]
         self.engine.loaded += len(here) * self.engine.caches[0].shape[1]
+        if self.loses and self.engine.random.random() < 0.4:
+            self.engine.caches[0][here[-1]] = LOST
+            self.failed.add(id_)
+        self.tell_other(meta)
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> Reading:
-        self.step += 1
-        ready = [job for job in self.under_way if job[-1] < self.step]
-        self.under_way = [job for job in self.under_way if job[-1] >= self.step]
-        self.failed_recving: set[str] = set()
-        for id_, meta, _ in ready:
-            self.read(meta)
-            if self.fails and self.engine.random.random() < 0.4:
-                self.engine.caches[0][meta.local_block_ids[0][-1]] = LOST
-                self.failed_recving.add(id_)
-            self.tell_other(meta)
-        self.finished_recving = {id_ for id_, _, _ in ready}
+        super().get_transfer_results(finished_req_ids)
         self.finished_sending, self.read_by_other = self.read_by_other, set()
         return self
 

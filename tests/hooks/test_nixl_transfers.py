@@ -21,7 +21,7 @@ ENGINE = Engine(max_model_len=660, budget=200, spare_blocks=100)
 
 
 def start(make_vllm_config, engine: Engine, **options) -> Linked | None:
-    extra = {"fails": options.pop("fails", False)}
+    extra = {"loses": options.pop("loses", False)}
     try:
         return start_engine(
             engine,
@@ -40,15 +40,15 @@ def start(make_vllm_config, engine: Engine, **options) -> Linked | None:
     engine=engines(("full",)),
     arrivals=ARRIVALS,
     seed=st.integers(0, 999),
-    fails=st.booleans(),
+    loses=st.booleans(),
     others=st.sets(st.integers(0, 11)),
 )
 def test_what_is_read_of_another_server_is_what_the_request_would_have_computed(
-    make_vllm_config, engine, arrivals, seed, fails, others
+    make_vllm_config, engine, arrivals, seed, loses, others
 ):
     # Blocks are kept until they are read, and a reader may read late.
     prefill = start(make_vllm_config, replace(engine, spare_blocks=600), seed=seed)
-    decode = start(make_vllm_config, engine, seed=seed, fails=fails)
+    decode = start(make_vllm_config, engine, seed=seed, loses=loses)
     if prefill is None or decode is None:
         event("refused")
         return

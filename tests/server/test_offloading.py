@@ -18,7 +18,7 @@ from tests.models.heads import echo_tokens, save_eagle
 from tests.models.shortened import first_layers
 from tests.models.zoo import save
 from tests.server.conftest import SMALL_WORKERS, SPARSE, Client, Completion, serving
-from tests.server.test_drafts import SMALL
+from tests.server.test_drafts import SMALL, same
 
 pytestmark = pytest.mark.server
 
@@ -50,12 +50,6 @@ def offloading(folder: Path, host_blocks: int, blocks: int) -> tuple[str, ...]:
     }
     sizes = ("--max-model-len", "2048", "--num-gpu-blocks-override", str(blocks))
     return (*FP32, *sizes, "--kv-transfer-config", json.dumps(transfer))
-
-
-def same(answers: list[Completion], expected: list[Completion]) -> None:
-    assert [answer.tokens for answer in answers] == [answer.tokens for answer in expected]
-    for answer, other in zip(answers, expected, strict=True):
-        assert answer.logprobs == pytest.approx(other.logprobs, abs=1e-3)
 
 
 def loads(client: Client) -> dict[str, float]:

@@ -103,10 +103,17 @@ class SettingsHasher:
         Raises:
             SettingsError: for settings that the API server should have refused.
         """
-        extra_args = getattr(request.sampling_params, "extra_args", None)
-        top_k = requested_top_k(extra_args, self.config.top_k)
         size = self.tensor_parallel_size
-        return ("tokenselect", fingerprint(self.method, top_k, size, self.block_size))
+        return ("tokenselect", fingerprint(self.method, self.top_k(request), size, self.block_size))
+
+    def top_k(self, request: Request) -> int:
+        """Tokens that the request selects.
+
+        Raises:
+            SettingsError: see `key`.
+        """
+        extra_args = getattr(request.sampling_params, "extra_args", None)
+        return requested_top_k(extra_args, self.config.top_k)
 
     @cached_property
     def method(self) -> Method:
@@ -156,12 +163,11 @@ def handed_over(request: Request) -> dict[str, str]:
 
 def _describe(request: Request) -> dict[str, str]:
     hasher: SettingsHasher = request._tokenselect_hasher
-    top_k = requested_top_k(
-        getattr(request.sampling_params, "extra_args", None), hasher.config.top_k
-    )
     size, limit = hasher.tensor_parallel_size, shareable_tokens(request, hasher.method)
     return {
-        "settings": transfer_settings(hasher.method, top_k, size, hasher.block_size),
+        "settings": transfer_settings(
+            hasher.method, hasher.top_k(request), size, hasher.block_size
+        ),
         "prompt": _digest(request, 0, limit, hasher.lookahead),
     }
 

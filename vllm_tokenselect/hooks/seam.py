@@ -19,13 +19,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from vllm_tokenselect.engine.lmcache import TESTED
+
 # A vLLM built with our diffs in patches/ calls the hook itself.
 PATCH_MARK = "vllm_tokenselect"
 
 # By package: its name, and what to install where it is not what a hook expects.
 _SUPPORTED = {
     "vllm": ("vLLM", "a supported vLLM release (0.32 or 0.33)"),
-    "lmcache": ("LMCache", "lmcache==0.5.6"),
+    "lmcache": ("LMCache", TESTED),
 }
 
 Status = Literal["holds", "patched", "broken"]
